@@ -1,0 +1,395 @@
+"""Train a small language model on fresh episodes of the project's own games (`nextstate train CONFIG`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from nextstate.agents.branches import Tree, Trunk, pack
+from nextstate.agents.text import Encoder
+from nextstate.envs.game import Episode, Game, score, unroll
+from nextstate.envs.games import make_game
+
+BOS, PAD = "<|bos|>", "<|pad|>"
+# Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
+TRAINING_STREAM = 1
+
+
+class ModelConfig(BaseModel):
+    """Shape of the model to train."""
+
+    model_config = ConfigDict(extra="forbid")
+    hidden_size: int = 128
+    layers: int = 4
+    heads: int = 8
+    intermediate_size: int = 384
+    context: int = 1024
+    rope_theta: float = 1000.0
+    vocabulary: int = 640
+
+
+class Weights(BaseModel):
+    """Weight of a token in the loss, by what it is."""
+
+    model_config = ConfigDict(extra="forbid")
+    determined: float = 1.0
+    undetermined: float = 0.05
+    text: float = 0.02
+
+
+class Curriculum(BaseModel):
+    """The largest number of states (boxes, people) at a step: `start`, one more every `every` steps, at last `most`."""
+
+    model_config = ConfigDict(extra="forbid")
+    start: int = 2
+    every: int = 500
+    most: int = 8
+
+    def level(self, step: int) -> int:
+        """Return the largest number of states at an optimiser step."""
+        return min(self.most, self.start + step // self.every)
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides a training run."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = "tiny"
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    rows: int = Field(16, ge=1)
+    row_tokens: int = Field(256, ge=16)
+    steps: int = Field(9000, ge=1)
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    weights: Weights = Weights()
+    curriculum: Curriculum = Curriculum()
+    mixture: dict[str, float] = {"DFA": 3, "Box": 3, "Cycle": 1, "FruitStore": 1}
+    evaluate_every: int = 500
+    save_every: int = 500
+    threads: int | None = None
+
+
+class Draw(NamedTuple):
+    """A game, how long to play it, and how many questions to ask after each step."""
+
+    game: Game
+    steps: int
+    ask: int
+
+
+def draw_game(config: TrainConfig, level: int, rng: np.random.Generator) -> Draw:
+    """Draw what one training episode plays, at a curriculum level."""
+    names = list(config.mixture)
+    shares = np.array([config.mixture[n] for n in names])
+    name = names[int(rng.choice(len(names), p=shares / shares.sum()))]
+    size = int(rng.integers(2, level + 1))
+    if name == "DFA":
+        kind = "state-state" if rng.random() < 0.1 else "state-action"
+        density = ("min", "middle", "max")[int(rng.integers(3))]
+        few = max(int(rng.integers(2, 7)), size // 2 + 1)
+        listed = few if rng.random() < 0.5 else 26
+        symbols = "pairs" if rng.random() < 0.03 else "letters"
+        game = make_game(name, states=size, density=density, actions_listed=listed, kind=kind, symbols=symbols)
+        return Draw(game, int(rng.integers(4, 25)), 1)
+    if name == "Box":
+        objects = min(size, 10) if rng.random() < 0.5 else int(rng.integers(1, min(level, 10) + 1))
+        style = "paper" if rng.random() < 0.8 else "plain"
+        feedback = "branch" if rng.random() < 0.8 else "inline"
+        game = make_game(name, boxes=size, objects=objects, style=style, feedback=feedback)
+        return Draw(game, int(rng.integers(1, 13)), 2)
+    if name == "Cycle":
+        period = int(rng.integers(2, level + 5))
+        return Draw(make_game(name, period=period), period * int(rng.integers(2, 5)), 1)
+    if name == "FruitStore":
+        return Draw(make_game(name, people=size), int(rng.integers(1, size)), 2)
+    raise ValueError(f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row and what is to be predicted from it: from node `context[k]` the token `target[k]`."""
+
+    tree: Tree
+    context: list[int]
+    target: list[int]
+    weight: list[float]
+    answers: list[bool]  # which targets are first tokens of determined answers
+
+
+def plant_episode(row: Row, encoder: Encoder, episode: Episode, weights: Weights, rng: np.random.Generator) -> None:
+    """Grow a whole episode in a row, with the loss on each accepted answer; several accepted ones are drawn from."""
+    trunk = Trunk(encoder, episode, row.tree)
+    beliefs = episode.beliefs("ideal")
+    for t, step in enumerate(episode.steps):
+        for q, question in enumerate(step.questions):
+            planted = trunk.plant(t, q)
+            settled = score(beliefs[t][q], question.accepted) == 1
+            right = question.truth
+            if len(question.accepted) > 1 and episode.game.feedback == "branch":
+                right = question.accepted[int(rng.integers(len(question.accepted)))]
+            choice = planted.choices[right]
+            row.context.extend(choice.nodes)
+            row.target.extend(choice.tokens)
+            row.weight.extend([weights.determined if settled else weights.undetermined] * len(choice.tokens))
+            row.answers.extend([settled] + [False] * (len(choice.tokens) - 1))
+    trunk.plant(len(episode.steps) - 1, 0)
+
+
+def finish(row: Row, limit: int | None, weights: Weights) -> Row:
+    """Cut a row to `limit` tokens and add the small loss on the story itself."""
+    tree = row.tree
+    if limit is not None and len(tree) > limit:
+        del tree.tokens[limit:], tree.parents[limit:], tree.depths[limit:]
+    keep = [k for k, node in enumerate(row.context) if node < len(tree)]
+    context = [row.context[k] for k in keep]
+    target = [row.target[k] for k in keep]
+    weight = [row.weight[k] for k in keep]
+    answers = [row.answers[k] for k in keep]
+    story = [node for node, parent in enumerate(tree.parents) if parent >= 0]
+    context += [tree.parents[node] for node in story]
+    target += [tree.tokens[node] for node in story]
+    weight += [weights.text] * len(story)
+    answers += [False] * len(story)
+    return Row(tree, context, target, weight, answers)
+
+
+class FreshRows(torch.utils.data.Dataset[Row]):
+    """Row `i` of a run is a function of the config and `i` alone, so that a resumed run sees what it would have seen."""
+
+    def __init__(self, config: TrainConfig, encoder: Encoder) -> None:
+        self.config, self.encoder = config, encoder
+
+    def __len__(self) -> int:
+        return self.config.rows * self.config.steps
+
+    def __getitem__(self, i: int) -> Row:
+        config = self.config
+        rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(TRAINING_STREAM, i)))
+        level = config.curriculum.level(i // config.rows)
+        row = Row(Tree(), [], [], [], [])
+        while len(row.tree) < config.row_tokens:
+            drawn = draw_game(config, level, rng)
+            episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.ask, rng=rng)
+            plant_episode(row, self.encoder, episode, config.weights, rng)
+        return finish(row, config.row_tokens, config.weights)
+
+
+def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Return tensors for `weighted_loss`: [row, node] inputs, a [row, 1, node, node] mask, and flat targets."""
+    batch = pack([r.tree for r in rows])
+    where = [(i, node) for i, r in enumerate(rows) for node in r.context]
+    out = {
+        "input_ids": torch.from_numpy(batch.tokens),
+        "position_ids": torch.from_numpy(batch.positions),
+        "where": torch.tensor(where),
+        "target": torch.tensor([t for r in rows for t in r.target]),
+        "weight": torch.tensor([w for r in rows for w in r.weight]),
+        "answers": torch.tensor([a for r in rows for a in r.answers]),
+    }
+    if batch.mask is not None:
+        out["attention_mask"] = torch.from_numpy(batch.mask)[:, None]
+    return out
+
+
+def predict_targets(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "target vocabulary"]:
+    """Return the logits at the nodes from which targets are predicted."""
+    logits = model(
+        input_ids=inputs["input_ids"],
+        position_ids=inputs["position_ids"],
+        attention_mask=inputs.get("attention_mask"),
+        use_cache=False,
+    ).logits
+    picked: Tensor = logits[inputs["where"][:, 0], inputs["where"][:, 1]]
+    return picked
+
+
+class EpisodeTrainer(Trainer):
+    """`transformers.Trainer` with weighted answers and an accuracy by difficulty in place of an evaluation loss."""
+
+    def __init__(self, cells: dict[str, list[Row]], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cells = cells
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        logits = predict_targets(model, inputs)
+        losses = torch.nn.functional.cross_entropy(logits.float(), inputs["target"], reduction="none")
+        loss = (losses * inputs["weight"]).sum() / inputs["weight"].sum()
+        return (loss, logits) if return_outputs else loss
+
+    @torch.no_grad()
+    def cell_accuracies(self) -> dict[str, float]:
+        """Return the greedy accuracy on first tokens of determined answers, by cell."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        out = {}
+        for name, rows in self.cells.items():
+            right, n = 0, 0
+            for k in range(0, len(rows), 32):
+                inputs = {key: v.to(model.device) for key, v in collate(rows[k : k + 32]).items()}
+                hit = predict_targets(model, inputs).argmax(-1) == inputs["target"]
+                right += int(hit[inputs["answers"]].sum())
+                n += int(inputs["answers"].sum())
+            out[f"accuracy/{name}"] = right / max(n, 1)
+        model.train()
+        return out
+
+
+class CellAccuracy(TrainerCallback):
+    """Logs the accuracy of each cell every so many steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.trainer: EpisodeTrainer | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
+            self.trainer.log(self.trainer.cell_accuracies())
+
+
+def evaluation_cells(encoder: Encoder, seed: int, episodes: int = 48) -> dict[str, list[Row]]:
+    """Return unseen episodes by difficulty, from seeds that training never draws."""
+    cells: dict[str, tuple[str, dict[str, Any], int]] = {}
+    for n in (2, 4, 6, 8, 10):
+        cells[f"Box {n} boxes"] = ("Box", {"boxes": n}, 6)
+        cells[f"DFA {n} states"] = ("DFA", {"states": n}, 20)
+        cells[f"DFA {n} states few actions"] = ("DFA", {"states": n, "actions_listed": n // 2 + 1}, 20)
+    cells["Cycle 6"] = ("Cycle", {"period": 6}, 18)
+    cells["FruitStore 5"] = ("FruitStore", {"people": 5}, 4)
+    out = {}
+    for name, (game, settings, steps) in cells.items():
+        rows = []
+        for k in range(episodes):
+            row = Row(Tree(), [], [], [], [])
+            episode = unroll(make_game(game, **settings), seed + 10**6 + k, steps)
+            plant_episode(row, encoder, episode, Weights(), np.random.default_rng(k))
+            rows.append(Row(row.tree, row.context, row.target, row.weight, row.answers))
+        out[name] = rows
+    return out
+
+
+def corpus(config: TrainConfig, episodes: int = 4000) -> Iterator[str]:
+    """Yield transcripts of all games and sizes, for the tokenizer."""
+    rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(TRAINING_STREAM + 1,)))
+    for _ in range(episodes):
+        drawn = draw_game(config, 12, rng)
+        episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.ask, rng=rng)
+        yield episode.prompt(len(episode.steps) - 1)
+
+
+def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer, which takes any text, with the games' words as single tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.model.vocabulary,
+        special_tokens=[BOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(config), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=BOS,
+        pad_token=PAD,
+        model_max_length=config.model.context,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_model(config: ModelConfig, vocabulary: int) -> LlamaForCausalLM:
+    """Return an untrained Llama of the configured shape, embeddings tied."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.intermediate_size,
+            max_position_embeddings=config.context,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
+
+
+def train(config: TrainConfig, out: Path) -> Path:
+    """Train, resuming from the last checkpoint in `out`; return the folder of the finished model.
+
+    Raises:
+        ValueError: `out` holds a training run of another config.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    text = config.model_dump_json(indent=2)
+    record = out / "train.json"
+    if record.exists() and record.read_text() != text:
+        raise ValueError(f"{out} holds a training run of another config ({record}); give another --out, or remove it")
+    record.write_text(text)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    set_seed(config.seed)
+    tokenizer = train_tokenizer(config)
+    encoder = Encoder(tokenizer)
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_DIR", str(out))
+    os.environ.setdefault("WANDB_PROJECT", "nextstate")
+    callback = CellAccuracy(config.evaluate_every)
+    trainer = EpisodeTrainer(
+        cells=evaluation_cells(encoder, config.seed),
+        model=new_model(config.model, len(tokenizer)),
+        args=TrainingArguments(
+            output_dir=str(out / "checkpoints"),
+            max_steps=config.steps,
+            per_device_train_batch_size=config.rows,
+            train_sampling_strategy="sequential",
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup,
+            lr_scheduler_type="linear",
+            weight_decay=config.weight_decay,
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            save_steps=config.save_every,
+            save_total_limit=2,
+            logging_steps=50,
+            remove_unused_columns=False,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+            report_to=["wandb"],
+            run_name=config.name,
+            seed=config.seed,
+            dataloader_num_workers=0,
+        ),
+        train_dataset=FreshRows(config, encoder),
+        data_collator=collate,
+        callbacks=[callback],
+    )
+    callback.trainer = trainer
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "checkpoints")) if (out / "checkpoints").exists() else None)
+    final = out / "model"
+    trainer.accelerator.unwrap_model(trainer.model).to(torch.float32).save_pretrained(final)
+    tokenizer.save_pretrained(final)
+    return final

@@ -1,0 +1,1 @@
+"""Experiments as YAML, one file a question somebody would ask."""

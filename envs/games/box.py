@@ -1,0 +1,192 @@
+"""Boxes with objects that are moved about ("Scaling Laws for State Dynamics", arXiv 2505.14892, box tracking)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple, final
+
+import numpy as np
+
+from nextstate.envs.game import (
+    Action,
+    Distribution,
+    Feedback,
+    Game,
+    Question,
+    Reader,
+    State,
+    point,
+    require_whole,
+    split,
+    uniform,
+)
+
+OBJECTS = ("hat", "glove", "ball", "key", "pen", "book", "coin", "card", "ring", "watch")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class Words(NamedTuple):
+    """Templates of one style."""
+
+    fact: str
+    move: str
+    stem: str
+
+
+STYLES = {
+    "paper": Words("Box {box} contains the {object}.", " Move the {object} into Box {box}.", " {Object} is in the Box"),
+    "plain": Words("The {object} is in Box {box}.", " The {object} goes to Box {box}.", " The {object} is in Box"),
+}
+
+
+class Move(NamedTuple):
+    """Put an object into a box; both are indices."""
+
+    object: int
+    box: int
+
+
+Places = tuple[int, ...]  # for each object the index of its box
+
+
+@final
+@dataclass(frozen=True)
+class Box(Game):
+    """Objects lie in boxes; each step moves one object from a box to another.
+
+    State: the box of every object, |Q| = boxes ** objects. Each object starts in a uniformly random box. A step draws a
+    non-empty box, an object in it, and a different box. One question for each object: which box is it in?
+
+    Ideal reader: the opening names every object's box and each move its new one, so that all is determined. (The last
+    mention of an object settles its box: retrieval, reported as the shortcut `last_mention`.)
+
+    Args:
+        boxes: number of boxes, 2 to 26.
+        objects: number of objects, 1 to 10; by default as many as boxes (at most 10).
+        style: "paper" (exact to the byte) or "plain".
+        feedback: "branch" (questions leave no trace) or "inline" (each question and its answer stay in the story).
+    """
+
+    name: ClassVar[str] = "Box"
+    size: ClassVar[str] = "boxes"
+    shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "most_frequent", "stay")
+    feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch", "inline")
+    styles: ClassVar[tuple[str, ...]] = tuple(STYLES)
+
+    boxes: int = 4
+    objects: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("boxes", self.boxes, 2, len(LETTERS))
+        if self.objects is None:
+            object.__setattr__(self, "objects", min(self.boxes, len(OBJECTS)))
+        require_whole("objects", self.objects, 1, len(OBJECTS))
+
+    @property
+    def max_choices(self) -> int:
+        return self.boxes
+
+    @cached_property
+    def _nouns(self) -> tuple[str, ...]:
+        return OBJECTS[: self.objects]
+
+    @cached_property
+    def _moves(self) -> list[list[str]]:
+        move = STYLES[self.style].move
+        return [[move.format(object=noun, box=LETTERS[b]) for b in range(self.boxes)] for noun in self._nouns]
+
+    @cached_property
+    def _questions(self) -> list[list[Question]]:
+        stem, choices = STYLES[self.style].stem, tuple(f" {LETTERS[b]}" for b in range(self.boxes))
+        stems = [stem.format(object=noun, Object=noun.capitalize()) for noun in self._nouns]
+        return [
+            [Question(noun, text, choices, b, (b,)) for b in range(self.boxes)]
+            for noun, text in zip(self._nouns, stems, strict=True)
+        ]
+
+    def initial(self, rng: np.random.Generator) -> Places:
+        return tuple(rng.integers(self.boxes, size=len(self._nouns)).tolist())
+
+    def actions(self, state: State) -> Sequence[Move]:
+        places = _places(state)
+        return [Move(o, b) for o, at in enumerate(places) for b in range(self.boxes) if b != at]
+
+    def transition(self, state: State, action: Action) -> Places:
+        places, move = _places(state), _move(action)
+        return (*places[: move[0]], move[1], *places[move[0] + 1 :])
+
+    def policy(self, state: State, u: float) -> Move:
+        places = _places(state)
+        full = sorted(set(places))
+        i, u = split(u, len(full))
+        source = full[i]
+        inside = [o for o, at in enumerate(places) if at == source]
+        i, u = split(u, len(inside))
+        target, _ = split(u, self.boxes - 1)
+        return Move(inside[i], target + (target >= source))
+
+    def values(self, state: State) -> Mapping[str, str]:
+        return {noun: LETTERS[at] for noun, at in zip(self._nouns, _places(state), strict=True)}
+
+    def opening(self, state: State) -> str:
+        places, fact = _places(state), STYLES[self.style].fact
+        order = [(b, o) for b in range(self.boxes) for o, at in enumerate(places) if at == b]
+        return " ".join(fact.format(box=LETTERS[b], object=self._nouns[o]) for b, o in order)
+
+    def narrate(self, state: State, action: Action, next_state: State) -> str:
+        move = _move(action)
+        return self._moves[move[0]][move[1]]
+
+    def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
+        return tuple([row[at] for row, at in zip(self._questions, _places(next_state), strict=True)])
+
+    def command(self, state: State, action: Action) -> str:
+        move = _move(action)
+        return f"move the {self._nouns[move[0]]} into Box {LETTERS[move[1]]}"
+
+    def reader(self, state: State) -> Reader:
+        return BoxReader(self, _places(state))
+
+
+class BoxReader(Reader):
+    """Knows all: the opening tells every place, and each narration the new one."""
+
+    def __init__(self, game: Box, start: Places) -> None:
+        self.start, self.places = start, list(start)
+        self.n, self.index = game.boxes, {noun: o for o, noun in enumerate(game._nouns)}
+        self.named, self.last = Counter(start), 0  # every box was named once for each object in it
+        self.recent = list(start)  # the box named in the last sentence about each object
+
+    def hear(self, action: Action) -> None:
+        move = _move(action)
+        self.places[move[0]] = self.recent[move[0]] = self.last = move[1]
+        self.named[move[1]] += 1
+
+    def guess(self, name: str, question: Question) -> Distribution:
+        at = self.index[question.variable]
+        if name == "ideal":
+            return point(self.n, self.places[at])
+        if name == "last_mention":
+            return point(self.n, self.recent[at])
+        if name == "action_only":
+            return point(self.n, self.last)
+        if name == "stay":
+            return point(self.n, self.start[at])
+        if name == "most_frequent":
+            top = max(self.named.values())
+            return uniform(self.n, tuple(sorted(b for b, k in self.named.items() if k == top)))
+        raise KeyError(name)
+
+
+def _places(state: State) -> Places:
+    assert isinstance(state, tuple)
+    return state
+
+
+def _move(action: Action) -> tuple[int, int]:
+    assert isinstance(action, tuple)
+    return action

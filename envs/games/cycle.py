@@ -1,0 +1,129 @@
+"""A pattern of letters, repeated ("Scaling Laws for State Dynamics", arXiv 2505.14892, cycles): pure induction."""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, final
+
+import numpy as np
+
+from nextstate.envs.game import (
+    Action,
+    Distribution,
+    Feedback,
+    Game,
+    Question,
+    Reader,
+    State,
+    point,
+    require_whole,
+    uniform,
+)
+
+CHOICES = tuple(f" {c}" for c in string.ascii_lowercase)
+
+
+class Phase(NamedTuple):
+    """Where in which pattern we are."""
+
+    pattern: tuple[int, ...]  # letters as indices
+    at: int
+
+
+@final
+@dataclass(frozen=True)
+class Cycle(Game):
+    """A random pattern of different letters comes round and round; each step goes to the next letter.
+
+    State: the position in the pattern, |Q| = |T| = period. Each next letter is one question, kept in the transcript.
+
+    Ideal reader: knows the period, and that the letters of a pattern differ. In the first round it is uniform over the
+    letters not yet shown; from then on the answer is determined.
+
+    Args:
+        period: length of the pattern, 2 to 26.
+    """
+
+    name: ClassVar[str] = "Cycle"
+    size: ClassVar[str] = "period"
+    shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "most_frequent", "stay")
+    feedbacks: ClassVar[tuple[Feedback, ...]] = ("inline",)
+
+    period: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("period", self.period, 2, len(CHOICES))
+
+    @property
+    def max_choices(self) -> int:
+        return len(CHOICES)
+
+    def initial(self, rng: np.random.Generator) -> Phase:
+        return Phase(tuple(rng.permutation(len(CHOICES))[: self.period].tolist()), 0)
+
+    def actions(self, state: State) -> Sequence[str]:
+        return ("next",)
+
+    def transition(self, state: State, action: Action) -> Phase:
+        pattern, at = _phase(state)
+        return Phase(pattern, (at + 1) % self.period)
+
+    def values(self, state: State) -> Mapping[str, str]:
+        pattern, at = _phase(state)
+        return {"letter": CHOICES[pattern[at]].strip()}
+
+    def opening(self, state: State) -> str:
+        pattern, at = _phase(state)
+        return CHOICES[pattern[at]].strip()
+
+    def narrate(self, state: State, action: Action, next_state: State) -> str:
+        return ""
+
+    def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
+        pattern, at = _phase(next_state)
+        return (Question("letter", "", CHOICES, pattern[at], (pattern[at],), ""),)
+
+    def command(self, state: State, action: Action) -> str:
+        return "next"
+
+    def reader(self, state: State) -> Reader:
+        pattern, at = _phase(state)
+        return CycleReader(self.period, pattern[at])
+
+
+class CycleReader(Reader):
+    """Remembers the letters in order."""
+
+    def __init__(self, period: int, first: int) -> None:
+        self.period, self.shown = period, [first]
+
+    def hear(self, action: Action) -> None:
+        pass
+
+    def learn(self, answer: int) -> None:
+        self.shown.append(answer)
+
+    def guess(self, name: str, question: Question) -> Distribution:
+        n = len(question.choices)
+        if name == "ideal":
+            if len(self.shown) >= self.period:
+                return point(n, self.shown[-self.period])
+            return uniform(n, tuple(i for i in range(n) if i not in self.shown))
+        if name == "stay":
+            return point(n, self.shown[-1])
+        if name == "last_mention":  # the most recent letter that is not the current one
+            return point(n, self.shown[-2]) if len(self.shown) > 1 else uniform(n)
+        if name == "most_frequent":
+            counts = Counter(self.shown)
+            top = max(counts.values())
+            return uniform(n, tuple(sorted(i for i, k in counts.items() if k == top)))
+        raise KeyError(name)
+
+
+def _phase(state: State) -> Phase:
+    assert isinstance(state, Phase)
+    return state

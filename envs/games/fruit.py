@@ -1,0 +1,184 @@
+"""The fruit store ("Scaling Laws for State Dynamics", arXiv 2505.14892, text game)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, final
+
+import numpy as np
+
+from nextstate.envs.game import (
+    Action,
+    Distribution,
+    Feedback,
+    Game,
+    Question,
+    Reader,
+    State,
+    point,
+    require_whole,
+    split,
+    uniform,
+)
+
+NAMES = (
+    "Jack", "Dean", "Sarah", "Mary", "John", "Tom", "Anna", "Paul", "Kate", "Mark", "Lucy",
+    "Peter", "Jane", "Adam", "Emma", "Luke", "Alice", "Henry", "Grace", "Simon", "Rose",
+)  # fmt: skip
+FRUITS = (
+    "peach", "pear", "apple", "lemon", "orange", "banana", "grape", "cherry", "mango", "plum", "lime",
+    "melon", "fig", "kiwi", "olive", "berry", "coconut", "date", "papaya", "apricot", "pineapple",
+)  # fmt: skip
+
+
+class Clue(NamedTuple):
+    """Somebody gets a fruit, from somebody else where `giver` is not None; indices into the episode's own lists."""
+
+    person: int
+    fruit: int
+    giver: int | None
+
+
+class Store(NamedTuple):
+    """Who is there, what there is (indices into NAMES and FRUITS), and for each person their fruit or None."""
+
+    people: tuple[int, ...]
+    fruits: tuple[int, ...]
+    has: tuple[int | None, ...]
+
+
+@final
+@dataclass(frozen=True)
+class FruitStore(Game):
+    """People each get a different fruit, one clue at a time; which fruit can somebody still have?
+
+    State: who has which fruit. Each step is one clue, until one person is left; a clue draws a person and a fruit that
+    are left, and evenly one of two wordings. One question for each person still without a fruit; every fruit that
+    nobody has yet is accepted.
+
+    Ideal reader: all clues are told, so it is uniform over the remaining fruits, each of which is accepted: determined.
+
+    Args:
+        people: number of people and fruits, 2 to 21.
+    """
+
+    name: ClassVar[str] = "FruitStore"
+    size: ClassVar[str] = "people"
+    shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "most_frequent", "first_listed")
+    feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch", "inline")
+
+    people: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("people", self.people, 2, len(NAMES))
+
+    @property
+    def max_steps(self) -> int:
+        return self.people - 1
+
+    @property
+    def max_choices(self) -> int:
+        return self.people
+
+    def initial(self, rng: np.random.Generator) -> Store:
+        people = rng.permutation(len(NAMES))[: self.people].tolist()
+        fruits = rng.permutation(len(FRUITS))[: self.people].tolist()
+        return Store(tuple(people), tuple(fruits), (None,) * self.people)
+
+    def actions(self, state: State) -> Sequence[Clue]:
+        store = _store(state)
+        if store.has.count(None) <= 1:
+            return ()
+        free = [f for f in range(self.people) if f not in store.has]
+        givers: list[int | None] = [None, *range(self.people)]
+        return [Clue(p, f, g) for p, has in enumerate(store.has) if has is None for f in free for g in givers if g != p]
+
+    def transition(self, state: State, action: Action) -> Store:
+        store, clue = _store(state), _clue(action)
+        return store._replace(has=(*store.has[: clue.person], clue.fruit, *store.has[clue.person + 1 :]))
+
+    def policy(self, state: State, u: float) -> Clue:
+        store = _store(state)
+        waiting = [p for p, has in enumerate(store.has) if has is None]
+        free = [f for f in range(self.people) if f not in store.has]
+        i, u = split(u, len(waiting))
+        j, u = split(u, len(free))
+        given, u = split(u, 2)
+        k, _ = split(u, self.people - 1)
+        return Clue(waiting[i], free[j], k + (k >= waiting[i]) if given else None)
+
+    def values(self, state: State) -> Mapping[str, str]:
+        store = _store(state)
+        return {
+            NAMES[p]: "nothing" if has is None else FRUITS[store.fruits[has]]
+            for p, has in zip(store.people, store.has, strict=True)
+        }
+
+    def opening(self, state: State) -> str:
+        store = _store(state)
+        return (
+            f"{', '.join(NAMES[p] for p in store.people)} walk into a fruit store. There are only {self.people} fruits "
+            f"{', '.join(FRUITS[f] for f in store.fruits)}. Each person gets a different fruit."
+        )
+
+    def narrate(self, state: State, action: Action, next_state: State) -> str:
+        return f" {self._sentence(_store(state), _clue(action))}."
+
+    def _sentence(self, store: Store, clue: Clue) -> str:
+        name, fruit = NAMES[store.people[clue.person]], FRUITS[store.fruits[clue.fruit]]
+        if clue.giver is None:
+            return f"{name} gets the {fruit}"
+        return f"{NAMES[store.people[clue.giver]]} gives {name} the {fruit}"
+
+    def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
+        store = _store(next_state)
+        choices = tuple([f" {FRUITS[f]}" for f in store.fruits])
+        free = tuple([f for f in range(self.people) if f not in store.has])
+        return tuple(
+            [
+                Question(NAMES[p], f" {NAMES[p]} can have the", choices, free[0], free)
+                for p, has in zip(store.people, store.has, strict=True)
+                if has is None
+            ]
+        )
+
+    def command(self, state: State, action: Action) -> str:
+        return self._sentence(_store(state), _clue(action))
+
+    def reader(self, state: State) -> Reader:
+        return FruitReader(self.people)
+
+
+class FruitReader(Reader):
+    """Remembers which fruits are gone."""
+
+    def __init__(self, people: int) -> None:
+        self.n, self.gone = people, list[int]()
+
+    def hear(self, action: Action) -> None:
+        self.gone.append(_clue(action).fruit)
+
+    def guess(self, name: str, question: Question) -> Distribution:
+        if name == "ideal":
+            return uniform(self.n, tuple(f for f in range(self.n) if f not in self.gone))
+        if name == "last_mention":
+            return point(self.n, self.gone[-1])
+        if name == "most_frequent":  # each fruit was listed once, the gone ones named once more
+            counts = Counter(self.gone)
+            return uniform(self.n, tuple(sorted(counts)))
+        if name == "first_listed":
+            return point(self.n, 0)
+        raise KeyError(name)
+
+
+def _store(state: State) -> Store:
+    assert isinstance(state, Store)
+    return state
+
+
+def _clue(action: Action) -> Clue:
+    assert isinstance(action, Clue)
+    return action
