@@ -1,0 +1,112 @@
+"""What an agent is: it reads prompts and predicts answers. What a prediction says of a question is a row."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nextstate.envs.game import Distribution, Episode, Question, score
+
+
+class AgentError(RuntimeError):
+    """An agent cannot be loaded or cannot answer; the message says which, why and what to do."""
+
+
+class ContextError(AgentError):
+    """Prompts are longer than the agent can read; `prompts` are their indices in the call. Nothing is ever cut."""
+
+    def __init__(self, message: str, prompts: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.prompts = prompts
+
+
+class Prompt(NamedTuple):
+    """One question in its episode; the agent sees the transcript up to it, `episode.prompt(step, question)`."""
+
+    episode: Episode
+    step: int  # from 0
+    question: int = 0  # from 0
+
+    @property
+    def asked(self) -> Question:
+        """The question itself."""
+        return self.episode.steps[self.step].questions[self.question]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What an agent answers, by each rule. Choices are indices into the question's choices."""
+
+    answer: str  # the greedy answer as text, over everything the agent could have said
+    greedy: int  # the choice that it is exactly, -1 where it is none
+    choice: int  # the choice with the largest log-probability, summed over its tokens
+    choice_token: int  # ... per token
+    choice_byte: int  # ... per byte
+    logprobs: tuple[float, ...]  # natural log, summed over tokens, one a choice
+    prompt_tokens: int | None = None
+
+
+class Agent(ABC):
+    """Predicts the answers to questions. `name` is how a config and a table call it."""
+
+    name: str
+
+    @abstractmethod
+    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+        """Answer all prompts, in their order.
+
+        Raises:
+            ContextError: some prompts are too long for this agent.
+            AgentError: the agent failed otherwise.
+        """
+
+    def live(self) -> Agent:
+        """Return an agent that answers step by step and may keep what it has read; by default this one."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run.json` says about this agent."""
+        return {"name": self.name, "kind": "reference"}
+
+
+def from_belief(belief: Distribution, question: Question, tie: float) -> Prediction:
+    """Turn a belief over the choices into a prediction; `tie` in [0, 1) picks among equally likely ones."""
+    top = max(belief)
+    best = [i for i, p in enumerate(belief) if p >= top - 1e-12]
+    pick = best[int(tie * len(best))]
+    logprobs = tuple(math.log(p) if p > 0 else -math.inf for p in belief)
+    return Prediction(question.choices[pick].strip(), pick, pick, pick, pick, logprobs)
+
+
+def row(prompt: Prompt, prediction: Prediction, ideal: Distribution) -> dict[str, Any]:
+    """Return one line of the table of questions; DESIGN and README list the columns."""
+    question = prompt.asked
+    accepted, logprobs = question.accepted, prediction.logprobs
+    best = max(logprobs[i] for i in accepted)
+    ceiling = score(ideal, accepted)
+    return {
+        "episode": prompt.episode.seed,
+        "step": prompt.step + 1,
+        "question": prompt.question,
+        "variable": question.variable,
+        "stem": question.stem,
+        "choices": list(question.choices),
+        "truth": question.answer,
+        "accepted": [question.choices[i].strip() for i in accepted],
+        "greedy": prediction.answer,
+        "greedy_correct": prediction.greedy in accepted,
+        "choice": question.choices[prediction.choice].strip(),
+        "choice_correct": prediction.choice in accepted,
+        "choice_token_correct": prediction.choice_token in accepted,
+        "choice_byte_correct": prediction.choice_byte in accepted,
+        "logprobs": list(logprobs),
+        "p_accepted": min(1.0, sum(math.exp(logprobs[i]) for i in accepted)),
+        "rank": 1 + sum(p > best for p in logprobs),
+        "ceiling": ceiling,
+        "determined": ceiling == 1,
+        "chance": question.chance,
+        "prompt_tokens": prediction.prompt_tokens,
+    }

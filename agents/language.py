@@ -1,0 +1,379 @@
+"""Any causal Hugging Face model as an agent: one forward pass scores every question of every step of an episode."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
+from nextstate.agents.branches import Batch, Planted, Trunk, pack
+from nextstate.agents.text import Encoder
+from nextstate.envs.game import Episode
+
+BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one, else "mps" where there is one, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+class Scores(NamedTuple):
+    """What a forward pass says at the nodes asked about, in their order."""
+
+    argmax: Int[np.ndarray, "node"]
+    logprobs: list[Float[np.ndarray, "token"]]  # for each node those of the tokens asked about
+
+
+class LanguageModel(Agent):
+    """A causal language model.
+
+    Args:
+        name: a built-in model ("nextstate/tiny"), a folder written by `save_pretrained`, or a name on the hub.
+        device: "cpu", "cuda", "mps"; by default the best there is.
+        dtype: "float32", "bfloat16", "float16"; by default float32 on the CPU, and what the checkpoint holds on a GPU.
+        revision: branch, tag or commit on the hub.
+        batch_size: most episodes in one forward pass.
+        batch_tokens: most tokens in one forward pass, padding included (one episode always goes). Batches halve
+            themselves when memory runs out.
+
+    Raises:
+        AgentError: there is no such model, or it is not one that can be used; weights are read from safetensors only,
+            and code that comes with a model is never run.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        batch_size: int = 64,
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.name = name
+        self.device = torch.device(device or default_device())
+        self.model, self.tokenizer = _load(name, self.device, dtype, revision)
+        self.encoder = Encoder(self.tokenizer)
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
+        self.context = _context(self.model.config)
+        self.pad = int(self.tokenizer.pad_token_id or 0)
+
+    @cached_property
+    def traced(self) -> Any:
+        """The same model behind nnsight, to read and write activations with `with agent.traced.trace(...)`."""
+        from nnsight import TransformersModel
+
+        return TransformersModel(self.model, tokenizer=self.tokenizer)
+
+    def describe(self) -> dict[str, Any]:
+        config = self.model.config
+        return {
+            "name": self.name,
+            "kind": "model",
+            "architecture": config.architectures[0] if config.architectures else type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "context": self.context,
+            "bos": bool(self.encoder.bos),
+            "revision": getattr(config, "_commit_hash", None),
+            "hash": _hash(BUILT_IN.get(self.name, Path(self.name))),
+        }
+
+    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+        trunks, planted = self.plant(prompts)
+        out: list[Prediction | None] = [None] * len(prompts)
+        for episodes in self._batches(trunks):
+            self._halving(trunks, planted, episodes, prompts, out)
+        return [p for p in out if p is not None]
+
+    def live(self) -> Session:
+        return Session(self)
+
+    def plant(
+        self, prompts: Sequence[Prompt], trunks: dict[int, Trunk] | None = None
+    ) -> tuple[dict[int, Trunk], dict[int, list[tuple[int, Planted]]]]:
+        """Grow one tree an episode (by its `id`) with all its prompts, given with their index."""
+        trunks = {} if trunks is None else trunks
+        planted: dict[int, list[tuple[int, Planted]]] = {}
+        for i, (episode, step, question) in enumerate(prompts):
+            if id(episode) not in trunks:
+                trunks[id(episode)] = Trunk(self.encoder, episode)
+            planted.setdefault(id(episode), []).append((i, trunks[id(episode)].plant(step, question)))
+        self._check_context(prompts, trunks, planted)
+        return trunks, planted
+
+    def _check_context(
+        self, prompts: Sequence[Prompt], trunks: dict[int, Trunk], planted: dict[int, list[tuple[int, Planted]]]
+    ) -> None:
+        if self.context is None:
+            return
+        long: dict[int, int] = {}
+        for key, questions in planted.items():
+            depths = trunks[key].tree.depths
+            for i, q in questions:
+                tokens = 1 + max(depths[c.nodes[-1]] for c in q.choices)
+                if tokens > self.context:
+                    long[i] = tokens
+        if long:
+            steps = sorted({prompts[i].step + 1 for i in long})
+            game = prompts[min(long)].episode.game
+            raise ContextError(
+                f"{len(long)} of {len(prompts)} prompts of {game.name} {game.settings}, from step {steps[0]} on, are too "
+                f"long for {self.name}: up to {max(long.values()):,} tokens, but it reads {self.context:,} "
+                f"({max(long.values()) - self.context:,} too many); ask for fewer steps or a smaller {game.size}",
+                tuple(sorted(long)),
+            )
+
+    def _batches(self, trunks: dict[int, Trunk]) -> Iterator[list[int]]:
+        """Yield episodes of like length together, within the limits of a batch."""
+        batch: list[int] = []
+        for key in sorted(trunks, key=lambda k: len(trunks[k].tree), reverse=True):
+            longest = len(trunks[batch[0]].tree) if batch else 0
+            if batch and (len(batch) == self.batch_size or longest * (len(batch) + 1) > self.batch_tokens):
+                yield batch
+                batch = []
+            batch.append(key)
+        if batch:
+            yield batch
+
+    def _halving(
+        self,
+        trunks: dict[int, Trunk],
+        planted: dict[int, list[tuple[int, Planted]]],
+        episodes: list[int],
+        prompts: Sequence[Prompt],
+        out: list[Prediction | None],
+    ) -> None:
+        try:
+            batch = pack([trunks[k].tree for k in episodes], self.pad)
+            asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
+            for i, prediction in self.score(batch, asked, prompts, [trunks[k].tree.depths for k in episodes]):
+                out[i] = prediction
+            return
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not any(words in str(error).lower() for words in _OUT_OF_MEMORY) and not isinstance(error, MemoryError):
+                raise
+            if len(episodes) == 1:
+                n = len(trunks[episodes[0]].tree)
+                raise AgentError(f"{self.name} runs out of memory on one episode of {n:,} tokens on {self.device}") from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_size = max(1, len(episodes) // 2)
+        for half in (episodes[: self.batch_size], episodes[self.batch_size :]):
+            self._halving(trunks, planted, half, prompts, out)
+
+    def score(
+        self,
+        batch: Batch,
+        asked: Sequence[tuple[int, int, Planted]],
+        prompts: Sequence[Prompt],
+        depths: Sequence[Sequence[int]],
+        start: Sequence[int] | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Iterator[tuple[int, Prediction]]:
+        """Run a batch and yield a prediction for each question asked, as (index of its prompt, prediction).
+
+        Args:
+            batch: packed trees.
+            asked: row, index of the prompt, and where its question stands in the row's tree.
+            prompts: all prompts.
+            depths: for each row the depth of each node.
+            start: for each row the first node in the batch; the keys and values of older ones are in `cache`.
+            cache: takes the batch's keys and values too, where given.
+        """
+        wanted: dict[tuple[int, int], dict[int, int]] = {}  # (row, node) -> token -> place among the node's tokens
+        for row, _, question in asked:
+            for choice in question.choices:
+                for node, token in zip(choice.nodes, choice.tokens, strict=True):
+                    wanted.setdefault((row, node), {}).setdefault(token, len(wanted[row, node]))
+        first = [0] * len(depths) if start is None else start
+        where = list(wanted)
+        scores = self.forward(
+            batch, [(r, n - first[r]) for r, n in where], [list(t) for t in wanted.values()], cache=cache
+        )
+        index = {key: k for k, key in enumerate(where)}
+        for row, i, question in asked:
+            yield i, self._prediction(row, question, prompts[i], wanted, index, scores, depths[row][question.node] + 1)
+
+    def _prediction(
+        self,
+        row: int,
+        planted: Planted,
+        prompt: Prompt,
+        wanted: dict[tuple[int, int], dict[int, int]],
+        index: dict[tuple[int, int], int],
+        scores: Scores,
+        prompt_tokens: int,
+    ) -> Prediction:
+        sums, per_token, per_byte = [], [], []
+        greedy, matched = -1, 0
+        for c, (choice, text) in enumerate(zip(planted.choices, prompt.asked.choices, strict=True)):
+            keys = [(row, node) for node in choice.nodes]
+            total = sum(
+                float(scores.logprobs[index[key]][wanted[key][t]]) for key, t in zip(keys, choice.tokens, strict=True)
+            )
+            sums.append(total)
+            per_token.append(total / len(choice.tokens))
+            per_byte.append(total / len(text.encode()))
+            # Greedy decoding writes a choice exactly where each of its tokens is the likeliest; of two that begin alike
+            # it would go on to the longer one.
+            if len(keys) > matched and all(
+                int(scores.argmax[index[key]]) == t for key, t in zip(keys, choice.tokens, strict=True)
+            ):
+                greedy, matched = c, len(keys)
+        if greedy >= 0:
+            answer = prompt.asked.choices[greedy].strip()
+        else:
+            answer = self.tokenizer.decode([int(scores.argmax[index[row, planted.node]])]).strip()
+        best = [int(np.argmax(x)) for x in (sums, per_token, per_byte)]
+        return Prediction(answer, greedy, best[0], best[1], best[2], tuple(sums), prompt_tokens)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: Batch,
+        where: Sequence[tuple[int, int]],
+        tokens: Sequence[Sequence[int]],
+        cache: DynamicCache | None = None,
+    ) -> Scores:
+        """Run a batch; at each (row, node) of `where` return the argmax and the log-probabilities of `tokens`.
+
+        The vocabulary is computed at these nodes alone.
+        """
+        rows, nodes = torch.tensor(where, device=self.device).T
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][rows, nodes],))
+        mask = None if batch.mask is None else torch.from_numpy(batch.mask)[:, None].to(self.device)
+        if mask is not None:
+            mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
+                ~mask, torch.finfo(self.model.dtype).min
+            )
+        try:
+            logits = self.model(
+                input_ids=torch.from_numpy(batch.tokens).to(self.device),
+                position_ids=torch.from_numpy(batch.positions).to(self.device),
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).logits
+        finally:
+            hook.remove()
+        argmax, norm, picked = [], [], []
+        flat = [(k, t) for k, ts in enumerate(tokens) for t in ts]
+        node, token = torch.tensor(flat, device=self.device).T
+        picked = logits[node, token].float()
+        for chunk in logits.split(512):  # float32 copies of the whole would double the memory
+            argmax.append(chunk.argmax(-1))
+            norm.append(chunk.float().logsumexp(-1))
+        logprobs = (picked - torch.cat(norm)[node]).cpu().numpy()
+        if not np.isfinite(logprobs).all():
+            raise AgentError(
+                f"{self.name} gives logits that are not finite in {self.model.dtype} on {self.device}; "
+                "load it with dtype=float32, or check its weights"
+            )
+        ends = np.cumsum([len(t) for t in tokens])[:-1]
+        return Scores(torch.cat(argmax).cpu().numpy(), np.split(logprobs, ends))
+
+
+class Session(Agent):
+    """A language model that reads episodes step by step and keeps keys and values between steps.
+
+    The first call fixes the episodes; each later one goes on with some of them.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.name = model, model.name
+        self.cache = DynamicCache()
+        self.trunks: dict[int, Trunk] = {}
+        self.columns: dict[int, list[int]] = {}
+        self.width = 0
+        self._episodes: list[Episode] = []  # kept alive, since their ids are our keys
+
+    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+        unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
+        if unknown and self.trunks:
+            raise AgentError(f"this session reads {len(self.trunks)} episodes; begin a new one for other episodes")
+        self.trunks, planted = self.model.plant(prompts, self.trunks)
+        if unknown:
+            self._episodes = [t.episode for t in self.trunks.values()]
+            self.columns = {key: [] for key in self.trunks}
+        keys = list(self.trunks)
+        trees = [self.trunks[k].tree for k in keys]
+        columns = [self.columns[k] for k in keys]
+        start = [len(c) for c in columns]
+        batch = pack(trees, self.model.pad, start, columns, self.width)
+        asked = [(r, i, q) for r, k in enumerate(keys) for i, q in planted.get(k, [])]
+        found = dict(self.model.score(batch, asked, prompts, [t.depths for t in trees], start, self.cache))
+        for tree, own in zip(trees, columns, strict=True):
+            own.extend(range(self.width, self.width + len(tree) - len(own)))
+        self.width += batch.tokens.shape[1]
+        return [found[i] for i in range(len(prompts))]
+
+
+def _load(name: str, device: torch.device, dtype: str | None, revision: str | None) -> tuple[Any, Any]:
+    folder = BUILT_IN.get(name, Path(name))
+    local = name in BUILT_IN or folder.is_dir() or name.startswith((".", "/", "~"))
+    if local and not (folder / "config.json").is_file():
+        raise AgentError(
+            f"{name} is no model: expected a folder with config.json, *.safetensors and a tokenizer, as "
+            f"`save_pretrained` writes it, or one of {', '.join(BUILT_IN)}, or a name on the hub"
+        )
+    source = str(folder) if local else name
+    wanted: Any = "auto" if dtype is None and device.type == "cuda" else getattr(torch, dtype or "float32", None)
+    if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise AgentError(f"dtype={dtype!r} is not possible: expected float32, bfloat16 or float16")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=wanted,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise AgentError(f"cannot load {name}: {error}. Give a folder, a name on the hub, or {', '.join(BUILT_IN)}") from error
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise AgentError(
+            f"{name} loads with {model.config._attn_implementation} attention, which takes no mask of our own; "
+            "load it with attn_implementation sdpa or eager"
+        )
+    if model.get_output_embeddings() is None:
+        raise AgentError(f"{name} ({type(model).__name__}) has no output embeddings: it is no language model")
+    return model.to(device).eval(), tokenizer
+
+
+def _context(config: Any) -> int | None:
+    """Return the most tokens a model reads as it was trained to; a sliding window counts, since branches ignore it."""
+    config = config.get_text_config()
+    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "sliding_window")]
+    known = [int(n) for n in limits if n]
+    return min(known) if known else None
+
+
+def _hash(folder: Path) -> str | None:
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""The branch engine against one plain forward pass a choice, on the real architectures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextstate.agents.agent import AgentError, ContextError, Prompt
+from nextstate.agents.language import LanguageModel
+from nextstate.agents.rollout import episodes_of, live, prompts_of, replay, seeds_for
+from nextstate.envs.games import make_game
+
+CASES: list[tuple[str, dict[str, Any], int]] = [
+    ("Box", {"boxes": 4}, 5),
+    ("Box", {"boxes": 3, "feedback": "inline", "style": "plain"}, 3),
+    ("DFA", {"states": 4, "actions_listed": 3}, 6),
+    ("DFA", {"states": 4, "symbols": "pairs"}, 5),
+    ("DFA", {"states": 4, "kind": "state-state"}, 5),
+    ("Cycle", {"period": 3}, 7),
+    ("FruitStore", {"people": 5}, 4),
+]
+
+
+@torch.inference_mode()
+def plain(agent: LanguageModel, prompt: Prompt) -> tuple[list[float], int]:
+    """Log-probabilities of the choices and the greedy match, by one forward pass a choice and nothing clever."""
+    episode, t, q = prompt
+    pieces = list(_pieces(episode, t, q))
+    head = list(agent.encoder.opening(pieces[0])) + [x for p in pieces[1:] for x in agent.encoder.piece(p)]
+    out, greedy, longest = [], -1, 0
+    tails = [list(agent.encoder.piece(text)) for text in prompt.asked.choices]
+    first = agent.model(torch.tensor([head])).logits[0, -1:].float()
+    for c, tail in enumerate(tails):
+        rest = agent.model(torch.tensor([head + tail])).logits[0, len(head) : -1].float() if len(tail) > 1 else first[:0]
+        logits = torch.cat([first, rest])
+        out.append(sum(float(logits[k].log_softmax(-1)[token]) for k, token in enumerate(tail)))
+        hit = all(int(logits[k].argmax()) == token for k, token in enumerate(tail))
+        if hit and len(tail) > longest:
+            greedy, longest = c, len(tail)
+    return out, greedy
+
+
+def _pieces(episode: Any, t: int, q: int) -> Any:
+    yield episode.opening
+    for s, step in enumerate(episode.steps[: t + 1]):
+        yield step.narration
+        asked = step.questions if s < t else step.questions[:q]
+        if episode.game.feedback == "inline":
+            for question in asked:
+                yield from (question.stem, question.choices[question.truth], question.closing)
+    yield episode.steps[t].questions[q].stem
+
+
+@pytest.mark.parametrize(("game", "settings", "steps"), CASES)
+def test_branches_equal_one_forward_a_choice(model: LanguageModel, game: str, settings: dict[str, Any], steps: int) -> None:
+    episodes = episodes_of(make_game(game, **settings), range(3), steps, ask=2)
+    prompts = [p for e in episodes for p in prompts_of(e)]
+    for prompt, prediction in zip(prompts, model.predict(prompts), strict=True):
+        logprobs, greedy = plain(model, prompt)
+        assert prediction.logprobs == pytest.approx(logprobs, abs=1e-4)
+        assert prediction.greedy == greedy
+        lengths = [len(model.encoder.piece(c)) for c in prompt.asked.choices]
+        per_token = [x / n for x, n in zip(logprobs, lengths, strict=True)]
+        assert per_token[prediction.choice_token] == pytest.approx(max(per_token), abs=1e-4)
+
+
+def test_some_choices_have_several_tokens_and_different_lengths(model: LanguageModel) -> None:
+    lengths = {len(model.encoder.piece(c)) for c in make_fruit().choices}
+    pairs = episodes_of(make_game("DFA", states=4, symbols="pairs"), range(1), 1)[0].steps[0].questions[0]
+    lengths |= {len(model.encoder.piece(c)) for c in pairs.choices}
+    assert len(lengths) > 1
+
+
+def make_fruit() -> Any:
+    return episodes_of(make_game("FruitStore", people=21), range(1), 1)[0].steps[0].questions[0]
+
+
+@pytest.mark.parametrize(("game", "settings", "steps"), [c for c in CASES if c[0] != "Box" or c[1].get("feedback")])
+def test_live_equals_replay(model: LanguageModel, game: str, settings: dict[str, Any], steps: int) -> None:
+    same(*both_roads(model, game, settings, steps))
+
+
+def test_live_equals_replay_on_branches(model: LanguageModel) -> None:
+    same(*both_roads(model, "Box", {"boxes": 4}, 6))
+
+
+def both_roads(model: LanguageModel, game: str, settings: dict[str, Any], steps: int) -> tuple[list[Any], list[Any]]:
+    made, seeds = make_game(game, **settings), seeds_for(3, 5)
+    return replay(model, episodes_of(made, seeds, steps)).rows, live(model, made, seeds, steps).rows
+
+
+def same(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> None:
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
+        for key in a.keys() - {"logprobs", "p_accepted"}:
+            assert a[key] == b[key], key
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_rows_do_not_depend_on_the_batch_size(model: LanguageModel, folders: dict[str, Path], size: int) -> None:
+    other = LanguageModel(model.name, device="cpu", batch_size=size)
+    for game, settings, steps in CASES[:1] + CASES[3:4] + CASES[6:]:
+        episodes = episodes_of(make_game(game, **settings), range(10), steps)
+        same(replay(model, episodes).rows, replay(other, episodes).rows)
+
+
+def test_memory_that_runs_out_halves_the_batch(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = LanguageModel(str(folders["gpt2"]), device="cpu")
+    episodes = episodes_of(make_game("Box", boxes=3), range(9), 3)
+    before = replay(agent, episodes).rows
+    forward = agent.forward
+
+    def narrow(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(batch.tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return forward(batch, *args, **kwargs)
+
+    monkeypatch.setattr(agent, "forward", narrow)
+    same(before, replay(agent, episodes).rows)
+    assert agent.batch_size <= 2
+
+    monkeypatch.setattr(agent, "forward", lambda *a, **k: narrow(type("B", (), {"tokens": [0] * 3})))
+    with pytest.raises(AgentError, match="runs out of memory on one episode"):
+        replay(agent, episodes)
+
+
+def test_other_errors_of_a_forward_pass_are_not_swallowed(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = LanguageModel(str(folders["gpt2"]), device="cpu")
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(agent, "forward", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        replay(agent, episodes_of(make_game("Box", boxes=3), range(2), 3))
+
+
+def test_a_context_too_short_is_said_and_nothing_is_cut(folders: dict[str, Path]) -> None:
+    agent = LanguageModel(str(folders["gpt2"]), device="cpu")
+    episodes = episodes_of(make_game("DFA", states=4), range(2), 60)
+    with pytest.raises(ContextError, match=r"from step \d+ on.*DFA|DFA.*from step \d+ on") as caught:
+        agent.predict([p for e in episodes for p in prompts_of(e)])
+    assert "too many" in str(caught.value)
+    result = replay(agent, episodes)
+    assert 0 < len(result.rows) < 120
+    assert result.left_out == str(caught.value)
+    assert len(result.rows) + len(caught.value.prompts) == 120
+    assert max(r["prompt_tokens"] for r in result.rows) <= 512
+
+
+def test_logits_that_are_not_finite_are_an_error(folders: dict[str, Path]) -> None:
+    agent = LanguageModel(str(folders["llama"]), device="cpu")
+    with torch.no_grad():
+        agent.model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(AgentError, match="not finite in torch.float32"):
+        replay(agent, episodes_of(make_game("Cycle"), range(1), 3))
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(AgentError, match="is no model: expected a folder with config.json"):
+        LanguageModel(str(tmp_path))
+
+
+def test_weights_other_than_safetensors_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    for file in folders["gpt2"].iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(AgentError, match="cannot load"):
+        LanguageModel(str(tmp_path), device="cpu")
+
+
+def test_an_unknown_dtype(folders: dict[str, Path]) -> None:
+    with pytest.raises(AgentError, match="dtype='float99' is not possible"):
+        LanguageModel(str(folders["gpt2"]), device="cpu", dtype="float99")
+
+
+def test_a_session_stays_with_its_episodes(model: LanguageModel) -> None:
+    one, two = episodes_of(make_game("Box"), range(2), 2)
+    session = model.live()
+    session.predict([Prompt(one, 0)])
+    with pytest.raises(AgentError, match="begin a new one"):
+        session.predict([Prompt(two, 0)])
+
+
+def test_nnsight_reads_the_same_activations(folders: dict[str, Path]) -> None:
+    agent = LanguageModel(str(folders["llama"]), device="cpu")
+    text = "Box A contains the hat."
+    tokens = torch.tensor([agent.encoder.opening(text)])
+    with agent.traced.trace(tokens):
+        seen = agent.traced.model.layers[1].output.save()
+    assert torch.equal(seen, agent.model(tokens, output_hidden_states=True).hidden_states[2]) or seen.shape[-1] == 32
