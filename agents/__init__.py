@@ -1,0 +1,1 @@
+"""Who predicts: language models, reference agents, people; rollouts and training."""

@@ -105,8 +105,13 @@ class Batch:
     mask: Bool[np.ndarray, "row node column"] | None
 
 
-def pack(trees: Sequence[Tree], pad: int = 0, start: Sequence[int] | None = None, columns: Sequence[Sequence[int]] | None = None,
-         width: int = 0) -> Batch:  # fmt: skip
+def pack(
+    trees: Sequence[Tree],
+    pad: int = 0,
+    start: Sequence[int] | None = None,
+    columns: Sequence[Sequence[int]] | None = None,
+    width: int = 0,
+) -> Batch:
     """Lay the nodes of each tree from `start` on (default: all) side by side.
 
     Args:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
@@ -33,8 +32,8 @@ def default_device() -> str:
 class Scores(NamedTuple):
     """What a forward pass says at the nodes asked about, in their order."""
 
-    argmax: Int[np.ndarray, "node"]
-    logprobs: list[Float[np.ndarray, "token"]]  # for each node those of the tokens asked about
+    argmax: Int[np.ndarray, " node"]
+    logprobs: list[Float[np.ndarray, " token"]]  # for each node those of the tokens asked about
 
 
 class LanguageModel(Agent):
@@ -48,6 +47,7 @@ class LanguageModel(Agent):
         batch_size: most episodes in one forward pass.
         batch_tokens: most tokens in one forward pass, padding included (one episode always goes). Batches halve
             themselves when memory runs out.
+        loaded: a model and its tokenizer, instead of loading them by name.
 
     Raises:
         AgentError: there is no such model, or it is not one that can be used; weights are read from safetensors only,
@@ -63,10 +63,11 @@ class LanguageModel(Agent):
         revision: str | None = None,
         batch_size: int = 64,
         batch_tokens: int | None = None,
+        loaded: tuple[Any, Any] | None = None,
     ) -> None:
         self.name = name
-        self.device = torch.device(device or default_device())
-        self.model, self.tokenizer = _load(name, self.device, dtype, revision)
+        self.device = torch.device(device or default_device()) if loaded is None else loaded[0].device
+        self.model, self.tokenizer = loaded or _load(name, self.device, dtype, revision)
         self.encoder = Encoder(self.tokenizer)
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
@@ -134,8 +135,8 @@ class LanguageModel(Agent):
             steps = sorted({prompts[i].step + 1 for i in long})
             game = prompts[min(long)].episode.game
             raise ContextError(
-                f"{len(long)} of {len(prompts)} prompts of {game.name} {game.settings}, from step {steps[0]} on, are too "
-                f"long for {self.name}: up to {max(long.values()):,} tokens, but it reads {self.context:,} "
+                f"{len(long)} of {len(prompts)} prompts of {game.name} {game.settings}, from step {steps[0]} on, are "
+                f"too long for {self.name}: up to {max(long.values()):,} tokens, but it reads {self.context:,} "
                 f"({max(long.values()) - self.context:,} too many); ask for fewer steps or a smaller {game.size}",
                 tuple(sorted(long)),
             )
@@ -171,7 +172,9 @@ class LanguageModel(Agent):
                 raise
             if len(episodes) == 1:
                 n = len(trunks[episodes[0]].tree)
-                raise AgentError(f"{self.name} runs out of memory on one episode of {n:,} tokens on {self.device}") from error
+                raise AgentError(
+                    f"{self.name} runs out of memory on one episode of {n:,} tokens on {self.device}"
+                ) from error
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.batch_size = max(1, len(episodes) // 2)
@@ -348,7 +351,9 @@ def _load(name: str, device: torch.device, dtype: str | None, revision: str | No
             trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise AgentError(f"cannot load {name}: {error}. Give a folder, a name on the hub, or {', '.join(BUILT_IN)}") from error
+        raise AgentError(
+            f"cannot load {name}: {error}. Give a folder, a name on the hub, or {', '.join(BUILT_IN)}"
+        ) from error
     if model.config._attn_implementation not in ("sdpa", "eager"):
         raise AgentError(
             f"{name} loads with {model.config._attn_implementation} attention, which takes no mask of our own; "

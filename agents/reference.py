@@ -14,7 +14,7 @@ SHORTCUT = "shortcut:"
 class Reference(Agent):
     """Answers from what a game's reader believes: "ideal", "chance", or "shortcut:NAME".
 
-    Ties are broken by a hash of name, seed, step and question: evenly, yet the same in every batch and on every machine.
+    Ties are broken by a hash of name, seed, step and question: evenly, yet alike in every batch and on every machine.
     """
 
     def __init__(self, name: str) -> None:

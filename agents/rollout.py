@@ -21,15 +21,18 @@ class Rollout(NamedTuple):
     left_out: str
 
 
-def seeds_for(seed: int, episodes: int) -> range:
-    """Return the episode seeds of a run; runs with other seeds share none, up to a million episodes."""
-    return range(seed * 1_000_000, seed * 1_000_000 + episodes)
+def seeds_for(seed: int, episodes: int, cell: int = 0) -> range:
+    """Return episode seeds; other seeds, and other cells below 1,000, share none, up to a million episodes each."""
+    start = seed * 10**9 + cell * 10**6
+    return range(start, start + episodes)
 
 
 def prompts_of(episode: Episode, grid: Grid = "episodes") -> list[Prompt]:
     """Return the prompts of an episode: of every step, or with `grid="cells"` of the last one alone."""
     first = len(episode.steps) - 1 if grid == "cells" else 0
-    return [Prompt(episode, t, q) for t in range(first, len(episode.steps)) for q in range(len(episode.steps[t].questions))]
+    return [
+        Prompt(episode, t, q) for t in range(first, len(episode.steps)) for q in range(len(episode.steps[t].questions))
+    ]
 
 
 def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -> Rollout:
@@ -64,7 +67,9 @@ def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
             predictions = reader.predict(prompts)
             _, rewards, *_ = envs.step(tuple(p.answer for p in predictions))
             new = [row(p, q, ideal[id(p.episode)][t][0]) for p, q in zip(prompts, predictions, strict=True)]
-            wrong = [r["episode"] for r, reward in zip(new, rewards, strict=True) if r["greedy_correct"] != bool(reward)]
+            wrong = [
+                r["episode"] for r, reward in zip(new, rewards, strict=True) if r["greedy_correct"] != bool(reward)
+            ]
             if wrong:
                 raise RuntimeError(f"reward and row disagree on step {t + 1} of {game.name}, episodes {wrong}")
             rows.extend(new)

@@ -19,7 +19,7 @@ class Encoder:
 
     A piece is encoded behind a short anchor whose tokens are then cut off, which asks the tokenizer how it writes the
     piece in the middle of a text (leading spaces, SentencePiece markers) instead of assuming it. Pieces never merge
-    with their neighbours, so that live and replayed transcripts, and all choices of one question, agree on their tokens.
+    with their neighbours, so that live and replayed transcripts, and all choices of one question, have the same tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,7 +35,9 @@ class Encoder:
         """Return the tokens a transcript begins with: BOS where the tokenizer has one, then `text`."""
         tokens = self.bos + self._raw(text)
         if not tokens:
-            raise TokenizerError(f"the opening {text!r} has no tokens and the tokenizer has no BOS: nothing to read from")
+            raise TokenizerError(
+                f"the opening {text!r} has no tokens and the tokenizer has no BOS: nothing to read from"
+            )
         return tokens
 
     def piece(self, text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -26,6 +26,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from nextstate.agents.branches import Tree, Trunk, pack
+from nextstate.agents.config import ConfigError, Strict
+from nextstate.agents.language import LanguageModel
+from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
 from nextstate.agents.text import Encoder
 from nextstate.envs.game import Episode, Game, score, unroll
 from nextstate.envs.games import make_game
@@ -35,10 +38,9 @@ BOS, PAD = "<|bos|>", "<|pad|>"
 TRAINING_STREAM = 1
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Strict):
     """Shape of the model to train."""
 
-    model_config = ConfigDict(extra="forbid")
     hidden_size: int = 128
     layers: int = 4
     heads: int = 8
@@ -48,19 +50,17 @@ class ModelConfig(BaseModel):
     vocabulary: int = 640
 
 
-class Weights(BaseModel):
+class Weights(Strict):
     """Weight of a token in the loss, by what it is."""
 
-    model_config = ConfigDict(extra="forbid")
     determined: float = 1.0
     undetermined: float = 0.05
     text: float = 0.02
 
 
-class Curriculum(BaseModel):
+class Curriculum(Strict):
     """The largest number of states (boxes, people) at a step: `start`, one more every `every` steps, at last `most`."""
 
-    model_config = ConfigDict(extra="forbid")
     start: int = 2
     every: int = 500
     most: int = 8
@@ -70,10 +70,9 @@ class Curriculum(BaseModel):
         return min(self.most, self.start + step // self.every)
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Strict):
     """Everything that decides a training run."""
 
-    model_config = ConfigDict(extra="forbid")
     name: str = "tiny"
     seed: int = 0
     model: ModelConfig = ModelConfig()
@@ -124,7 +123,7 @@ def draw_game(config: TrainConfig, level: int, rng: np.random.Generator) -> Draw
         return Draw(make_game(name, period=period), period * int(rng.integers(2, 5)), 1)
     if name == "FruitStore":
         return Draw(make_game(name, people=size), int(rng.integers(1, size)), 2)
-    raise ValueError(f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore")
+    raise ConfigError(f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore")
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,6 @@ class Row:
     context: list[int]
     target: list[int]
     weight: list[float]
-    answers: list[bool]  # which targets are first tokens of determined answers
 
 
 def plant_episode(row: Row, encoder: Encoder, episode: Episode, weights: Weights, rng: np.random.Generator) -> None:
@@ -153,30 +151,26 @@ def plant_episode(row: Row, encoder: Encoder, episode: Episode, weights: Weights
             row.context.extend(choice.nodes)
             row.target.extend(choice.tokens)
             row.weight.extend([weights.determined if settled else weights.undetermined] * len(choice.tokens))
-            row.answers.extend([settled] + [False] * (len(choice.tokens) - 1))
     trunk.plant(len(episode.steps) - 1, 0)
 
 
-def finish(row: Row, limit: int | None, weights: Weights) -> Row:
+def finish(row: Row, limit: int, weights: Weights) -> Row:
     """Cut a row to `limit` tokens and add the small loss on the story itself."""
     tree = row.tree
-    if limit is not None and len(tree) > limit:
-        del tree.tokens[limit:], tree.parents[limit:], tree.depths[limit:]
+    del tree.tokens[limit:], tree.parents[limit:], tree.depths[limit:]
     keep = [k for k, node in enumerate(row.context) if node < len(tree)]
     context = [row.context[k] for k in keep]
     target = [row.target[k] for k in keep]
     weight = [row.weight[k] for k in keep]
-    answers = [row.answers[k] for k in keep]
     story = [node for node, parent in enumerate(tree.parents) if parent >= 0]
     context += [tree.parents[node] for node in story]
     target += [tree.tokens[node] for node in story]
     weight += [weights.text] * len(story)
-    answers += [False] * len(story)
-    return Row(tree, context, target, weight, answers)
+    return Row(tree, context, target, weight)
 
 
 class FreshRows(torch.utils.data.Dataset[Row]):
-    """Row `i` of a run is a function of the config and `i` alone, so that a resumed run sees what it would have seen."""
+    """Row `i` is a function of the config and `i` alone, so that a resumed run sees what it would have seen."""
 
     def __init__(self, config: TrainConfig, encoder: Encoder) -> None:
         self.config, self.encoder = config, encoder
@@ -188,7 +182,7 @@ class FreshRows(torch.utils.data.Dataset[Row]):
         config = self.config
         rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(TRAINING_STREAM, i)))
         level = config.curriculum.level(i // config.rows)
-        row = Row(Tree(), [], [], [], [])
+        row = Row(Tree(), [], [], [])
         while len(row.tree) < config.row_tokens:
             drawn = draw_game(config, level, rng)
             episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.ask, rng=rng)
@@ -206,7 +200,6 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
         "where": torch.tensor(where),
         "target": torch.tensor([t for r in rows for t in r.target]),
         "weight": torch.tensor([w for r in rows for w in r.weight]),
-        "answers": torch.tensor([a for r in rows for a in r.answers]),
     }
     if batch.mask is not None:
         out["attention_mask"] = torch.from_numpy(batch.mask)[:, None]
@@ -225,49 +218,41 @@ def predict_targets(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "tar
     return picked
 
 
-class EpisodeTrainer(Trainer):
-    """`transformers.Trainer` with weighted answers and an accuracy by difficulty in place of an evaluation loss."""
+class EpisodeTrainer(Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` whose loss is weighted by what a token is."""
 
-    def __init__(self, cells: dict[str, list[Row]], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.cells = cells
-
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         logits = predict_targets(model, inputs)
         losses = torch.nn.functional.cross_entropy(logits.float(), inputs["target"], reduction="none")
         loss = (losses * inputs["weight"]).sum() / inputs["weight"].sum()
         return (loss, logits) if return_outputs else loss
 
-    @torch.no_grad()
-    def cell_accuracies(self) -> dict[str, float]:
-        """Return the greedy accuracy on first tokens of determined answers, by cell."""
-        model = self.accelerator.unwrap_model(self.model).eval()
-        out = {}
-        for name, rows in self.cells.items():
-            right, n = 0, 0
-            for k in range(0, len(rows), 32):
-                inputs = {key: v.to(model.device) for key, v in collate(rows[k : k + 32]).items()}
-                hit = predict_targets(model, inputs).argmax(-1) == inputs["target"]
-                right += int(hit[inputs["answers"]].sum())
-                n += int(inputs["answers"].sum())
-            out[f"accuracy/{name}"] = right / max(n, 1)
-        model.train()
-        return out
 
+class CellAccuracy(TrainerCallback):  # type: ignore[misc]
+    """Every so many steps logs the greedy accuracy on determined questions of unseen episodes, by cell."""
 
-class CellAccuracy(TrainerCallback):
-    """Logs the accuracy of each cell every so many steps."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.trainer: EpisodeTrainer | None = None
+    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.every, self.tokenizer, self.cells = config.evaluate_every, tokenizer, evaluation_cells(config.seed)
+        self.trainer: Trainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer is not None and (state.global_step % self.every == 0 or state.global_step == state.max_steps):
-            self.trainer.log(self.trainer.cell_accuracies())
+        if self.trainer is None or (state.global_step % self.every and state.global_step != state.max_steps):
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
+        agent = LanguageModel("in training", loaded=(model, self.tokenizer))
+        self.trainer.log(
+            {f"accuracy/{name}": self._determined(agent, episodes) for name, episodes in self.cells.items()}
+        )
+        model.train()
+
+    @staticmethod
+    def _determined(agent: LanguageModel, episodes: list[Episode]) -> float:
+        return accuracy([r for r in replay(agent, episodes).rows if r["determined"]])
 
 
-def evaluation_cells(encoder: Encoder, seed: int, episodes: int = 48) -> dict[str, list[Row]]:
+def evaluation_cells(seed: int, episodes: int = 48) -> dict[str, list[Episode]]:
     """Return unseen episodes by difficulty, from seeds that training never draws."""
     cells: dict[str, tuple[str, dict[str, Any], int]] = {}
     for n in (2, 4, 6, 8, 10):
@@ -276,16 +261,8 @@ def evaluation_cells(encoder: Encoder, seed: int, episodes: int = 48) -> dict[st
         cells[f"DFA {n} states few actions"] = ("DFA", {"states": n, "actions_listed": n // 2 + 1}, 20)
     cells["Cycle 6"] = ("Cycle", {"period": 6}, 18)
     cells["FruitStore 5"] = ("FruitStore", {"people": 5}, 4)
-    out = {}
-    for name, (game, settings, steps) in cells.items():
-        rows = []
-        for k in range(episodes):
-            row = Row(Tree(), [], [], [], [])
-            episode = unroll(make_game(game, **settings), seed + 10**6 + k, steps)
-            plant_episode(row, encoder, episode, Weights(), np.random.default_rng(k))
-            rows.append(Row(row.tree, row.context, row.target, row.weight, row.answers))
-        out[name] = rows
-    return out
+    seeds = seeds_for(seed, episodes, cell=999)
+    return {name: episodes_of(make_game(game, **given), seeds, steps) for name, (game, given, steps) in cells.items()}
 
 
 def corpus(config: TrainConfig, episodes: int = 4000) -> Iterator[str]:
@@ -342,13 +319,13 @@ def train(config: TrainConfig, out: Path) -> Path:
     """Train, resuming from the last checkpoint in `out`; return the folder of the finished model.
 
     Raises:
-        ValueError: `out` holds a training run of another config.
+        ConfigError: `out` holds a training run of another config.
     """
     out.mkdir(parents=True, exist_ok=True)
     text = config.model_dump_json(indent=2)
     record = out / "train.json"
     if record.exists() and record.read_text() != text:
-        raise ValueError(f"{out} holds a training run of another config ({record}); give another --out, or remove it")
+        raise ConfigError(f"{out} holds a training run of another config ({record}); give another --out, or remove it")
     record.write_text(text)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -358,9 +335,8 @@ def train(config: TrainConfig, out: Path) -> Path:
     os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_DIR", str(out))
     os.environ.setdefault("WANDB_PROJECT", "nextstate")
-    callback = CellAccuracy(config.evaluate_every)
+    callback = CellAccuracy(config, tokenizer)
     trainer = EpisodeTrainer(
-        cells=evaluation_cells(encoder, config.seed),
         model=new_model(config.model, len(tokenizer)),
         args=TrainingArguments(
             output_dir=str(out / "checkpoints"),
@@ -388,7 +364,8 @@ def train(config: TrainConfig, out: Path) -> Path:
         callbacks=[callback],
     )
     callback.trainer = trainer
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out / "checkpoints")) if (out / "checkpoints").exists() else None)
+    saved = out / "checkpoints"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
     final = out / "model"
     trainer.accelerator.unwrap_model(trainer.model).to(torch.float32).save_pretrained(final)
     tokenizer.save_pretrained(final)

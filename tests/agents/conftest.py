@@ -54,12 +54,14 @@ def build(architecture: str, vocabulary: int) -> Any:
     shape = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     wide = {"intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.3}
     if architecture == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=512, initializer_range=0.3))
+        return GPT2LMHeadModel(GPT2Config(**shape, n_positions=512, initializer_range=0.3))
     if architecture == "gpt_neox":
         return GPTNeoXForCausalLM(GPTNeoXConfig(**shape, **wide))
     if architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(**shape, **wide, num_key_value_heads=2))
-    return Gemma2ForCausalLM(Gemma2Config(**shape, **wide, num_key_value_heads=2, head_dim=8, sliding_window=400, query_pre_attn_scalar=8))
+    return Gemma2ForCausalLM(
+        Gemma2Config(**shape, **wide, num_key_value_heads=2, head_dim=8, sliding_window=400, query_pre_attn_scalar=8)
+    )
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ def plain(agent: LanguageModel, prompt: Prompt) -> tuple[list[float], int]:
     tails = [list(agent.encoder.piece(text)) for text in prompt.asked.choices]
     first = agent.model(torch.tensor([head])).logits[0, -1:].float()
     for c, tail in enumerate(tails):
-        rest = agent.model(torch.tensor([head + tail])).logits[0, len(head) : -1].float() if len(tail) > 1 else first[:0]
+        rest = (
+            agent.model(torch.tensor([head + tail])).logits[0, len(head) : -1].float() if len(tail) > 1 else first[:0]
+        )
         logits = torch.cat([first, rest])
         out.append(sum(float(logits[k].log_softmax(-1)[token]) for k, token in enumerate(tail)))
         hit = all(int(logits[k].argmax()) == token for k, token in enumerate(tail))
@@ -56,7 +58,9 @@ def _pieces(episode: Any, t: int, q: int) -> Any:
 
 
 @pytest.mark.parametrize(("game", "settings", "steps"), CASES)
-def test_branches_equal_one_forward_a_choice(model: LanguageModel, game: str, settings: dict[str, Any], steps: int) -> None:
+def test_branches_equal_one_forward_a_choice(
+    model: LanguageModel, game: str, settings: dict[str, Any], steps: int
+) -> None:
     episodes = episodes_of(make_game(game, **settings), range(3), steps, ask=2)
     prompts = [p for e in episodes for p in prompts_of(e)]
     for prompt, prediction in zip(prompts, model.predict(prompts), strict=True):
@@ -129,7 +133,9 @@ def test_memory_that_runs_out_halves_the_batch(folders: dict[str, Path], monkeyp
         replay(agent, episodes)
 
 
-def test_other_errors_of_a_forward_pass_are_not_swallowed(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_a_forward_pass_are_not_swallowed(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     agent = LanguageModel(str(folders["gpt2"]), device="cpu")
 
     def broken(*_: Any, **__: Any) -> Any:
@@ -157,12 +163,12 @@ def test_logits_that_are_not_finite_are_an_error(folders: dict[str, Path]) -> No
     agent = LanguageModel(str(folders["llama"]), device="cpu")
     with torch.no_grad():
         agent.model.get_output_embeddings().weight.fill_(math.nan)
-    with pytest.raises(AgentError, match="not finite in torch.float32"):
+    with pytest.raises(AgentError, match=r"not finite in torch\.float32"):
         replay(agent, episodes_of(make_game("Cycle"), range(1), 3))
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(AgentError, match="is no model: expected a folder with config.json"):
+    with pytest.raises(AgentError, match=r"is no model: expected a folder with config\.json"):
         LanguageModel(str(tmp_path))
 
 

@@ -1,0 +1,245 @@
+"""The command line: `nextstate run | report | play | train | list`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from nextstate.experiment import Progress
+
+app = typer.Typer(
+    name="nextstate",
+    help="Does a language model know what state a system is in? Games, agents, and one report page.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Overrides, such as [cyan]seed=3 games.0.episodes=20[/].", metavar="[KEY=VALUE]..."),
+]
+
+
+class Drawn(Progress):
+    """Progress as a bar with the time left."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.bar, self.task = bar, bar.add_task("start")
+
+    def begin(self, questions: int) -> None:
+        self.bar.update(self.task, total=questions)
+
+    def on(self, what: str) -> None:
+        self.bar.update(self.task, description=escape(what))
+
+    def advance(self, questions: int) -> None:
+        self.bar.advance(self.task, questions)
+
+    def warn(self, message: str) -> None:
+        self.bar.console.print(Text(f"left out: {message}", style="yellow"))
+
+
+@app.command(epilog="Example:  nextstate run configs/quickstart.yaml games.0.episodes=20 --out runs/short")
+def run(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
+) -> None:
+    """Run an experiment, or finish one that was cut off: the same command again resumes it."""
+    from nextstate import experiment
+    from nextstate.agents.config import read_config
+
+    read = read_config(config, overrides or [], experiment.Config)
+    folder = out or Path("runs") / read.name
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("questions"),
+        TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=console) as bar:
+        page = experiment.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
+    left_out = experiment.left_out(folder)
+    _summary(folder)
+    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+    if left_out:
+        errors.print(
+            Text(
+                f"{len(left_out)} cells were left out or asked in part; the report says which and why.", style="yellow"
+            )
+        )
+        if not all(experiment.answered(folder, entry["agent"]) for entry in left_out):
+            raise typer.Exit(1)
+
+
+def _summary(folder: Path) -> None:
+    from nextstate.analysis import tables
+
+    table = Table(
+        "agent", "game", "questions", "accuracy", "95 %", "ceiling", "chance", title="Greedy accuracy", box=box.SIMPLE
+    )
+    loaded = tables.load(folder)
+    summary = tables.pooled(loaded.rows, ("game", "agent")).filter(subset="all")
+    for row in summary.sort("game", "accuracy", descending=[False, True]).iter_rows(named=True):
+        interval = f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"
+        values = (f"{row[k]:.3f}" for k in ("ceiling", "chance"))
+        table.add_row(escape(row["agent"]), row["game"], f"{row['n']:,}", f"{row['accuracy']:.3f}", interval, *values)
+    console.print(table)
+
+
+@app.command(epilog="Example:  nextstate report runs/quickstart")
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
+    """Write the report page of a run again."""
+    from nextstate.analysis import report as page
+
+    console.print(f"Report: [bold]{escape(str(page.write(folder)))}[/]", soft_wrap=True)
+
+
+@app.command(epilog="Examples:  nextstate play Box   |   nextstate play DFA states=3 --steps 20 --agent nextstate/tiny")
+def play(
+    game: Annotated[str, typer.Argument(help="A game (see `nextstate list games`).")],
+    settings: Annotated[list[str] | None, typer.Argument(help="Its settings.", metavar="[KEY=VALUE]...")] = None,
+    agent: Annotated[str, typer.Option(help="human, ideal, chance, shortcut:NAME, or a language model.")] = "human",
+    steps: Annotated[int | None, typer.Option(help="Number of questions; by default at most 10.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which episode; by default a new one each time.")] = None,
+) -> None:
+    """Play a game of predictions: read the story, answer, be told the truth, get a score."""
+    import secrets
+
+    import yaml
+
+    from nextstate.agents.agent import Agent, Prompt
+    from nextstate.agents.human import Human
+    from nextstate.agents.reference import SHORTCUT, Reference
+    from nextstate.envs.game import GameError, score, unroll
+    from nextstate.envs.games import make_game
+
+    given = dict(s.partition("=")[::2] for s in settings or [])
+    made = make_game(game, **{k: yaml.safe_load(v) for k, v in given.items()})
+    length = steps if steps is not None else min(10, made.max_steps or 10)
+    episode = unroll(made, secrets.randbelow(10**6) if seed is None else seed, length)
+    player: Agent
+    if agent == "human":
+        player = Human(console, lambda stem: console.input(Text(stem, style="bold")))
+    elif agent in ("ideal", "chance") or agent.startswith(SHORTCUT):
+        if agent.startswith(SHORTCUT) and agent.removeprefix(SHORTCUT) not in made.shortcuts:
+            raise GameError(
+                f"{made.name} has no {agent!r}: expected one of {', '.join(SHORTCUT + s for s in made.shortcuts)}"
+            )
+        player = Reference(agent)
+    else:
+        from nextstate.agents.language import LanguageModel
+
+        player = LanguageModel(agent)
+    ideal = episode.beliefs("ideal")
+    reader = player.live()
+    right, ceiling = 0, 0.0
+    console.print(Text(episode.opening))
+    try:
+        for t, step in enumerate(episode.steps):
+            question = step.questions[0]
+            if step.narration.strip():
+                console.print(Text(step.narration.strip()))
+            answer = reader.predict([Prompt(episode, t)])[0]
+            ok = answer.greedy in question.accepted
+            right, ceiling = right + ok, ceiling + score(ideal[t][0], question.accepted)
+            if agent != "human":
+                console.print(Text(f"{question.stem.strip() or 'Next'} … {answer.answer}", style="bold"))
+            truth = " or ".join(question.choices[i].strip() for i in question.accepted)
+            console.print(Text(f"  {'✓ right' if ok else f'✗ no: {truth}'}", style="green" if ok else "red"))
+    except (EOFError, KeyboardInterrupt):
+        console.print("\nStopped.")
+        raise typer.Exit(130) from None
+    console.print(
+        f"Score: [bold]{right} of {length}[/]; the best possible reader expects {ceiling:.1f}. "
+        f"Again: nextstate play {' '.join([game, *(settings or [])])} --seed {episode.seed}"
+    )
+
+
+@app.command(epilog="Example:  nextstate train configs/train/tiny.yaml --out checkpoints/tiny")
+def train(
+    config: Annotated[str, typer.Argument(help="A training config.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints and the model; by default checkpoints/NAME.")
+    ] = None,
+) -> None:
+    """Train a small model on fresh episodes of the games; the same command again goes on from the last checkpoint."""
+    from nextstate.agents.config import read_config
+    from nextstate.agents.training import TrainConfig
+    from nextstate.agents.training import train as run_training
+
+    read = read_config(config, overrides or [], TrainConfig)
+    final = run_training(read, out or Path("checkpoints") / read.name)
+    console.print(f"Model: [bold]{escape(str(final))}[/] (use it as an agent by this path)", soft_wrap=True)
+
+
+@app.command("list", epilog="Example:  nextstate list games")
+def list_(what: Annotated[str, typer.Argument(help="games, models or configs")]) -> None:
+    """List what there is."""
+    if what == "games":
+        _games()
+    elif what == "models":
+        from nextstate.agents.language import BUILT_IN
+
+        for name, folder in BUILT_IN.items():
+            console.print(f"[bold]{name}[/]  built in, {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")
+        console.print("Also: any causal language model by its name on the hub or its folder, ideal, chance, shortcuts.")
+    elif what == "configs":
+        from nextstate.agents.config import find_config, packaged_configs
+
+        for name in packaged_configs():
+            first, second = (find_config(name).read_text(encoding="utf-8") + "\n\n").splitlines()[:2]
+            console.print(f"[bold]{first.lstrip('# ')}[/]\n    {escape(second.lstrip('# '))}", soft_wrap=True)
+    else:
+        raise typer.BadParameter(f"{what!r}: expected games, models or configs")
+
+
+def _games() -> None:
+    from nextstate.envs.game import setting_names
+    from nextstate.envs.games import GAMES
+
+    for name, cls in GAMES.items():
+        about = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
+        console.print(f"[bold]{name}[/]  nextstate/{name}-v0 (predict), nextstate/{name}Play-v0 (play)", soft_wrap=True)
+        console.print(f"    {escape(about)}", soft_wrap=True)
+        console.print(f"    settings: {', '.join(setting_names(cls))}", soft_wrap=True)
+        console.print(f"    shortcuts: {', '.join(cls.shortcuts)}", soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one message, not a traceback."""
+    from nextstate.agents.agent import AgentError
+    from nextstate.agents.config import ConfigError
+    from nextstate.analysis.tables import RunError
+    from nextstate.envs.game import GameError
+    from nextstate.experiment import ExperimentError
+
+    try:
+        app()
+    except (AgentError, ConfigError, ExperimentError, GameError, RunError) as error:
+        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

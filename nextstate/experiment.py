@@ -1,0 +1,395 @@
+"""An experiment: a grid of games, some agents, and a folder in which every question asked is a row."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from nextstate.agents.agent import Agent, AgentError
+from nextstate.agents.config import Strict
+from nextstate.agents.reference import SHORTCUT, Reference
+from nextstate.agents.rollout import Grid, Road, episodes_of, live, replay, seeds_for
+from nextstate.envs.game import Episode, Game
+from nextstate.envs.games import make_game
+
+REFERENCES = ("ideal", "chance")
+_CHUNK = 64  # episodes whose trees are in memory at a time; fixed, so that rows do not depend on the batch size
+_PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "wandb")
+
+SCHEMA: dict[str, Any] = {
+    "agent": pl.String, "game": pl.String, "setting": pl.String, "size": pl.Int64, "variant": pl.String,
+    "episode": pl.Int64, "step": pl.Int64, "question": pl.Int64, "variable": pl.String, "stem": pl.String,
+    "choices": pl.List(pl.String), "truth": pl.String, "accepted": pl.List(pl.String), "greedy": pl.String,
+    "greedy_correct": pl.Boolean, "choice": pl.String, "choice_correct": pl.Boolean,
+    "choice_token_correct": pl.Boolean, "choice_byte_correct": pl.Boolean, "logprobs": pl.List(pl.Float32),
+    "p_accepted": pl.Float64, "rank": pl.Int64, "ceiling": pl.Float64, "determined": pl.Boolean,
+    "chance": pl.Float64, "prompt_tokens": pl.Int64,
+}  # fmt: skip
+TRANSCRIPTS: dict[str, Any] = {
+    "episode": pl.Int64, "opening": pl.String, "feedback": pl.String,
+    "narrations": pl.List(pl.String), "closing": pl.List(pl.String),
+}  # fmt: skip
+
+
+class ExperimentError(RuntimeError):
+    """An experiment cannot be run as asked; the message says what stands in the way."""
+
+
+class AgentConfig(Strict):
+    """A language model and how to load it; a bare name in `agents` means all defaults."""
+
+    name: str
+    device: str | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    batch_size: int = Field(default=64, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
+
+
+class GameConfig(Strict):
+    """A game over a grid of settings."""
+
+    game: str
+    over: dict[str, list[Any]] = {}
+    settings: dict[str, Any] = {}
+    steps: int | list[int] = Field(10, description="at most so many; a list only with grid=cells")
+    episodes: int = Field(50, ge=1, le=1_000_000)
+    ask: int | Literal["all"] = 1
+
+
+class Config(Strict):
+    """Everything that decides the rows of a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, le=10**9)
+    agents: list[str | AgentConfig] = Field(min_length=1)
+    games: list[GameConfig] = Field(min_length=1)
+    grid: Grid = "episodes"
+    road: Road = "replay"
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        for game in self.games:
+            if isinstance(game.steps, list) != (self.grid == "cells"):
+                raise ValueError(
+                    f"{game.game}: steps={game.steps} does not fit grid={self.grid}: "
+                    "'cells' takes a list, 'episodes' a number"
+                )
+            if self.road == "live" and (game.ask != 1 or self.grid == "cells"):
+                raise ValueError(f"{game.game}: the live road asks one question after each step (ask=1, grid=episodes)")
+        return self
+
+
+class Setting(NamedTuple):
+    """One cell of the grid: a game, how long it is played, and how it is called."""
+
+    slug: str
+    game: Game
+    variant: str
+    steps: int
+    ask: int | Literal["all"]
+    seeds: range
+
+    @property
+    def size(self) -> int:
+        """The value of the setting that says how large the state space is."""
+        return int(getattr(self.game, self.game.size))
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run.json` says of it."""
+        return {
+            "slug": self.slug, "game": self.game.name, "settings": self.game.settings, "size_name": self.game.size,
+            "size": self.size, "variant": self.variant, "steps": self.steps, "episodes": len(self.seeds),
+        }  # fmt: skip
+
+
+def settings_of(config: Config) -> list[Setting]:
+    """Return the cells of the grid, in order.
+
+    Raises:
+        GameError: a game or setting that cannot be.
+        ExperimentError: two cells with one name.
+    """
+    out: list[Setting] = []
+    for entry in config.games:
+        for values in product(*entry.over.values()):
+            given = entry.settings | dict(zip(entry.over, values, strict=True))
+            game = make_game(entry.game, **given)
+            named = ", ".join(f"{k}={v}" for k, v in sorted(given.items()) if k != game.size)
+            for steps in entry.steps if isinstance(entry.steps, list) else [entry.steps]:
+                most = min(steps, game.max_steps or steps)
+                slug = "-".join([entry.game, *(f"{k}={v}" for k, v in given.items())])
+                if config.grid == "cells":
+                    slug += f"-steps={most}"
+                slug = re.sub(r"[^A-Za-z0-9=._-]+", "_", slug)
+                if config.grid == "cells" and out and out[-1].slug == slug:
+                    continue  # beyond the longest episode of this game there is nothing new
+                # Cells are drawn independently; settings that differ in size alone share seeds otherwise.
+                seeds = seeds_for(config.seed, entry.episodes, len(out) if config.grid == "cells" else 0)
+                out.append(Setting(slug, game, named, most, entry.ask, seeds))
+    if len({s.slug for s in out}) < len(out):
+        raise ExperimentError("two entries of `games` have the same settings; give each setting once")
+    return out
+
+
+def agents_for(config: Config, settings: list[Setting]) -> Iterator[tuple[str, Callable[[], Agent], list[Setting]]]:
+    """Yield each agent's name, how to make it, and the settings it is asked about; "shortcuts" stands for all."""
+    for entry in config.agents:
+        if entry == "shortcuts":
+            for name in dict.fromkeys(s for setting in settings for s in setting.game.shortcuts):
+                mine = [s for s in settings if name in s.game.shortcuts]
+                yield SHORTCUT + name, lambda name=name: Reference(SHORTCUT + name), mine  # type: ignore[misc]
+        elif isinstance(entry, str) and (entry in REFERENCES or entry.startswith(SHORTCUT)):
+            mine = [s for s in settings if entry in REFERENCES or entry.removeprefix(SHORTCUT) in s.game.shortcuts]
+            if not mine:
+                known = sorted({s for setting in settings for s in setting.game.shortcuts})
+                raise ExperimentError(f"no game of this run has {entry!r}: expected one of {', '.join(known)}")
+            yield entry, lambda name=entry: Reference(name), mine  # type: ignore[misc]
+        else:
+            yield (*_model(AgentConfig(name=entry) if isinstance(entry, str) else entry), settings)
+
+
+def _model(entry: AgentConfig) -> tuple[str, Callable[[], Agent]]:
+    def load() -> Agent:
+        from nextstate.agents.language import LanguageModel  # torch and transformers take seconds to import
+
+        return LanguageModel(**entry.model_dump())
+
+    return entry.name, load
+
+
+class Progress:
+    """Told what goes on; the command line draws it, a library user need not."""
+
+    def begin(self, questions: int) -> None:
+        """There are so many questions to answer in all."""
+
+    def on(self, what: str) -> None:
+        """We are at `what` now."""
+
+    def advance(self, questions: int) -> None:
+        """So many more were answered."""
+
+    def warn(self, message: str) -> None:
+        """Something was left out."""
+
+
+def run(config: Config, out: Path, progress: Progress | None = None, command: str = "") -> Path:
+    """Run an experiment, or finish one that was begun in `out`; return the report page.
+
+    Raises:
+        ExperimentError: `out` belongs to another config.
+        GameError, AgentError: something asked for cannot be.
+    """
+    from nextstate.analysis import log, report, tables
+
+    progress = progress or Progress()
+    settings = settings_of(config)
+    todo = list(agents_for(config, settings))
+    record = _begin(config, settings, out, command)
+    began = time.monotonic()
+    before = float(record["seconds"])
+    progress.begin(sum(_questions(s, config.grid) for _, _, mine in todo for s in mine))
+    mirror = log.Log(config.wandb)
+    mirror.start(out, config.name, config.model_dump())
+
+    def note(**changes: Any) -> None:
+        record.update(changes, seconds=round(before + time.monotonic() - began, 1))
+        _write_json(out / "run.json", record)
+
+    for setting in settings:
+        _write_transcripts(out, setting)
+    for name, load, mine in todo:
+        agent: Agent | None = None
+        for setting in mine:
+            progress.on(f"{name} on {setting.slug}")
+            path = rows_path(out, name, setting)
+            if not path.exists():
+                try:
+                    if agent is None:
+                        agent = load()
+                        note(agents=[a for a in record["agents"] if a["name"] != name] + [agent.describe()])
+                    frame, left_out = _ask(agent, setting, config, progress)
+                except AgentError as error:
+                    frame, left_out = None, str(error)
+                if left_out:
+                    progress.warn(left_out)
+                    kept = [x for x in record["left_out"] if (x["agent"], x["setting"]) != (name, setting.slug)]
+                    note(left_out=[*kept, {"agent": name, "setting": setting.slug, "reason": left_out}])
+                if frame is None:
+                    if agent is None:  # it cannot be loaded: the reason is the same for every setting
+                        progress.advance(sum(_questions(s, config.grid) for s in mine))
+                        break
+                    progress.advance(_questions(setting, config.grid))
+                    continue
+                _write_parquet(path, frame)
+            else:
+                progress.advance(_questions(setting, config.grid))
+            mirror.cell(path)
+    progress.on("report")
+    note(finished=_now())
+    page = report.write(out)
+    mirror.finish(tables.load(out))
+    return page
+
+
+def rows_path(out: Path, agent: str, setting: Setting) -> Path:
+    """Return where the rows of an agent on a setting lie."""
+    return out / "rows" / slugify(agent) / f"{setting.slug}.parquet"
+
+
+def slugify(name: str) -> str:
+    """Return a file name for an agent; names that need changing get a hash, so that no two fall together."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
+    return slug if slug == name else f"{slug[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _questions(setting: Setting, grid: Grid) -> int:
+    per_step = setting.ask if isinstance(setting.ask, int) else 1
+    return len(setting.seeds) * per_step * (1 if grid == "cells" else setting.steps)
+
+
+def _ask(agent: Agent, setting: Setting, config: Config, progress: Progress) -> tuple[pl.DataFrame | None, str]:
+    rows: list[dict[str, Any]] = []
+    said: list[str] = []
+    seeds = setting.seeds
+    planned = _questions(setting, config.grid) / len(seeds)
+    for k in range(0, len(seeds), _CHUNK):
+        chunk = seeds[k : k + _CHUNK]
+        if config.road == "live":
+            result = live(agent, setting.game, chunk, setting.steps)
+        else:
+            result = replay(agent, episodes_of(setting.game, chunk, setting.steps, setting.ask), config.grid)
+        rows.extend(result.rows)
+        said.extend(filter(None, [result.left_out]))
+        progress.advance(round(planned * len(chunk)))
+    if not rows:
+        return None, said[0] if said else "no questions"
+    constant = {
+        "agent": agent.name,
+        "game": setting.game.name,
+        "setting": setting.slug,
+        "size": setting.size,
+        "variant": setting.variant,
+    }
+    frame = pl.DataFrame([constant | r for r in rows], schema=SCHEMA)
+    return frame, said[0] if said else ""
+
+
+def _write_transcripts(out: Path, setting: Setting) -> None:
+    path = out / "transcripts" / f"{setting.slug}.parquet"
+    if path.exists():
+        return
+    episodes = episodes_of(setting.game, setting.seeds, setting.steps, setting.ask)
+    _write_parquet(path, pl.DataFrame([_transcript(e) for e in episodes], schema=TRANSCRIPTS))
+
+
+def _transcript(episode: Episode) -> dict[str, Any]:
+    return {
+        "episode": episode.seed,
+        "opening": episode.opening,
+        "feedback": episode.game.feedback,
+        "narrations": [s.narration for s in episode.steps],
+        "closing": [s.questions[-1].closing for s in episode.steps],
+    }
+
+
+def _begin(config: Config, settings: list[Setting], out: Path, command: str) -> dict[str, Any]:
+    """Write `run.json`, or return the one that is there."""
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    path = out / "run.json"
+    if path.exists():
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ExperimentError(
+                f"{path} cannot be read ({error}); remove the folder or give another --out"
+            ) from error
+        if record.get("config_hash") != digest:
+            changed = _changes(record.get("config", {}), config.model_dump(mode="json"))
+            raise ExperimentError(
+                f"{out} holds a run of another config (different: {', '.join(changed) or 'version'}); "
+                "give another --out, or remove the folder"
+            )
+        return record
+    if out.exists() and any(out.iterdir()):
+        raise ExperimentError(f"{out} is not empty and holds no run; give another --out")
+    record = {
+        "name": config.name,
+        "config": config.model_dump(mode="json"),
+        "config_hash": digest,
+        "seed": config.seed,
+        "command": command,
+        "started": _now(),
+        "finished": None,
+        "seconds": 0.0,
+        "versions": {p: importlib.metadata.version(p) for p in _PACKAGES} | {"python": platform.python_version()},
+        "hardware": hardware(),
+        "agents": [],
+        "settings": [s.describe() for s in settings],
+        "left_out": [],
+    }
+    _write_json(path, record)
+    return record
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+
+
+def hardware() -> dict[str, Any]:
+    """Return what a run ran on."""
+    out: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        out["cpu"] = found.group(1) if found else platform.processor()
+    if "torch" in sys.modules:
+        import torch
+
+        out["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return out
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    beside.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    beside.replace(path)
+
+
+def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".partial")
+    frame.write_parquet(beside)
+    beside.replace(path)
+
+
+def left_out(out: Path) -> list[dict[str, str]]:
+    """Return what a run left out: agent, setting, reason."""
+    found: list[dict[str, str]] = json.loads((out / "run.json").read_text(encoding="utf-8"))["left_out"]
+    return found
+
+
+def answered(out: Path, agent: str) -> bool:
+    """Tell whether an agent answered anything in a run."""
+    return any((out / "rows" / slugify(agent)).glob("*.parquet"))
