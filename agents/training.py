@@ -86,6 +86,7 @@ class TrainConfig(Strict):
     curriculum: Curriculum = Curriculum()
     mixture: dict[str, float] = {"DFA": 3, "Box": 3, "Cycle": 1, "FruitStore": 1}
     evaluate_every: int = 500
+    evaluation_episodes: int = 48
     save_every: int = 500
     threads: int | None = None
 
@@ -234,7 +235,7 @@ class CellAccuracy(TrainerCallback):  # type: ignore[misc]
     """Every so many steps logs the greedy accuracy on determined questions of unseen episodes, by cell."""
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.every, self.tokenizer, self.cells = config.evaluate_every, tokenizer, evaluation_cells(config.seed)
+        self.every, self.tokenizer, self.cells = config.evaluate_every, tokenizer, evaluation_cells(config)
         self.trainer: Trainer | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -252,7 +253,7 @@ class CellAccuracy(TrainerCallback):  # type: ignore[misc]
         return accuracy([r for r in replay(agent, episodes).rows if r["determined"]])
 
 
-def evaluation_cells(seed: int, episodes: int = 48) -> dict[str, list[Episode]]:
+def evaluation_cells(config: TrainConfig) -> dict[str, list[Episode]]:
     """Return unseen episodes by difficulty, from seeds that training never draws."""
     cells: dict[str, tuple[str, dict[str, Any], int]] = {}
     for n in (2, 4, 6, 8, 10):
@@ -261,7 +262,7 @@ def evaluation_cells(seed: int, episodes: int = 48) -> dict[str, list[Episode]]:
         cells[f"DFA {n} states few actions"] = ("DFA", {"states": n, "actions_listed": n // 2 + 1}, 20)
     cells["Cycle 6"] = ("Cycle", {"period": 6}, 18)
     cells["FruitStore 5"] = ("FruitStore", {"people": 5}, 4)
-    seeds = seeds_for(seed, episodes, cell=999)
+    seeds = seeds_for(config.seed, config.evaluation_episodes, cell=999)
     return {name: episodes_of(make_game(game, **given), seeds, steps) for name, (game, given, steps) in cells.items()}
 
 
@@ -358,6 +359,7 @@ def train(config: TrainConfig, out: Path) -> Path:
             run_name=config.name,
             seed=config.seed,
             dataloader_num_workers=0,
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=FreshRows(config, encoder),
         data_collator=collate,

@@ -1,0 +1,1 @@
+"""What the rows say: tables, figures, the report page, Weights & Biases."""

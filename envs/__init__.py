@@ -1,0 +1,26 @@
+"""What is being tracked: games, their episodes, Gymnasium environments over them, and explicit automata."""
+
+from nextstate.envs.automaton import Automaton
+from nextstate.envs.environments import PlayEnv, PredictionEnv
+from nextstate.envs.game import Episode, Game, GameError, Question, Reader, Step, score, unroll
+from nextstate.envs.games import GAMES, make_game
+from nextstate.envs.registration import register_environments
+from nextstate.envs.vector import PredictionVectorEnv
+
+__all__ = [
+    "GAMES",
+    "Automaton",
+    "Episode",
+    "Game",
+    "GameError",
+    "PlayEnv",
+    "PredictionEnv",
+    "PredictionVectorEnv",
+    "Question",
+    "Reader",
+    "Step",
+    "make_game",
+    "register_environments",
+    "score",
+    "unroll",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -43,8 +44,8 @@ def split(u: float, n: int) -> tuple[int, float]:
 
     One float a step thus decides everything about the step, so that single, vector and replayed episodes draw alike.
     """
-    scaled = u * n
-    index = min(int(scaled), n - 1)
+    scaled = u * n  # less than n also when rounded: n * 2**-53 is more than half of what lies between floats there
+    index = int(scaled)
     return index, scaled - index
 
 
@@ -62,7 +63,7 @@ def uniform(n: int, support: tuple[int, ...] | None = None) -> Distribution:
 
 
 class Question(NamedTuple):
-    """A cloze about one variable of the next state: prompt = transcript + stem, answer = one of the accepted choices."""
+    """A cloze about one variable of the next state: transcript + stem is the prompt, a choice is the answer."""
 
     variable: str
     stem: str
@@ -107,14 +108,14 @@ def score(belief: Distribution, accepted: tuple[int, ...]) -> float:
 class Reader(ABC):
     """What somebody who knows the game's rules remembers of a transcript, and what they would answer from it.
 
-    A reader is told only what the words tell: `hear` for a narration, `learn` for an answer that stays in the transcript.
+    A reader is told only what the words tell: `hear` a narration, `learn` an answer that stays in the transcript.
     """
 
     @abstractmethod
     def hear(self, action: Action) -> None:
         """Take in the narration of `action`."""
 
-    def learn(self, answer: int) -> None:
+    def learn(self, answer: int) -> None:  # noqa: B027 - some have nothing to learn
         """Take in that the last question's answer was choice `answer` (inline feedback only)."""
 
     @abstractmethod
@@ -196,6 +197,16 @@ class Game(ABC):
     def command(self, state: State, action: Action) -> str:
         """Return what a player types for `action`; different for each legal action of a state."""
 
+    def step(self, state: State, u: float, v: float, ask: int) -> Step:
+        """Take a step of the game's own: `u` draws the action, `v` the `ask` questions; overrides may only be faster."""
+        action = self.policy(state, u)
+        after = self.transition(state, action)
+        asked = self.questions(state, action, after)
+        if len(asked) > ask:
+            asked = (asked[int(v * len(asked))],) if ask == 1 else _draw(asked, ask, v)
+        # Half the price of Step(...), and this line runs once for every step of every experiment.
+        return tuple.__new__(Step, (state, action, after, self.narrate(state, action, after), asked))
+
     @abstractmethod
     def reader(self, state: State) -> Reader:
         """Return a reader who has read the opening of `state`, and knows of `state` only what that tells."""
@@ -216,7 +227,12 @@ class Episode:
         """The words each step adds to the transcript for good (with answers, where feedback is inline)."""
         if self.game.feedback == "branch":
             return tuple(s.narration for s in self.steps)
-        return tuple(s.narration + "".join(q.stem + q.choices[q.truth] + q.closing for q in s.questions) for s in self.steps)
+        told = []
+        for _, _, _, words, asked in self.steps:
+            for _, stem, choices, truth, _, closing in asked:
+                words = f"{words}{stem}{choices[truth]}{closing}"
+            told.append(words)
+        return tuple(told)
 
     @property
     def transcripts(self) -> tuple[str, ...]:
@@ -234,15 +250,21 @@ class Episode:
 
     def beliefs(self, name: str) -> list[list[Distribution]]:
         """Return what `name` ("ideal", "chance" or a shortcut) believes, for each step and question."""
+        if name == "chance":
+            return [[uniform(len(q.choices)) for q in step.questions] for step in self.steps]
         reader = self.game.reader(self.start)
+        hear, guess, learn = reader.hear, reader.guess, reader.learn
+        inline = self.game.feedback == "inline"
         out: list[list[Distribution]] = []
-        for step in self.steps:
-            reader.hear(step.action)
+        for _, action, _, _, asked in self.steps:
+            hear(action)
+            if not inline:
+                out.append([guess(name, question) for question in asked])
+                continue
             row: list[Distribution] = []
-            for question in step.questions:
-                row.append(uniform(len(question.choices)) if name == "chance" else reader.guess(name, question))
-                if self.game.feedback == "inline":
-                    reader.learn(question.truth)
+            for question in asked:
+                row.append(guess(name, question))
+                learn(question.truth)
             out.append(row)
         return out
 
@@ -252,7 +274,9 @@ def check_steps(game: Game, steps: int) -> None:
     require_whole("steps", steps, 1, game.max_steps or 1_000_000)
 
 
-def unroll(game: Game, seed: int, steps: int, ask: int | Literal["all"] = 1, rng: np.random.Generator | None = None) -> Episode:
+def unroll(
+    game: Game, seed: int, steps: int, ask: int | Literal["all"] = 1, rng: np.random.Generator | None = None
+) -> Episode:
     """Play one whole episode by the game's own policy.
 
     Args:
@@ -267,22 +291,16 @@ def unroll(game: Game, seed: int, steps: int, ask: int | Literal["all"] = 1, rng
         rng = np.random.default_rng(seed)
     state = start = game.initial(rng)
     draws = rng.random((steps, 2)).tolist()
-    transition, policy, narrate, questions = game.transition, game.policy, game.narrate, game.questions
+    step, most = game.step, sys.maxsize if ask == "all" else ask
     done: list[Step] = []
     for u, v in draws:
-        action = policy(state, u)
-        after = transition(state, action)
-        asked = questions(state, action, after)
-        if ask != "all" and len(asked) > ask:
-            asked = _draw(asked, ask, v)
-        done.append(Step(state, action, after, narrate(state, action, after), asked))
-        state = after
+        now = step(state, u, v, most)
+        done.append(now)
+        state = now.next_state
     return Episode(game, seed, start, game.opening(start), tuple(done))
 
 
 def _draw(asked: tuple[Question, ...], k: int, v: float) -> tuple[Question, ...]:
-    if k == 1:
-        return (asked[split(v, len(asked))[0]],)
     left = list(asked)
     picked = []
     for _ in range(k):

@@ -23,7 +23,7 @@ from nextstate.agents.agent import Agent, AgentError
 from nextstate.agents.config import Strict
 from nextstate.agents.reference import SHORTCUT, Reference
 from nextstate.agents.rollout import Grid, Road, episodes_of, live, replay, seeds_for
-from nextstate.envs.game import Episode, Game
+from nextstate.envs.game import Episode, Game, check_steps
 from nextstate.envs.games import make_game
 
 REFERENCES = ("ideal", "chance")
@@ -133,6 +133,7 @@ def settings_of(config: Config) -> list[Setting]:
             named = ", ".join(f"{k}={v}" for k, v in sorted(given.items()) if k != game.size)
             for steps in entry.steps if isinstance(entry.steps, list) else [entry.steps]:
                 most = min(steps, game.max_steps or steps)
+                check_steps(game, most)
                 slug = "-".join([entry.game, *(f"{k}={v}" for k, v in given.items())])
                 if config.grid == "cells":
                     slug += f"-steps={most}"
@@ -229,23 +230,29 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
                     frame, left_out = None, str(error)
                 if left_out:
                     progress.warn(left_out)
-                    kept = [x for x in record["left_out"] if (x["agent"], x["setting"]) != (name, setting.slug)]
-                    note(left_out=[*kept, {"agent": name, "setting": setting.slug, "reason": left_out}])
+                    affected = mine if agent is None else [setting]  # it cannot be loaded: the same for every setting
+                    note(left_out=_noted(record["left_out"], name, affected, left_out))
                 if frame is None:
-                    if agent is None:  # it cannot be loaded: the reason is the same for every setting
-                        progress.advance(sum(_questions(s, config.grid) for s in mine))
+                    progress.advance(sum(_questions(s, config.grid) for s in affected))
+                    if agent is None:
                         break
-                    progress.advance(_questions(setting, config.grid))
                     continue
                 _write_parquet(path, frame)
             else:
+                frame = pl.read_parquet(path)
                 progress.advance(_questions(setting, config.grid))
-            mirror.cell(path)
+            mirror.cell(log.cell_metrics(setting.describe(), name, frame))
     progress.on("report")
     note(finished=_now())
     page = report.write(out)
     mirror.finish(tables.load(out))
     return page
+
+
+def _noted(old: list[dict[str, str]], agent: str, settings: list[Setting], reason: str) -> list[dict[str, str]]:
+    slugs = {s.slug for s in settings}
+    kept = [x for x in old if x["agent"] != agent or x["setting"] not in slugs]
+    return kept + [{"agent": agent, "setting": slug, "reason": reason} for slug in sorted(slugs)]
 
 
 def rows_path(out: Path, agent: str, setting: Setting) -> Path:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import getitem
 from typing import ClassVar, NamedTuple, final
 
 import numpy as np
@@ -18,6 +19,7 @@ from nextstate.envs.game import (
     Question,
     Reader,
     State,
+    Step,
     point,
     require_whole,
     split,
@@ -95,6 +97,14 @@ class Box(Game):
         return OBJECTS[: self.objects]
 
     @cached_property
+    def _values(self) -> list[list[tuple[str, str]]]:
+        return [[(noun, LETTERS[b]) for b in range(self.boxes)] for noun in self._nouns]
+
+    @cached_property
+    def _actions(self) -> list[list[Move]]:
+        return [[Move(o, b) for b in range(self.boxes)] for o in range(len(self._nouns))]
+
+    @cached_property
     def _moves(self) -> list[list[str]]:
         move = STYLES[self.style].move
         return [[move.format(object=noun, box=LETTERS[b]) for b in range(self.boxes)] for noun in self._nouns]
@@ -116,21 +126,30 @@ class Box(Game):
         return [Move(o, b) for o, at in enumerate(places) for b in range(self.boxes) if b != at]
 
     def transition(self, state: State, action: Action) -> Places:
-        places, move = _places(state), _move(action)
-        return (*places[: move[0]], move[1], *places[move[0] + 1 :])
+        assert isinstance(state, tuple)
+        assert isinstance(action, tuple)
+        after = list(state)
+        after[action[0]] = action[1]
+        return tuple(after)
 
     def policy(self, state: State, u: float) -> Move:
-        places = _places(state)
-        full = sorted(set(places))
-        i, u = split(u, len(full))
-        source = full[i]
-        inside = [o for o, at in enumerate(places) if at == source]
-        i, u = split(u, len(inside))
-        target, _ = split(u, self.boxes - 1)
-        return Move(inside[i], target + (target >= source))
+        assert isinstance(state, tuple)
+        source: int
+        full = sorted(set(state))
+        u *= len(full)  # `split`, written out: this is the hottest line of the game
+        source = full[int(u)]
+        u -= int(u)
+        which, count = state.index(source), state.count(source)
+        if count > 1:
+            i, u = split(u, count)
+            for _ in range(i):
+                which = state.index(source, which + 1)
+        target: int = int(u * (self.boxes - 1))
+        return self._actions[which][target + (target >= source)]
 
     def values(self, state: State) -> Mapping[str, str]:
-        return {noun: LETTERS[at] for noun, at in zip(self._nouns, _places(state), strict=True)}
+        assert isinstance(state, tuple)
+        return dict(map(getitem, self._values, state))
 
     def opening(self, state: State) -> str:
         places, fact = _places(state), STYLES[self.style].fact
@@ -138,11 +157,21 @@ class Box(Game):
         return " ".join(fact.format(box=LETTERS[b], object=self._nouns[o]) for b, o in order)
 
     def narrate(self, state: State, action: Action, next_state: State) -> str:
-        move = _move(action)
-        return self._moves[move[0]][move[1]]
+        assert isinstance(action, tuple)
+        return self._moves[action[0]][action[1]]
 
     def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
-        return tuple([row[at] for row, at in zip(self._questions, _places(next_state), strict=True)])
+        assert isinstance(next_state, tuple)
+        return tuple(map(getitem, self._questions, next_state))
+
+    def step(self, state: State, u: float, v: float, ask: int) -> Step:
+        if ask > 1:
+            return super().step(state, u, v, ask)
+        action = self.policy(state, u)
+        after = self.transition(state, action)
+        which = int(v * len(after))  # only the question that is asked is looked up
+        words = self._moves[action[0]][action[1]]
+        return tuple.__new__(Step, (state, action, after, words, (self._questions[which][after[which]],)))
 
     def command(self, state: State, action: Action) -> str:
         move = _move(action)
@@ -156,29 +185,26 @@ class BoxReader(Reader):
     """Knows all: the opening tells every place, and each narration the new one."""
 
     def __init__(self, game: Box, start: Places) -> None:
-        self.start, self.places = start, list(start)
+        self.start, self.places, self.named = start, list(start), list(start)  # every object's fact named its box
         self.n, self.index = game.boxes, {noun: o for o, noun in enumerate(game._nouns)}
-        self.named, self.last = Counter(start), 0  # every box was named once for each object in it
-        self.recent = list(start)  # the box named in the last sentence about each object
 
     def hear(self, action: Action) -> None:
-        move = _move(action)
-        self.places[move[0]] = self.recent[move[0]] = self.last = move[1]
-        self.named[move[1]] += 1
+        assert isinstance(action, tuple)
+        self.places[action[0]] = action[1]
+        self.named.append(action[1])
 
     def guess(self, name: str, question: Question) -> Distribution:
         at = self.index[question.variable]
-        if name == "ideal":
+        if name in ("ideal", "last_mention"):  # the last sentence about an object names its box
             return point(self.n, self.places[at])
-        if name == "last_mention":
-            return point(self.n, self.recent[at])
         if name == "action_only":
-            return point(self.n, self.last)
+            return point(self.n, self.named[-1])
         if name == "stay":
             return point(self.n, self.start[at])
         if name == "most_frequent":
-            top = max(self.named.values())
-            return uniform(self.n, tuple(sorted(b for b, k in self.named.items() if k == top)))
+            counts = Counter(self.named)
+            top = max(counts.values())
+            return uniform(self.n, tuple(sorted(b for b, k in counts.items() if k == top)))
         raise KeyError(name)
 
 

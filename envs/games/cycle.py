@@ -24,6 +24,7 @@ from nextstate.envs.game import (
 )
 
 CHOICES = tuple(f" {c}" for c in string.ascii_lowercase)
+ASKED = tuple((Question("letter", "", CHOICES, i, (i,), ""),) for i in range(len(CHOICES)))
 
 
 class Phase(NamedTuple):
@@ -85,7 +86,7 @@ class Cycle(Game):
 
     def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
         pattern, at = _phase(next_state)
-        return (Question("letter", "", CHOICES, pattern[at], (pattern[at],), ""),)
+        return ASKED[pattern[at]]
 
     def command(self, state: State, action: Action) -> str:
         return "next"

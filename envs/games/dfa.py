@@ -6,7 +6,7 @@ import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import product
 from typing import ClassVar, NamedTuple, final
 
@@ -20,13 +20,15 @@ from nextstate.envs.game import (
     Question,
     Reader,
     State,
+    Step,
     point,
     require,
     require_whole,
     uniform,
 )
 
-LOWER = {"letters": tuple(string.ascii_lowercase), "pairs": tuple(map("".join, product(string.ascii_lowercase, repeat=2)))}
+LETTERS = tuple(string.ascii_lowercase)
+LOWER = {"letters": LETTERS, "pairs": tuple(map("".join, product(LETTERS, repeat=2)))}
 UPPER = {kind: tuple(s.upper() for s in symbols) for kind, symbols in LOWER.items()}
 DENSITIES = ("min", "middle", "max")
 KINDS = ("state-action", "state-state")
@@ -54,14 +56,48 @@ class Machine:
         return tuple(tuple([a for a, _ in row]) for row in self.table)
 
     @cached_property
-    def targets(self) -> tuple[dict[int, int], ...]:
-        """For each state the target of each action."""
-        return tuple([dict(row) for row in self.table])
+    def places(self) -> tuple[Place, ...]:
+        """The states of the walk, one object each."""
+        return tuple([Place(self, at) for at in range(len(self.states))])
+
+    @cached_property
+    def after(self) -> tuple[dict[int, Place], ...]:
+        """For each state where each action leads."""
+        places = self.places
+        return tuple([{a: places[target] for a, target in row} for row in self.table])
+
+    @cached_property
+    def values(self) -> tuple[Mapping[str, str], ...]:
+        """For each state what it shows."""
+        return tuple([{"state": s} for s in self.states])
+
+    @cached_property
+    def narrations(self) -> tuple[str, ...]:
+        """For each action its words."""
+        return tuple([f" Take action {a}," for a in self.actions])
 
     @cached_property
     def choices(self) -> tuple[str, ...]:
         """The states as answers."""
         return tuple([f" {s}" for s in self.states])
+
+    @cached_property
+    def taken(self) -> dict[tuple[int, int, str], Step]:
+        """Each step taken so far, by state, index of the action, and kind of game: walks come by again and again."""
+        return {}
+
+    @cached_property
+    def whither(self) -> tuple[tuple[Question, ...], ...]:
+        """For each next state the question after a told action."""
+        return tuple([(Question("state", " go to state", self.choices, t, (t,)),) for t in range(len(self.states))])
+
+    @cached_property
+    def onward(self) -> tuple[dict[int, tuple[Question, ...]], ...]:
+        """For each state and next state the question after an action that was not told."""
+        reach = [tuple(sorted({t for _, t in row})) for row in self.table]
+        return tuple(
+            [{t: (Question("state", " Go to state", self.choices, t, targets),) for t in targets} for targets in reach]
+        )
 
 
 class Place(NamedTuple):
@@ -151,32 +187,37 @@ class DFA(Game):
         degrees = [(self.n_edges - 1) // (n - 1) + (i < (self.n_edges - 1) % (n - 1)) for i in range(n - 1)]
         # One row of keys a state: sorting them shuffles targets and draws actions without a call for each.
         keys = rng.random((n, n + self.actions_listed))
+        drawn = keys[:, n:].argsort(axis=1).tolist()
         table: list[tuple[tuple[int, int], ...]] = [()] * n
         for i, degree in enumerate(degrees):
-            at, key = order[i], keys[i]
-            rank = key[:n].argsort().tolist()
-            later, earlier = order[i + 1 :], order[:i]
-            later.sort(key=rank.index)
-            earlier.sort(key=rank.index)
-            labels = sorted(key[n:].argsort()[:degree].tolist())
-            targets = (later + earlier)[:degree]
-            targets.sort(key=lambda t, by=key: by[t])
-            table[at] = tuple(zip(labels, targets, strict=True))
+            by = keys[i, :n].tolist().__getitem__
+            targets = sorted(order[i + 1 :], key=by)[:degree]
+            if len(targets) < degree:
+                targets = sorted(targets + sorted(order[:i], key=by)[: degree - len(targets)], key=by)
+            table[order[i]] = tuple(zip(sorted(drawn[i][:degree]), targets, strict=True))
         start = order[0]
-        table[order[-1]] = ((int(keys[-1, n:].argmin()), start),)
-        return Place(Machine(states, actions, tuple(table), start), start)
+        table[order[-1]] = ((drawn[-1][0], start),)
+        machine = Machine(states, actions, tuple(table), int(start))
+        return machine.places[machine.start]
 
     def actions(self, state: State) -> Sequence[int]:
         machine, at = _place(state)
         return machine.legal[at]
 
     def transition(self, state: State, action: Action) -> Place:
-        machine, at = _place(state)
-        return Place(machine, machine.targets[at][_index(action)])
+        assert isinstance(state, Place)
+        assert isinstance(action, int)
+        machine, at = state
+        return machine.after[at][action]
+
+    def policy(self, state: State, u: float) -> int:
+        assert isinstance(state, Place)
+        legal = state.machine.legal[state.at]
+        return legal[int(u * len(legal))]
 
     def values(self, state: State) -> Mapping[str, str]:
         machine, at = _place(state)
-        return {"state": machine.states[at]}
+        return machine.values[at]
 
     def opening(self, state: State) -> str:
         machine, at = _place(state)
@@ -188,14 +229,25 @@ class DFA(Game):
     def narrate(self, state: State, action: Action, next_state: State) -> str:
         if self.kind == "state-state":
             return ""
-        return f" Take action {_place(state).machine.actions[_index(action)]},"
+        assert isinstance(state, Place)
+        assert isinstance(action, int)
+        return state.machine.narrations[action]
 
     def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
-        machine, after = _place(next_state)
+        assert isinstance(next_state, Place)
+        machine, after = next_state
         if self.kind == "state-action":
-            return (Question("state", " go to state", machine.choices, after, (after,)),)
-        accepted = tuple(sorted({target for _, target in machine.table[_place(state).at]}))
-        return (Question("state", " Go to state", machine.choices, after, accepted),)
+            return machine.whither[after]
+        return machine.onward[_place(state).at][after]
+
+    def step(self, state: State, u: float, v: float, ask: int) -> Step:
+        assert isinstance(state, Place)
+        machine, at = state
+        key = (at, int(u * len(machine.legal[at])), self.kind)
+        step = machine.taken.get(key)
+        if step is None:
+            step = machine.taken[key] = super().step(state, u, v, ask)
+        return step
 
     def command(self, state: State, action: Action) -> str:
         return f"take action {_place(state).machine.actions[_index(action)]}"
@@ -208,43 +260,49 @@ class DFAReader(Reader):
     """Remembers every transition shown, by (state, action), by action and by state."""
 
     def __init__(self, told: bool, start: int) -> None:
-        self.told, self.at, self.action, self.before = told, start, -1, -1
-        self.pairs: dict[tuple[int, int], int] = {}
+        self.told, self.at, self.action = told, start, -1
+        self.pairs: dict[tuple[int, int], int] = {}  # without actions, by (state, next state)
         self.by_action: dict[int, int] = {}
-        self.by_state: dict[int, list[int]] = {}
-        self.named = Counter((start,))
+        self.by_state: dict[int, int] = {}
+        self.named = [start]
 
     def hear(self, action: Action) -> None:
         if self.told:
-            self.action = _index(action)
+            assert isinstance(action, int)
+            self.action = action
 
     def learn(self, answer: int) -> None:
-        if self.told:
-            self.pairs[self.at, self.action] = self.by_action[self.action] = answer
-        self.by_state.setdefault(self.at, []).append(answer)
-        self.named[answer] += 1
-        self.before, self.at = self.at, answer
+        at, action = self.at, self.action if self.told else answer
+        self.pairs[at, action] = self.by_action[action] = self.by_state[at] = self.at = answer
+        self.named.append(answer)
 
     def guess(self, name: str, question: Question) -> Distribution:
         n = len(question.choices)
         if name == "ideal":
-            if self.told and (self.at, self.action) in self.pairs:
-                return point(n, self.pairs[self.at, self.action])
-            if not self.told and self.at in self.by_state:
-                return uniform(n, tuple(sorted(set(self.by_state[self.at]))))
-            return uniform(n, tuple(i for i in range(n) if i != self.at))
+            if self.told:
+                known = self.pairs.get((self.at, self.action))
+                return elsewhere(n, self.at) if known is None else point(n, known)
+            seen = tuple([s for s in range(n) if (self.at, s) in self.pairs])
+            return uniform(n, seen) if seen else elsewhere(n, self.at)
         if name == "stay":
             return point(n, self.at)
         if name == "last_mention":  # the most recently named state that is not the current one
-            return point(n, self.before) if self.before >= 0 else uniform(n)
+            return point(n, self.named[-2]) if len(self.named) > 1 else uniform(n)
         if name == "action_only":
             return point(n, self.by_action[self.action]) if self.action in self.by_action else uniform(n)
         if name == "state_only":
-            return point(n, self.by_state[self.at][-1]) if self.at in self.by_state else uniform(n)
+            return point(n, self.by_state[self.at]) if self.at in self.by_state else uniform(n)
         if name == "most_frequent":
-            top = max(self.named.values())
-            return uniform(n, tuple(sorted(s for s, k in self.named.items() if k == top)))
+            counts = Counter(self.named)
+            top = max(counts.values())
+            return uniform(n, tuple(sorted(s for s, k in counts.items() if k == top)))
         raise KeyError(name)
+
+
+@lru_cache(maxsize=4096)
+def elsewhere(n: int, at: int) -> Distribution:
+    """Return the uniform distribution over all of `n` states but `at`."""
+    return uniform(n, tuple([s for s in range(n) if s != at]))
 
 
 def _place(state: State) -> Place:

@@ -1,0 +1,296 @@
+"""One self-contained page about a run: what was asked, how well it was answered, and what could have been."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import polars as pl
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from nextstate.analysis import figures, tables
+from nextstate.analysis.tables import Run, RunError
+
+ANSWERS = 9000  # agent's answers that the episode viewer holds at most
+STEPS = 40  # and steps of an episode
+CELLS = 24_000  # rows of the cell table that the page holds at most
+TOP = 5  # choices shown with their probability
+ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
+
+
+def write(run: Path) -> Path:
+    """Write `report.html` (and `cells.parquet`, the whole table of cells) into the folder of a finished run.
+
+    The page needs no network. A page that is there is replaced; a killed call leaves it as it was.
+
+    Raises:
+        RunError: where the run is not complete or cannot be read.
+    """
+    loaded = tables.load(Path(run))
+    cells = tables.cells(loaded.rows)
+    _replace(loaded.path / "cells.parquet", lambda path: cells.write_parquet(path))
+    page = render(loaded, cells)
+    return _replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def _replace(path: Path, make: Any) -> Path:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        make(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def embed(value: Any) -> Markup:
+    """Return `value` as JSON that may stand inside a script element whatever text it holds; NaN becomes null."""
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.translate(ESCAPES))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def render(run: Run, cells: pl.DataFrame) -> str:
+    """Return the page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nextstate.analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"percent": percent, "embed": embed, "label": figures.label, "number": lambda n: f"{n:,}"}
+    scripts = {"plotly": get_plotlyjs(), "page": environment.get_template("report.script.html.jinja").render()}
+    totals = tables.pooled(run.rows, ("agent", "game", "variant"))
+    by_game = tables.pooled(run.rows, ("agent", "game"))
+    by_size = tables.pooled(run.rows, ("agent", "game", "size"))
+    curves, hard = tables.curves(run.rows), tables.on_hard(run.rows)
+    drawn, look = Drawn(), figures.styles(run)
+    return environment.get_template("report.html.jinja").render(
+        run=run,
+        info=run.info,
+        scripts={name: Markup(text) for name, text in scripts.items()},
+        hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values()),
+        style=Markup(environment.get_template("report.style.html.jinja").render()),
+        headline=headline(run, by_game, by_size),
+        games=[
+            _game(run, name, cells, curves, drawn) for name in dict.fromkeys(s["game"] for s in run.info["settings"])
+        ],
+        determined=[drawn.add(figures.determined(totals, a, look[a])) for a in run.focus],
+        hard=[drawn.add(figures.hard(hard, totals, a, look[a])) for a in run.focus],
+        never_wrong=_never_wrong(hard),
+        scale=", ".join(f"{colour} {100 * at:g}%" for at, colour in figures.SCALE),
+        cells=_cell_data(cells, run),
+        episodes=sample(run),
+        drawn=drawn.figures,
+        rows=run.rows.select(pl.len()).collect().item(),
+    )
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+class Drawn:
+    """The figures of the page, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self.figures: list[dict[str, Any]] = []
+
+    def add(self, figure: Any) -> dict[str, Any]:
+        """Keep the figure; return its place in the list, its title (which the page sets as text) and its height."""
+        data = json.loads(figure.to_json())
+        title = data["layout"].pop("title")["text"]
+        data["layout"]["margin"]["t"] = 8
+        data["layout"]["height"] -= 26
+        for trace in data["data"]:
+            if trace["type"] == "heatmap":
+                trace["showscale"] = False  # the page draws one scale for all
+        self.figures.append(data)
+        return {"at": len(self.figures) - 1, "title": Markup(title).unescape(), "height": data["layout"]["height"]}
+
+
+def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn: Drawn) -> dict[str, Any]:
+    mine = [s for s in run.info["settings"] if s["game"] == game]
+    size_name = mine[0].get("size_name", "size")
+    look = figures.styles(run)
+    here = cells.filter(pl.col("game") == game)
+    panels = []
+    for variant in dict.fromkeys(s["variant"] for s in mine):
+        for agent in run.focus:
+            if here.filter((pl.col("variant") == variant) & (pl.col("agent") == agent)).is_empty():
+                continue
+            maps = [drawn.add(figures.heatmap(here, game, variant, agent, v, size_name)) for v in figures.VALUES]
+            panels.append({"variant": variant, "agent": agent, "maps": maps, "curves": []})
+        lines = [
+            drawn.add(figures.curve(curves, game, variant, "size", look, size_name)),
+            drawn.add(figures.curve(curves, game, variant, "step", look)),
+        ]
+        for panel in panels:
+            if panel["variant"] == variant:
+                panel["curves"] = lines
+    present = set(here["agent"])
+    return {
+        "name": game,
+        "size_name": size_name,
+        "sizes": sorted({s["size"] for s in mine}),
+        "steps": here["step"].n_unique(),
+        "episodes": max(s["episodes"] for s in mine),
+        "panels": panels,
+        "legend": [(figures.label(a), style) for a, style in look.items() if a in present],
+    }
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a reader wants it: "87.3 %", "100 %"; a dash where there is none."""
+    return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "\u202f%"
+
+
+def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return for each model and game its row of each subset, and of the smallest and largest size (determined only).
+
+    `by_game`, `by_size` come from `tables.pooled`, by agent and game, and by size also.
+    """
+    out = []
+    for agent in run.focus:
+        for game, size_name in {s["game"]: s.get("size_name", "size") for s in run.info["settings"]}.items():
+            mine = (pl.col("agent") == agent) & (pl.col("game") == game)
+            subsets = {row["subset"]: row for row in by_game.filter(mine).iter_rows(named=True)}
+            ends = by_size.filter(mine & (pl.col("subset") == "determined")).sort("size").rows(named=True)
+            if "all" in subsets:
+                found = {name: subsets.get(name) for name in tables.SUBSETS}
+                found |= {"smallest": ends[0] if ends else None, "largest": ends[-1] if ends else None}
+                out.append({"agent": agent, "game": game, "size_name": size_name, **found})
+    return out
+
+
+def _never_wrong(hard: pl.DataFrame) -> list[str]:
+    rows = hard.filter(pl.col("n") == 0).select("game", "variant", "shortcut").unique(maintain_order=True)
+    return [f"{figures.label(s)} in {figures.place(g, v)}" for g, v, s in rows.iter_rows()]
+
+
+def _cell_data(cells: pl.DataFrame, run: Run) -> dict[str, Any]:
+    """Return the cell table by columns; names as indices, numbers with three digits."""
+    shown = cells
+    if len(shown) > CELLS:
+        shown = shown.filter((pl.col("step") <= 10) | (pl.col("step") % 10 == 0))
+    if len(shown) > CELLS:
+        shown = shown.filter(pl.col("subset") == "all")
+    shown = shown.head(CELLS)
+    names = {
+        "agent": list(run.agents),
+        "game": shown["game"].unique(maintain_order=True).to_list(),
+        "subset": list(tables.SUBSETS),
+    }
+    names["variant"] = shown["variant"].unique(maintain_order=True).to_list()
+    columns: dict[str, list[Any]] = {}
+    for column in shown.columns:
+        if column in names:
+            columns[column] = shown[column].replace_strict(names[column], range(len(names[column]))).to_list()
+        else:
+            columns[column] = (shown[column].round(3) if shown[column].dtype == pl.Float64 else shown[column]).to_list()
+    return {"names": names, "columns": columns, "left": len(cells) - len(shown), "total": len(cells)}
+
+
+# --- the episode viewer
+
+
+def sample(run: Run) -> dict[str, Any]:
+    """Return a few whole episodes, with every agent's answers, from the smallest, a middle and the largest size.
+
+    As many episodes a setting as `ANSWERS` allows, at most four; of an episode at most its first `STEPS` steps.
+    """
+    chosen = list(_spread(run.info["settings"]))
+    slugs = [s["slug"] for s in chosen]
+    few = run.rows.filter(pl.col("setting").is_in(slugs) & (pl.col("step") <= STEPS))
+    counts = few.group_by("setting", "episode").len().sort("setting", "episode").collect()
+    per_round = max(1, int(counts.group_by("setting").agg(pl.col("len").mean())["len"].sum()))
+    keep = counts.group_by("setting", maintain_order=True).head(max(1, min(4, ANSWERS // per_round)))
+    rows = (
+        few.join(keep.lazy().select("setting", "episode"), on=["setting", "episode"])
+        .sort(*tables.QUESTION, "agent")
+        .collect()
+    )
+    agents = {agent: i for i, agent in enumerate(run.agents)}
+    settings = []
+    for setting in chosen:
+        part = rows.filter(pl.col("setting") == setting["slug"])
+        if len(part):
+            told = _transcripts(run, setting["slug"])
+            named = {k: setting.get(k) for k in ("slug", "game", "variant", "size", "size_name")}
+            ids = sorted(part["episode"].unique())
+            settings.append(
+                {**named, "episodes": [_episode(part.filter(pl.col("episode") == e), told, e, agents) for e in ids]}
+            )
+    return {"agents": list(agents), "settings": settings}
+
+
+def _spread(settings: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for setting in settings:
+        groups.setdefault((setting["game"], setting["variant"]), []).append(setting)
+    for group in groups.values():
+        group.sort(key=lambda s: s["size"])
+        yield from (group[i] for i in sorted({0, len(group) // 2, len(group) - 1}))
+
+
+def _transcripts(run: Run, slug: str) -> dict[int, dict[str, Any]]:
+    path = run.path / "transcripts" / f"{slug}.parquet"
+    again = f"run `{run.info['command']}` again"
+    if not path.is_file():
+        raise RunError(f"{path} is missing, but the run has answers for it: {again}")
+    try:
+        return {row["episode"]: row for row in pl.read_parquet(path).iter_rows(named=True)}
+    except pl.exceptions.PolarsError as error:
+        raise RunError(f"{path} cannot be read ({error}): delete it and {again}") from error
+
+
+def _episode(
+    rows: pl.DataFrame, told: Mapping[int, Mapping[str, Any]], seed: int, agents: Mapping[str, int]
+) -> dict[str, Any]:
+    if seed not in told:
+        raise RunError(
+            f"the transcripts of {rows['setting'][0]!r} have no episode {seed}, but there are answers for it"
+        )
+    story = told[seed]
+    closing = story.get("closing") or []
+    steps = []
+    for (step,), asked in rows.group_by("step", maintain_order=True):
+        assert isinstance(step, int)
+        questions = []
+        for _, answers in asked.group_by("question", maintain_order=True):
+            one = answers.row(0, named=True)
+            given = {agents[a["agent"]]: _answer(a) for a in answers.iter_rows(named=True)}
+            questions.append(
+                {name: one[name] for name in ("stem", "truth", "accepted", "determined")}
+                | {name: round(one[name], 3) for name in ("ceiling", "chance")}
+                | {"of": len(one["choices"]), "by": given}
+            )
+        after = closing[step - 1] if step <= len(closing) else ""
+        steps.append({"step": step, "told": story["narrations"][step - 1], "closing": after, "asked": questions})
+    return {"id": seed, "opening": story["opening"], "inline": story["feedback"] == "inline", "steps": steps}
+
+
+def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
+    chances = [math.exp(min(x, 0.0)) if x is not None else 0.0 for x in row["logprobs"]]
+    top = sorted(range(len(chances)), key=lambda i: -chances[i])[:TOP]
+    return {
+        "text": row["greedy"],
+        "right": row["greedy_correct"],
+        "choice": row["choice"],
+        "choice_right": row["choice_correct"],
+        "rank": row["rank"],
+        "top": [[row["choices"][i].strip(), round(chances[i], 3)] for i in top],
+    }

@@ -1,0 +1,332 @@
+"""From a finished run's files to numbers: accuracy, ceiling and chance of every cell, each with a 95 % interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+from scipy.special import ndtri
+
+LEVEL = 0.95
+DRAWS = 1000
+SUBSETS = ("all", "determined", "undetermined")
+QUESTION = ("setting", "episode", "step", "question")  # what makes a question the same question for every agent
+ROWS: dict[str, pl.DataType] = {
+    "agent": pl.String(),
+    "game": pl.String(),
+    "setting": pl.String(),
+    "size": pl.Int64(),
+    "variant": pl.String(),
+    "episode": pl.Int64(),
+    "step": pl.Int64(),
+    "question": pl.Int64(),
+    "variable": pl.String(),
+    "stem": pl.String(),
+    "choices": pl.List(pl.String()),
+    "truth": pl.String(),
+    "accepted": pl.List(pl.String()),
+    "greedy": pl.String(),
+    "greedy_correct": pl.Boolean(),
+    "choice": pl.String(),
+    "choice_correct": pl.Boolean(),
+    "choice_token_correct": pl.Boolean(),
+    "choice_byte_correct": pl.Boolean(),
+    "logprobs": pl.List(pl.Float32()),
+    "p_accepted": pl.Float64(),
+    "rank": pl.Int64(),
+    "ceiling": pl.Float64(),
+    "determined": pl.Boolean(),
+    "chance": pl.Float64(),
+    "prompt_tokens": pl.Int64(),
+}
+# What is averaged in a cell: column of the rows -> name in the tables. "accuracy" is that of the greedy answer.
+MEANS = {
+    "greedy_correct": "accuracy",
+    "choice_correct": "choice",
+    "choice_token_correct": "choice_token",
+    "choice_byte_correct": "choice_byte",
+    "ceiling": "ceiling",
+    "chance": "chance",
+    "p_accepted": "p_accepted",
+    "rank": "rank",
+}
+RATIOS = {"accuracy": "n", "choice": "n", "over_ceiling": "sum_ceiling"}  # what gets an interval, over which total
+
+
+class RunError(ValueError):
+    """A run's folder is not what it should be; the message names what is missing or broken and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: what `run.json` says, and its rows, read only when they are collected."""
+
+    path: Path
+    info: dict[str, Any]
+    rows: pl.LazyFrame = field(repr=False)
+    pending: tuple[tuple[str, str], ...] = ()  # (agent, setting) without rows, of a run that has not finished
+
+    @property
+    def name(self) -> str:
+        """The name the run was given."""
+        return str(self.info["name"])
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The agents that are language models, in the order of the run."""
+        return tuple(a["name"] for a in self.info["agents"] if a["kind"] == "model")
+
+    @property
+    def focus(self) -> tuple[str, ...]:
+        """The agents that get figures of their own: the models, or else the first agent there is."""
+        return self.models or self.agents[:1]
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """All agents: models first, then ideal reader, chance, shortcuts."""
+        order = {"ideal": 1, "chance": 2}
+        names = [a["name"] for a in self.info["agents"]]
+        return tuple(sorted(names, key=lambda n: 0 if n in self.models else order.get(n, 3)))
+
+
+def load(run: Path) -> Run:
+    """Read `run.json` and scan the rows of the run in folder `run`.
+
+    Raises:
+        RunError: where the folder, `run.json`, a key of it, rows or a column are missing or cannot be read.
+    """
+    run = Path(run)
+    info = _info(run)
+    files = sorted(run.glob("rows/*/*.parquet"))
+    if not files:
+        raise RunError(f"{run} has no rows/*/*.parquet: the run has not got that far; run `{info['command']}` again")
+    rows = pl.concat([_scan(file, info["command"]) for file in files])
+    have = set(rows.select("agent", "setting").unique().collect().iter_rows())
+    left_out = {(x["agent"], x["setting"]) for x in info["left_out"]}
+    want = {(a["name"], s["slug"]) for a in info["agents"] for s in info["settings"] if not _optional(a["name"])}
+    missing = tuple(sorted(want - have - left_out))
+    if missing and info["finished"]:
+        agent, setting = missing[0]
+        raise RunError(
+            f"{run} says that it is finished, but {len(missing)} of its files are missing, among them that of agent "
+            f"{agent!r} on setting {setting!r}: run `{info['command']}` again, it makes what is missing"
+        )
+    return Run(run, info, rows, missing)
+
+
+def _optional(agent: str) -> bool:
+    return agent.startswith("shortcut:")  # each game has its own
+
+
+def _info(run: Path) -> dict[str, Any]:
+    path = run / "run.json"
+    if not path.is_file():
+        raise RunError(f"{path} is missing, so {run} is no run: expected the folder that `nextstate run` printed")
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path} is not JSON ({error}): run its experiment again") from error
+    if not isinstance(info, dict):
+        raise RunError(f"{path} holds a {type(info).__name__}, expected an object: run its experiment again")
+    for key in ("name", "command", "finished", "agents", "settings", "left_out"):
+        if key not in info:
+            raise RunError(f"{path} has no {key!r}: it was not written by this version; run its experiment again")
+    for key, needed in (("agents", ("name", "kind")), ("settings", ("slug", "game", "size", "variant"))):
+        for entry in info[key]:
+            lacking = [k for k in needed if k not in entry]
+            if lacking:
+                raise RunError(f"{path}: an entry of {key!r} has no {lacking[0]!r}: {entry!r}")
+    return info
+
+
+def _scan(file: Path, command: str) -> pl.LazyFrame:
+    frame = pl.scan_parquet(file)
+    try:
+        found = frame.collect_schema()
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise RunError(f"{file} cannot be read ({error}): delete it and run `{command}` again") from error
+    for column in ROWS:
+        if column not in found:
+            raise RunError(f"{file} has no column {column!r}: delete it and run `{command}` again")
+    return frame.select(pl.col(column).cast(kind) for column, kind in ROWS.items())
+
+
+# --- intervals
+
+
+def wilson(hits: Float[np.ndarray, " cell"], n: Float[np.ndarray, " cell"]) -> Float[np.ndarray, "2 cell"]:
+    """Return Wilson's score interval of `hits` out of `n` (NaN where n = 0): low in row 0, high in row 1."""
+    z = float(ndtri(0.5 + LEVEL / 2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = hits / n
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * np.sqrt(np.maximum(p * (1 - p), 0) / n + z * z / (4 * n * n))
+        return np.stack([np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)])
+
+
+def resample(
+    sums: Float[np.ndarray, "episode group total"], rng: np.random.Generator
+) -> Float[np.ndarray, "draw group total"]:
+    """Return the totals over episodes drawn with replacement, `DRAWS` times; all groups share the draws."""
+    episodes = len(sums)
+    weights = rng.multinomial(episodes, np.full(episodes, 1 / episodes), size=DRAWS)
+    flat = weights.astype(np.float64) @ sums.reshape(episodes, -1)
+    return np.asarray(flat.reshape(DRAWS, *sums.shape[1:]))
+
+
+def _bootstrap(sums: pl.DataFrame, by: Sequence[str], rng: np.random.Generator) -> pl.DataFrame:
+    """Give each group its cluster-bootstrap interval. `sums` has a row a (group, setting, episode).
+
+    Episodes are drawn within their setting, the same for all agents, steps and subsets; settings are kept as they are.
+    """
+    stats = ["n", "sum_ceiling", "sum_accuracy", "sum_choice"]
+    block = [k for k in ("game", "variant", "size") if k in by] or ["game"]
+    out = []
+    for part in sums.partition_by(block, maintain_order=True):
+        groups = part.select(by).unique(maintain_order=True).with_row_index("group")
+        part = part.join(groups, on=by)
+        total = np.zeros((DRAWS, len(groups), len(stats)))
+        for setting in part.partition_by("setting", maintain_order=True):
+            episode = setting["episode"].rank("dense").to_numpy() - 1
+            group, column = np.unique(setting["group"].to_numpy(), return_inverse=True)
+            dense = np.zeros((int(episode.max()) + 1, len(group), len(stats)))
+            dense[episode, column] = setting.select(stats).to_numpy()
+            total[:, group] += resample(dense, rng)
+        found = groups.drop("group")
+        for name, over in RATIOS.items():
+            top = total[:, :, stats.index("sum_choice" if name == "choice" else "sum_accuracy")]
+            bottom = total[:, :, stats.index(over)]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                ratio = top / bottom
+            low, high = _quantiles(ratio)
+            found = found.with_columns(pl.Series(f"{name}_low", low), pl.Series(f"{name}_high", high))
+        out.append(found)
+    return pl.concat(out)
+
+
+def _quantiles(draws: Float[np.ndarray, "draw group"]) -> Float[np.ndarray, "2 group"]:
+    # A draw may hold none of a group's episodes (0/0): those draws do not count. NaN sorts last.
+    draws = np.sort(draws, axis=0)
+    valid = np.maximum((~np.isnan(draws)).sum(axis=0), 1)
+    at = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])[:, None] * (valid - 1)
+    columns = np.arange(draws.shape[1])
+    below, above = np.floor(at).astype(int), np.ceil(at).astype(int)
+    return np.asarray(draws[below, columns] + (at - below) * (draws[above, columns] - draws[below, columns]))
+
+
+# --- tables
+
+Rows = pl.LazyFrame | pl.DataFrame
+
+
+def pooled(rows: Rows, by: Sequence[str], rng: np.random.Generator | None = None) -> pl.DataFrame:
+    """Average the questions of each group of columns `by` (which holds "agent" and "game") and each subset.
+
+    Subsets: all questions, the determined ones, the undetermined ones. Accuracies, ceiling, chance and p_accepted are
+    means in [0, 1], rank is a mean from 1; over_ceiling is a ratio of means and may exceed 1 by luck. `*_low`, `*_high`
+    are 95 % intervals over episodes: Wilson's where each episode gives a group one question, else cluster bootstrap;
+    where every draw of that agrees (all right, all wrong), Wilson's with the number of episodes as n.
+    """
+    rng = np.random.default_rng(0) if rng is None else rng
+    subset = pl.when("determined").then(pl.lit("determined")).otherwise(pl.lit("undetermined")).alias("subset")
+    totals = [pl.col(c).cast(pl.Float64).sum().alias(f"sum_{m}") for c, m in MEANS.items()]
+    n = pl.len().cast(pl.Float64).alias("n")
+    parts = rows.lazy().group_by([*by, "setting", "episode", subset]).agg(n, *totals).collect()
+    keys = [*by, "subset"]
+    both = (
+        parts.with_columns(subset=pl.lit("all")).group_by([*keys, "setting", "episode"]).agg(pl.exclude("subset").sum())
+    )
+    sums = pl.concat([both, parts.select(both.columns)]).sort([*keys, "setting", "episode"])
+    most, episodes = pl.col("n").max().alias("most"), pl.len().cast(pl.Int64).alias("episodes")
+    table = sums.group_by(keys, maintain_order=True).agg(most, episodes, pl.exclude("episode", "setting").sum())
+    table = table.with_columns((pl.col(f"sum_{m}") / pl.col("n")).alias(m) for m in MEANS.values())
+    table = table.with_columns(over_ceiling=pl.col("sum_accuracy") / pl.col("sum_ceiling"))
+    repeated = table.filter(pl.col("most") > 1).select(keys)
+    bounds = [f"{name}_{end}" for name in RATIOS for end in ("low", "high")]
+    if len(repeated):
+        found = _bootstrap(sums.join(repeated, on=keys, how="semi"), keys, rng)
+        table = table.join(found, on=keys, how="left", maintain_order="left")
+    else:
+        table = table.with_columns(pl.lit(None, pl.Float64).alias(b) for b in bounds)
+    order = [f"{name}{end}" for name in RATIOS for end in ("", "_low", "_high")]
+    order += [m for m in MEANS.values() if m not in order]
+    table = _wilson_where_needed(table)
+    return table.select(*keys, pl.col("n").cast(pl.Int64), "episodes", *(pl.col(c).fill_nan(None) for c in order))
+
+
+def _wilson_where_needed(table: pl.DataFrame) -> pl.DataFrame:
+    n = table["episodes"].to_numpy().astype(np.float64)
+    for name in RATIOS:
+        hits = table["choice" if name == "choice" else "accuracy"].to_numpy() * n
+        scale = table["ceiling"].to_numpy() if name == "over_ceiling" else np.ones(len(table))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            bounds = wilson(hits, n) / scale
+        low, high = pl.col(f"{name}_low"), pl.col(f"{name}_high")
+        keep = (pl.col("most") > 1) & (high - low > 1e-9) & high.is_not_nan()
+        table = table.with_columns(
+            pl.when(keep).then(low).otherwise(pl.Series(bounds[0])).alias(f"{name}_low"),
+            pl.when(keep).then(high).otherwise(pl.Series(bounds[1])).alias(f"{name}_high"),
+        )
+    return table
+
+
+def cells(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
+    """Return a row a (agent, game, variant, size, step, subset); columns as in `pooled`."""
+    return pooled(rows, ("agent", "game", "variant", "size", "step"), rng)
+
+
+def curves(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
+    """Return accuracy against size (pooled over steps) and against step (over sizes); `axis` says which, `at` where."""
+    frames = {axis: pooled(rows, ("agent", "game", "variant", axis), rng) for axis in ("size", "step")}
+    return pl.concat(
+        frame.rename({axis: "at"}).with_columns(pl.col("at").cast(pl.Int64), axis=pl.lit(axis))
+        for axis, frame in frames.items()
+    )
+
+
+def on_hard(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
+    """Return each agent's accuracy on the determined questions that a shortcut gets wrong.
+
+    A row a (agent, game, variant, shortcut), columns as in `pooled`, and `share`: of the determined questions, how many
+    that shortcut gets wrong. Agents are all but the shortcuts. Where a shortcut is never wrong, n = 0 and no accuracy.
+    """
+    determined, place = rows.lazy().filter("determined"), ["game", "variant"]
+    reference = determined.filter(pl.col("agent").str.starts_with("shortcut:")).rename({"agent": "shortcut"})
+    asked = determined.filter(~pl.col("agent").str.starts_with("shortcut:"))
+    shares = reference.group_by([*place, "shortcut"]).agg(share=(~pl.col("greedy_correct")).mean())
+    hard = reference.filter(~pl.col("greedy_correct")).select(*QUESTION, "shortcut")
+    keys = ["agent", *place, "shortcut"]
+    table = pooled(asked.join(hard, on=QUESTION), keys, rng).filter(pl.col("subset") == "all").drop("subset")
+    every = asked.select("agent", *place).unique().join(shares, on=place).collect()
+    return every.join(table, on=keys, how="left").with_columns(pl.col("n", "episodes").fill_null(0)).sort(keys)
+
+
+def paired(rows: Rows, agent: str, other: str = "ideal", rng: np.random.Generator | None = None) -> pl.DataFrame:
+    """Return accuracy(agent) - accuracy(other) on the very same questions, by game, variant and subset.
+
+    Columns: difference in [-1, 1], low, high (95 %, cluster bootstrap over episodes), n questions, episodes.
+    """
+    rng = np.random.default_rng(0) if rng is None else rng
+    hit = pl.col("greedy_correct").cast(pl.Float64)
+    theirs = rows.lazy().filter(pl.col("agent") == other).select(*QUESTION, other=hit)
+    both = rows.lazy().filter(pl.col("agent") == agent).join(theirs, on=QUESTION)
+    gaps = both.select("game", "variant", *QUESTION, "determined", gap=hit - pl.col("other")).collect()
+    out = []
+    for subset, frame in zip(
+        SUBSETS, (gaps, gaps.filter("determined"), gaps.filter(~pl.col("determined"))), strict=True
+    ):
+        for (game, variant), part in frame.group_by("game", "variant", maintain_order=True):
+            sums = part.group_by("setting", "episode", maintain_order=True).agg(pl.col("gap").sum(), n=pl.len())
+            total = np.zeros((DRAWS, 1, 2))
+            for setting in sums.partition_by("setting", maintain_order=True):
+                total += resample(setting.select("gap", "n").to_numpy().astype(np.float64)[:, None, :], rng)
+            low, high = _quantiles(total[:, :, 0] / total[:, :, 1])[:, 0]
+            out.append((game, variant, subset, part["gap"].mean(), low, high, len(part), len(sums)))
+    columns = ["game", "variant", "subset", "difference", "low", "high", "n", "episodes"]
+    return pl.DataFrame(out, schema=columns, orient="row").sort("game", "variant", "subset")

@@ -1,0 +1,203 @@
+"""A game walked breadth-first into tables: exact sizes, diameter, minimal automaton, steps in constant time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, final
+
+import numpy as np
+
+from nextstate.envs.game import Action, Feedback, Game, GameError, Question, Reader, State, require_whole
+
+CHUNK = 4_000_000  # distances held at once while the diameter is sought: 32 MB
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Automaton(Game):
+    """The part of a game that can be reached from one state, as tables. It is itself a game.
+
+    Its states are whole numbers, in the order in which a breadth-first walk meets them, actions taken in the game's own
+    order. Actions and all words are the game's own. An episode starts where the game draws that it should, if that is
+    one of the states (so that an automaton of all of a game plays its episodes, seed for seed), and else at 0.
+
+    Made by `Automaton.explore`; two automata are the same only where they are one object.
+    """
+
+    name: ClassVar[str] = "Automaton"
+    size: ClassVar[str] = "n_states"
+    shortcuts: ClassVar[tuple[str, ...]] = ()  # each instance has those of its game
+    feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch", "inline")
+
+    game: Game | None = None
+    states: tuple[State, ...] = ()
+    legal: tuple[tuple[Action, ...], ...] = ()  # for each state its actions
+    targets: tuple[tuple[int, ...], ...] = ()  # for each state where each of them leads
+
+    def __post_init__(self) -> None:
+        # The words are the game's, so its ways of being told and asked hold here.
+        for field in ("style", "feedback", "shortcuts", "feedbacks", "styles"):
+            object.__setattr__(self, field, getattr(self._game, field))
+
+    @classmethod
+    def explore(cls, game: Game, max_states: int = 100_000, seed: int = 0, start: State | None = None) -> Automaton:
+        """Walk `game` from `start`, by default the state in which the episode of `seed` starts.
+
+        Raises:
+            GameError: where more than `max_states` states can be reached.
+        """
+        require_whole("max_states", max_states, 1, 100_000_000)
+        first = game.initial(np.random.default_rng(seed)) if start is None else start
+        index: dict[State, int] = {first: 0}
+        queue, legal, targets = [first], list[tuple[Action, ...]](), list[tuple[int, ...]]()
+        for state in queue:  # grows as it is walked
+            actions = tuple(game.actions(state))
+            row = []
+            for action in actions:
+                after = game.transition(state, action)
+                at = index.get(after)
+                if at is None:
+                    at = index[after] = len(queue)
+                    if at == max_states:
+                        raise GameError(
+                            f"max_states={max_states} is not enough for {game}: more states can be reached "
+                            f"(found after walking {len(legal)} of them). Raise max_states, or make the game smaller."
+                        )
+                    queue.append(after)
+                row.append(at)
+            legal.append(actions)
+            targets.append(tuple(row))
+        return cls(game=game, states=tuple(queue), legal=tuple(legal), targets=tuple(targets))
+
+    @property
+    def _game(self) -> Game:
+        if self.game is None:
+            raise GameError("an automaton is made of a game: call Automaton.explore(game)")
+        return self.game
+
+    @property
+    def n_states(self) -> int:
+        """|Q|, the number of states."""
+        return len(self.states)
+
+    @property
+    def n_transitions(self) -> int:
+        """|T|, the number of pairs (state, legal action)."""
+        return sum(map(len, self.targets))
+
+    @cached_property
+    def diameter(self) -> int:
+        """The longest of all shortest walks from one state to another that it can reach; 0 where there is none."""
+        # Imported here, as no environment needs it.
+        from scipy.sparse import csr_array
+        from scipy.sparse.csgraph import shortest_path
+
+        n = self.n_states
+        begins = np.cumsum([0, *map(len, self.targets)])
+        flat = np.array([t for row in self.targets for t in row], dtype=np.int64)
+        graph = csr_array((np.ones(len(flat)), flat, begins), shape=(n, n))
+        graph.sum_duplicates()
+        longest = 0
+        rows = max(1, CHUNK // n)
+        for low in range(0, n, rows):
+            far = shortest_path(graph, unweighted=True, indices=np.arange(low, min(low + rows, n)))
+            longest = max(longest, int(far[np.isfinite(far)].max()))
+        return longest
+
+    @cached_property
+    def classes(self) -> tuple[int, ...]:
+        """For each state its class; two are in one where they have the same commands and no future tells them apart.
+
+        A future is a sequence of commands, and it tells two states apart where what `values` shows after it differs.
+        Classes are numbered by their first state. Moore's partition refinement (Moore 1956, Gedanken-experiments).
+        """
+        game = self._game
+        commands = [[game.command(s, a) for a in actions] for s, actions in zip(self.states, self.legal, strict=True)]
+        edges = [sorted(zip(words, row, strict=True)) for words, row in zip(commands, self.targets, strict=True)]
+        seen = [
+            (tuple(sorted(game.values(state).items())), tuple([word for word, _ in row]))
+            for state, row in zip(self.states, edges, strict=True)
+        ]
+        now, count = _number(seen)
+        while True:
+            finer = [(now[i], tuple([now[t] for _, t in row])) for i, row in enumerate(edges)]
+            now, more = _number(finer)
+            if more == count:
+                return tuple(now)
+            count = more
+
+    def minimal(self) -> Automaton:
+        """Return the smallest automaton that shows the same: one state for each class, its first one."""
+        classes = self.classes
+        firsts = [classes.index(c) for c in range(max(classes) + 1)]
+        return Automaton(
+            game=self._game,
+            states=tuple([self.states[i] for i in firsts]),
+            legal=tuple([self.legal[i] for i in firsts]),
+            targets=tuple([tuple([classes[t] for t in self.targets[i]]) for i in firsts]),
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the game that was explored, and its name."""
+        return {"game": self._game.name, **self._game.settings}
+
+    @property
+    def max_steps(self) -> int | None:
+        return self._game.max_steps
+
+    @property
+    def max_choices(self) -> int:
+        return self._game.max_choices
+
+    @cached_property
+    def _after(self) -> tuple[dict[Action, int], ...]:
+        rows = zip(self.legal, self.targets, strict=True)
+        return tuple([dict(zip(actions, row, strict=True)) for actions, row in rows])
+
+    @cached_property
+    def _index(self) -> dict[State, int]:
+        return {state: i for i, state in enumerate(self.states)}
+
+    def initial(self, rng: np.random.Generator) -> int:
+        return self._index.get(self._game.initial(rng), 0)
+
+    def actions(self, state: State) -> Sequence[Action]:
+        return self.legal[_at(state)]
+
+    def transition(self, state: State, action: Action) -> int:
+        return self._after[_at(state)][action]
+
+    def policy(self, state: State, u: float) -> Action:
+        return self._game.policy(self.states[_at(state)], u)
+
+    def values(self, state: State) -> Mapping[str, str]:
+        return self._game.values(self.states[_at(state)])
+
+    def opening(self, state: State) -> str:
+        return self._game.opening(self.states[_at(state)])
+
+    def narrate(self, state: State, action: Action, next_state: State) -> str:
+        return self._game.narrate(self.states[_at(state)], action, self.states[_at(next_state)])
+
+    def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
+        return self._game.questions(self.states[_at(state)], action, self.states[_at(next_state)])
+
+    def command(self, state: State, action: Action) -> str:
+        return self._game.command(self.states[_at(state)], action)
+
+    def reader(self, state: State) -> Reader:
+        return self._game.reader(self.states[_at(state)])
+
+
+def _number(keys: Sequence[object]) -> tuple[list[int], int]:
+    """Number equal keys alike, in order of first appearance; return the numbers and how many there are."""
+    seen: dict[object, int] = {}
+    return [seen.setdefault(key, len(seen)) for key in keys], len(seen)
+
+
+def _at(state: State) -> int:
+    assert isinstance(state, int)
+    return state

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from nextstate.analysis import report, tables
+from nextstate.analysis.tables import RunError
+from tests.analysis.conftest import EVIL, MODEL, SMALL, make_run
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements with attributes, and the text of each script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.words: list[str] = []
+        self.open = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open = tag
+        if tag == "script":
+            self.scripts.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.open == "script":
+            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+        elif self.open != "style":
+            self.words.append(data)
+
+    def data(self, name: str) -> object:
+        return json.loads(next(text for attrs, text in self.scripts if attrs.get("id") == f"data-{name}"))
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose every name is hostile."""
+    specs = [(g, s, f"x={EVIL}" if g == "DFA" else v, t) for g, s, v, t in SMALL]
+    run = make_run(tmp_path_factory.mktemp("evil") / "run", specs, episodes=3, name=EVIL)
+    info = json.loads((run / "run.json").read_text().replace(MODEL, "MODEL"))
+    info["agents"][0]["name"] = EVIL
+    info["versions"][EVIL] = info["hardware"][EVIL] = info["command"] = EVIL
+    info["left_out"] = [{"agent": EVIL, "setting": EVIL, "reason": EVIL}]
+    for setting in info["settings"]:
+        setting["size_name"] = EVIL
+    (run / "run.json").write_text(json.dumps(info))
+    for file in run.glob("rows/*/*.parquet"):
+        rows = pl.read_parquet(file).with_columns(
+            agent=pl.col("agent").replace(MODEL, EVIL), stem=pl.lit(EVIL), truth=pl.lit(EVIL)
+        )
+        rows.write_parquet(file)
+    for file in run.glob("transcripts/*.parquet"):
+        pl.read_parquet(file).with_columns(opening=pl.lit(EVIL + "\u2028")).write_parquet(file)
+    return run
+
+
+@pytest.mark.parametrize("which", ["run_path", "evil", "many_path"])
+def test_page_is_whole_and_harmless(which: str, request: pytest.FixtureRequest) -> None:
+    path = report.write(request.getfixturevalue(which))
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert text.count("</script>") == 5
+    assert [attrs.get("type") for attrs, _ in page.scripts] == ["application/json"] * 3 + [None] * 2
+    assert not [tag for tag, _ in page.tags if tag in {"img", "link", "iframe", "object", "embed", "base", "form"}]
+    for tag, attrs in page.tags:
+        assert not [a for a in attrs if a.startswith("on")], tag
+        assert all(str(attrs[a]).startswith("#") for a in ("src", "href") if a in attrs), (tag, attrs)
+    assert "url(" not in text[: text.index("</style>")]
+    assert "@import" not in text[: text.index("</style>")]
+    assert "\u2028" not in "".join(body for attrs, body in page.scripts if attrs)
+    assert len(text) < 8_000_000
+    for name in ("figures", "cells", "episodes"):
+        assert page.data(name)
+    if which == "evil":
+        assert any(EVIL in word for word in page.words)
+        assert "onerror" not in re.sub(r"&lt;/script&gt;&lt;img.*?&gt;", "", text[: text.index("data-figures")])
+
+
+def test_policy_allows_just_the_two_scripts(run_path: Path) -> None:
+    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    policy = next(
+        a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    for attrs, text in page.scripts:
+        if not attrs:
+            assert f"'sha256-{report._sha256(text)}'" in policy
+
+
+def test_every_cell_and_figure_is_there(run_path: Path) -> None:
+    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    cells = page.data("cells")
+    assert isinstance(cells, dict)
+    expected = tables.cells(tables.load(run_path).rows)
+    assert len(cells["columns"]["accuracy"]) == len(expected)
+    assert cells["columns"]["accuracy"] == pytest.approx(expected["accuracy"].to_list(), abs=6e-4)
+    assert pl.read_parquet(run_path / "cells.parquet").equals(expected)
+    drawn = page.data("figures")
+    assert isinstance(drawn, list)
+    places = sorted(int(str(a["data-figure"])) for t, a in page.tags if "data-figure" in a)
+    assert sorted(set(places)) == list(range(len(drawn)))
+    maps = [t for f in drawn for t in f["data"] if t["type"] == "heatmap"]
+    assert len(maps) == 5 * 3
+    assert {(t["zmin"], t["zmax"]) for t in maps} == {(0, 1)}
+
+
+def test_viewer_tells_the_story(run_path: Path) -> None:
+    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    sample = page.data("episodes")
+    assert isinstance(sample, dict)
+    assert {s["game"] for s in sample["settings"]} == {"Box", "DFA", "Cycle", "FruitStore"}
+    dfa = next(s for s in sample["settings"] if s["game"] == "DFA")["episodes"][0]
+    told = dfa["opening"] + "".join(
+        s["told"] + q["stem"] + " " + q["truth"] + s["closing"] for s in dfa["steps"] for q in s["asked"]
+    )
+    assert re.fullmatch(
+        r"States: \{.*\}\nActions:\{.*\}\nSequence: Start at state \w\.( Take action \w, go to state \w\.){6}", told
+    )
+    question = dfa["steps"][0]["asked"][0]
+    model = question["by"][str(sample["agents"].index(MODEL))]
+    assert len(model["top"]) <= report.TOP
+    assert all(0 <= p <= 1 for _, p in model["top"])
+
+
+def test_headline_has_the_numbers(run_path: Path) -> None:
+    words = " ".join(Page(report.write(run_path).read_text(encoding="utf-8")).words)
+    totals = tables.pooled(tables.load(run_path).rows, ("agent", "game"))
+    mine = totals.filter((pl.col("agent") == MODEL) & (pl.col("subset") == "determined"))
+    for value in (mine["accuracy"].max(), mine["accuracy"].min()):
+        assert report.percent(value) in words  # type: ignore[arg-type]
+    assert "26 of its symbols are not one token" in words
+
+
+def test_writing_again_replaces(run_path: Path) -> None:
+    first = report.write(run_path).read_text(encoding="utf-8")
+    (run_path / "report.html").write_text("old")
+    assert report.write(run_path).read_text(encoding="utf-8") == first
+    assert not list(run_path.glob(".report*"))
+    assert not list(run_path.glob(".cells*"))
+
+
+def test_reports_without_a_model_and_unfinished(run_path: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_path, tmp_path / "run"))
+    info = json.loads((run / "run.json").read_text())
+    info["agents"] = [a for a in info["agents"] if a["kind"] != "model"]
+    (run / "run.json").write_text(json.dumps(info | {"finished": None, "seconds": None}))
+    shutil.rmtree(run / "rows" / "nextstate-tiny")
+    next(run.glob("rows/chance/*.parquet")).unlink()
+    words = " ".join(Page(report.write(run).read_text(encoding="utf-8")).words)
+    assert "not finished" in words
+    assert "1 of its files are still to come" in words
+
+
+def test_missing_transcripts_are_named(run_path: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run_path, tmp_path / "run"))
+    file = sorted(run.glob("transcripts/Box*.parquet"))[0]
+    file.write_bytes(b"no parquet")
+    with pytest.raises(RunError, match=f"{file.name} cannot be read"):
+        report.write(run)
+    file.unlink()
+    with pytest.raises(RunError, match=f"{file.name} is missing"):
+        report.write(run)
+
+
+def test_json_cannot_leave_its_script() -> None:
+    text = str(report.embed({"a": EVIL + "\u2028\u2029&<!--", "b": [float("nan"), float("-inf"), 1.5]}))
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == {"a": EVIL + "\u2028\u2029&<!--", "b": [None, None, 1.5]}
