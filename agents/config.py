@@ -93,11 +93,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     for part in parents:
         at = _enter(at, part, override)
-    if isinstance(at, list):
-        _enter(at, last, override)
-        at[int(last)] = value
-    else:
-        at[last] = value
+    if not (isinstance(at, dict) and last not in at):
+        _enter(at, last, override)  # checks that there is such a place
+    at[int(last) if isinstance(at, list) else last] = value
 
 
 def _enter(at: Any, part: str, override: str) -> Any:

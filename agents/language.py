@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
 from nextstate.agents.branches import Batch, Planted, Trunk, pack
@@ -341,6 +342,7 @@ def _load(name: str, device: torch.device, dtype: str | None, revision: str | No
     wanted: Any = "auto" if dtype is None and device.type == "cuda" else getattr(torch, dtype or "float32", None)
     if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise AgentError(f"dtype={dtype!r} is not possible: expected float32, bfloat16 or float16")
+    disable_progress_bar()  # ours shows what goes on
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(

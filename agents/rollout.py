@@ -55,7 +55,10 @@ def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
     """Play through the vector environment, the agent's greedy answer being the action of each step."""
     import gymnasium as gym
 
-    envs: Any = gym.make_vec(f"nextstate/{game.name}-v0", num_envs=len(seeds), steps=steps, **game.settings)
+    # Answers go in as choices: a greedy answer that is none of them exactly, " C" against "C" say, stays wrong.
+    envs: Any = gym.make_vec(
+        f"nextstate/{game.name}-v0", num_envs=len(seeds), steps=steps, answer="choice", **game.settings
+    )
     reader = agent.live()
     try:
         envs.reset(seed=seeds.start)
@@ -65,7 +68,7 @@ def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
         for t in range(steps):
             prompts = [Prompt(e, t) for e in episodes]
             predictions = reader.predict(prompts)
-            _, rewards, *_ = envs.step(tuple(p.answer for p in predictions))
+            _, rewards, *_ = envs.step(np.array([p.greedy for p in predictions]))
             new = [row(p, q, ideal[id(p.episode)][t][0]) for p, q in zip(prompts, predictions, strict=True)]
             wrong = [
                 r["episode"] for r, reward in zip(new, rewards, strict=True) if r["greedy_correct"] != bool(reward)

@@ -329,10 +329,10 @@ def hard(table: pl.DataFrame, totals: pl.DataFrame, agent: str, style: Style) ->
     return go.Figure([bar, all_, chance], _rows_layout(title, "accuracy", names, 27))
 
 
-def every(run: Run, cells: pl.DataFrame, totals: pl.DataFrame) -> dict[str, go.Figure]:
-    """Draw all figures of a run, by name; `cells` and `totals` as in `heatmap` and `determined`."""
+def every(run: Run, answers: pl.DataFrame, cells: pl.DataFrame, totals: pl.DataFrame) -> dict[str, go.Figure]:
+    """Draw all figures of a run, by name; `answers` from `tables.narrow`, the rest as in `heatmap` and `determined`."""
     look, out = styles(run), dict[str, go.Figure]()
-    curves, table = tables.curves(run.rows), tables.on_hard(run.rows)
+    curves, table = tables.curves(answers), tables.on_hard(answers)
     settings = {(s["game"], s["variant"]): s.get("size_name", "size") for s in run.info["settings"]}
     for (game, variant), size_name in settings.items():
         head = f"{game} {variant}".strip()

@@ -91,12 +91,13 @@ class Log:
             return
         try:
             loaded = run if isinstance(run, Run) else tables.load(run)
-            cells = tables.cells(loaded.rows)
-            totals = tables.pooled(loaded.rows, ("agent", "game", "variant"))
+            answers = tables.narrow(loaded.rows)
+            cells = tables.cells(answers)
+            totals = tables.pooled(answers, ("agent", "game", "variant"))
             self._send(_summary(totals))
             self._steps(cells)
             self._send(_tables(loaded, cells))
-            drawn = figures.every(loaded, cells, totals)
+            drawn = figures.every(loaded, answers, cells, totals)
             self._send({f"figures/{_slug(key)}": figure for key, figure in drawn.items()})
         finally:
             self._try(self._sink.finish)

@@ -19,9 +19,9 @@ from plotly.offline import get_plotlyjs
 from nextstate.analysis import figures, tables
 from nextstate.analysis.tables import Run, RunError
 
-ANSWERS = 9000  # agent's answers that the episode viewer holds at most
+ANSWERS = 6000  # agent's answers that the episode viewer holds at most
 STEPS = 40  # and steps of an episode
-CELLS = 24_000  # rows of the cell table that the page holds at most
+CELLS = 16_000  # rows of the cell table that the page holds at most
 TOP = 5  # choices shown with their probability
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
@@ -35,9 +35,10 @@ def write(run: Path) -> Path:
         RunError: where the run is not complete or cannot be read.
     """
     loaded = tables.load(Path(run))
-    cells = tables.cells(loaded.rows)
+    answers = tables.narrow(loaded.rows)
+    cells = tables.cells(answers)
     _replace(loaded.path / "cells.parquet", lambda path: cells.write_parquet(path))
-    page = render(loaded, cells)
+    page = render(loaded, answers, cells)
     return _replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
@@ -65,18 +66,18 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def render(run: Run, cells: pl.DataFrame) -> str:
-    """Return the page as text."""
+def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
+    """Return the page as text; `answers` from `tables.narrow`, `cells` from `tables.cells`."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nextstate.analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"percent": percent, "embed": embed, "label": figures.label, "number": lambda n: f"{n:,}"}
     scripts = {"plotly": get_plotlyjs(), "page": environment.get_template("report.script.html.jinja").render()}
-    totals = tables.pooled(run.rows, ("agent", "game", "variant"))
-    by_game = tables.pooled(run.rows, ("agent", "game"))
-    by_size = tables.pooled(run.rows, ("agent", "game", "size"))
-    curves, hard = tables.curves(run.rows), tables.on_hard(run.rows)
+    totals = tables.pooled(answers, ("agent", "game", "variant"))
+    by_game = tables.pooled(answers, ("agent", "game"))
+    by_size = tables.pooled(answers, ("agent", "game", "size"))
+    curves, hard = tables.curves(answers), tables.on_hard(answers)
     drawn, look = Drawn(), figures.styles(run)
     return environment.get_template("report.html.jinja").render(
         run=run,
@@ -95,7 +96,7 @@ def render(run: Run, cells: pl.DataFrame) -> str:
         cells=_cell_data(cells, run),
         episodes=sample(run),
         drawn=drawn.figures,
-        rows=run.rows.select(pl.len()).collect().item(),
+        rows=len(answers),
     )
 
 
@@ -229,7 +230,7 @@ def sample(run: Run) -> dict[str, Any]:
         part = rows.filter(pl.col("setting") == setting["slug"])
         if len(part):
             told = _transcripts(run, setting["slug"])
-            named = {k: setting.get(k) for k in ("slug", "game", "variant", "size", "size_name")}
+            named = {k: setting.get(k) for k in ("slug", "game", "variant", "size", "size_name", "steps")}
             ids = sorted(part["episode"].unique())
             settings.append(
                 {**named, "episodes": [_episode(part.filter(pl.col("episode") == e), told, e, agents) for e in ids]}
@@ -242,7 +243,7 @@ def _spread(settings: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]
     for setting in settings:
         groups.setdefault((setting["game"], setting["variant"]), []).append(setting)
     for group in groups.values():
-        group.sort(key=lambda s: s["size"])
+        group.sort(key=lambda s: (s["size"], s.get("steps", 0)))
         yield from (group[i] for i in sorted({0, len(group) // 2, len(group) - 1}))
 
 
@@ -266,11 +267,12 @@ def _episode(
         )
     story = told[seed]
     closing = story.get("closing") or []
+    by_step = {step: asked for (step,), asked in rows.group_by("step", maintain_order=True)}
     steps = []
-    for (step,), asked in rows.group_by("step", maintain_order=True):
-        assert isinstance(step, int)
+    for step in range(1, max(int(s) for s in rows["step"]) + 1):
         questions = []
-        for _, answers in asked.group_by("question", maintain_order=True):
+        asked = by_step.get(step)
+        for _, answers in [] if asked is None else asked.group_by("question", maintain_order=True):
             one = answers.row(0, named=True)
             given = {agents[a["agent"]]: _answer(a) for a in answers.iter_rows(named=True)}
             questions.append(

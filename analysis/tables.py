@@ -181,9 +181,9 @@ def resample(
 
 
 def _bootstrap(sums: pl.DataFrame, by: Sequence[str], rng: np.random.Generator) -> pl.DataFrame:
-    """Give each group its cluster-bootstrap interval. `sums` has a row a (group, setting, episode).
+    """Give each group its cluster-bootstrap interval. `sums` has a row a (group, stratum, episode).
 
-    Episodes are drawn within their setting, the same for all agents, steps and subsets; settings are kept as they are.
+    Episodes are drawn within their stratum, the same for all agents, steps and subsets; strata are kept as they are.
     """
     stats = ["n", "sum_ceiling", "sum_accuracy", "sum_choice"]
     block = [k for k in ("game", "variant", "size") if k in by] or ["game"]
@@ -192,11 +192,11 @@ def _bootstrap(sums: pl.DataFrame, by: Sequence[str], rng: np.random.Generator) 
         groups = part.select(by).unique(maintain_order=True).with_row_index("group")
         part = part.join(groups, on=by)
         total = np.zeros((DRAWS, len(groups), len(stats)))
-        for setting in part.partition_by("setting", maintain_order=True):
-            episode = setting["episode"].rank("dense").to_numpy() - 1
-            group, column = np.unique(setting["group"].to_numpy(), return_inverse=True)
+        for stratum in part.partition_by("stratum", maintain_order=True):
+            episode = stratum["episode"].rank("dense").to_numpy() - 1
+            group, column = np.unique(stratum["group"].to_numpy(), return_inverse=True)
             dense = np.zeros((int(episode.max()) + 1, len(group), len(stats)))
-            dense[episode, column] = setting.select(stats).to_numpy()
+            dense[episode, column] = stratum.select(stats).to_numpy()
             total[:, group] += resample(dense, rng)
         found = groups.drop("group")
         for name, over in RATIOS.items():
@@ -229,7 +229,8 @@ def pooled(rows: Rows, by: Sequence[str], rng: np.random.Generator | None = None
     """Average the questions of each group of columns `by` (which holds "agent" and "game") and each subset.
 
     Subsets: all questions, the determined ones, the undetermined ones. Accuracies, ceiling, chance and p_accepted are
-    means in [0, 1], rank is a mean from 1; over_ceiling is a ratio of means and may exceed 1 by luck. `*_low`, `*_high`
+    means in [0, 1], rank a mean from 1; over_ceiling is a ratio of means and may exceed 1. `episodes` counts different
+    seeds: settings that share seeds share their episodes' luck, so there an episode is one cluster. `*_low`, `*_high`
     are 95 % intervals over episodes: Wilson's where each episode gives a group one question, else cluster bootstrap;
     where every draw of that agrees (all right, all wrong), Wilson's with the number of episodes as n.
     """
@@ -237,14 +238,14 @@ def pooled(rows: Rows, by: Sequence[str], rng: np.random.Generator | None = None
     subset = pl.when("determined").then(pl.lit("determined")).otherwise(pl.lit("undetermined")).alias("subset")
     totals = [pl.col(c).cast(pl.Float64).sum().alias(f"sum_{m}") for c, m in MEANS.items()]
     n = pl.len().cast(pl.Float64).alias("n")
-    parts = rows.lazy().group_by([*by, "setting", "episode", subset]).agg(n, *totals).collect()
+    parts = _strata(rows).group_by([*by, "stratum", "episode", subset]).agg(n, *totals).collect()
     keys = [*by, "subset"]
     both = (
-        parts.with_columns(subset=pl.lit("all")).group_by([*keys, "setting", "episode"]).agg(pl.exclude("subset").sum())
+        parts.with_columns(subset=pl.lit("all")).group_by([*keys, "stratum", "episode"]).agg(pl.exclude("subset").sum())
     )
-    sums = pl.concat([both, parts.select(both.columns)]).sort([*keys, "setting", "episode"])
+    sums = pl.concat([both, parts.select(both.columns)]).sort([*keys, "stratum", "episode"])
     most, episodes = pl.col("n").max().alias("most"), pl.len().cast(pl.Int64).alias("episodes")
-    table = sums.group_by(keys, maintain_order=True).agg(most, episodes, pl.exclude("episode", "setting").sum())
+    table = sums.group_by(keys, maintain_order=True).agg(most, episodes, pl.exclude("episode", "stratum").sum())
     table = table.with_columns((pl.col(f"sum_{m}") / pl.col("n")).alias(m) for m in MEANS.values())
     table = table.with_columns(over_ceiling=pl.col("sum_accuracy") / pl.col("sum_ceiling"))
     repeated = table.filter(pl.col("most") > 1).select(keys)
@@ -276,6 +277,20 @@ def _wilson_where_needed(table: pl.DataFrame) -> pl.DataFrame:
     return table
 
 
+def _strata(rows: Rows) -> pl.LazyFrame:
+    # Settings that draw the same seeds share their episodes' luck (the same letters, the same first moves), so an
+    # episode is one cluster through all of them; settings with seeds of their own are strata.
+    frame = rows.lazy()
+    if "stratum" in frame.collect_schema().names():
+        return frame
+    return frame.with_columns(stratum=pl.col("episode").min().over("setting"))
+
+
+def narrow(rows: Rows) -> pl.DataFrame:
+    """Read the columns that the tables need, and no others, so that several tables cost one reading of the files."""
+    return rows.lazy().select("agent", "game", "variant", "size", *QUESTION, "determined", *MEANS).collect()
+
+
 def cells(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Return a row a (agent, game, variant, size, step, subset); columns as in `pooled`."""
     return pooled(rows, ("agent", "game", "variant", "size", "step"), rng)
@@ -296,7 +311,7 @@ def on_hard(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
     A row a (agent, game, variant, shortcut), columns as in `pooled`, and `share`: of the determined questions, how many
     that shortcut gets wrong. Agents are all but the shortcuts. Where a shortcut is never wrong, n = 0 and no accuracy.
     """
-    determined, place = rows.lazy().filter("determined"), ["game", "variant"]
+    determined, place = _strata(rows).filter("determined"), ["game", "variant"]
     reference = determined.filter(pl.col("agent").str.starts_with("shortcut:")).rename({"agent": "shortcut"})
     asked = determined.filter(~pl.col("agent").str.starts_with("shortcut:"))
     shares = reference.group_by([*place, "shortcut"]).agg(share=(~pl.col("greedy_correct")).mean())
@@ -315,17 +330,17 @@ def paired(rows: Rows, agent: str, other: str = "ideal", rng: np.random.Generato
     rng = np.random.default_rng(0) if rng is None else rng
     hit = pl.col("greedy_correct").cast(pl.Float64)
     theirs = rows.lazy().filter(pl.col("agent") == other).select(*QUESTION, other=hit)
-    both = rows.lazy().filter(pl.col("agent") == agent).join(theirs, on=QUESTION)
-    gaps = both.select("game", "variant", *QUESTION, "determined", gap=hit - pl.col("other")).collect()
+    both = _strata(rows).filter(pl.col("agent") == agent).join(theirs, on=QUESTION)
+    gaps = both.select("game", "variant", "stratum", *QUESTION, "determined", gap=hit - pl.col("other")).collect()
     out = []
     for subset, frame in zip(
         SUBSETS, (gaps, gaps.filter("determined"), gaps.filter(~pl.col("determined"))), strict=True
     ):
         for (game, variant), part in frame.group_by("game", "variant", maintain_order=True):
-            sums = part.group_by("setting", "episode", maintain_order=True).agg(pl.col("gap").sum(), n=pl.len())
+            sums = part.group_by("stratum", "episode", maintain_order=True).agg(pl.col("gap").sum(), n=pl.len())
             total = np.zeros((DRAWS, 1, 2))
-            for setting in sums.partition_by("setting", maintain_order=True):
-                total += resample(setting.select("gap", "n").to_numpy().astype(np.float64)[:, None, :], rng)
+            for stratum in sums.partition_by("stratum", maintain_order=True):
+                total += resample(stratum.select("gap", "n").to_numpy().astype(np.float64)[:, None, :], rng)
             low, high = _quantiles(total[:, :, 0] / total[:, :, 1])[:, 0]
             out.append((game, variant, subset, part["gap"].mean(), low, high, len(part), len(sums)))
     columns = ["game", "variant", "subset", "difference", "low", "high", "n", "episodes"]

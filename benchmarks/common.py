@@ -8,13 +8,14 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+from nextstate.experiment import hardware
 
 T = TypeVar("T")
 
@@ -53,14 +54,6 @@ def compare(
         worst = max(worst, difference(*answers))
     mine, theirs = median(times[0]), median(times[1])
     return Result(name, theirs / mine, mine, theirs, worst, repeats)
-
-
-def hardware() -> dict[str, object]:
-    """Describe this machine's processor and cores."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    cpu = models[0] if models else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()[0]}
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
@@ -102,9 +95,6 @@ def finish(
     console.print(table)
     for name, rate in (rates or {}).items():
         console.print(f"{name}: {rate:,.3g}" if rate < 100 else f"{name}: {rate:,.0f}")
-    record = {"results": [r._asdict() for r in results], "hardware": hardware(), "versions": versions(packages)}
+    machine = {**hardware(), "load": os.getloadavg()[0]}
+    record = {"results": [r._asdict() for r in results], "hardware": machine, "versions": versions(packages)}
     print(json.dumps({**record, "rates": dict(rates or {})}))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

@@ -33,7 +33,10 @@ def set_up(game: str, steps: int | None, render_mode: str | None, settings: dict
 
 
 def text_space(steps: int) -> gym.spaces.Text:
-    """Return the space of transcripts of `steps` steps; its bound is generous, since Gymnasium asks for one."""
+    """Return the space of transcripts of `steps` steps; its bound is generous, since Gymnasium asks for one.
+
+    Gymnasium's asynchronous vectors fill texts up to that bound, unless made with `shared_memory=False`.
+    """
     return gym.spaces.Text(16_384 + 1_024 * steps, min_length=0, charset=PRINTABLE | {"\n"})
 
 

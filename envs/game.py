@@ -198,7 +198,7 @@ class Game(ABC):
         """Return what a player types for `action`; different for each legal action of a state."""
 
     def step(self, state: State, u: float, v: float, ask: int) -> Step:
-        """Take a step of the game's own: `u` draws the action, `v` the `ask` questions; overrides may only be faster."""
+        """Take a step of its own: `u` draws the action, `v` the `ask` questions. Overrides may only be faster."""
         action = self.policy(state, u)
         after = self.transition(state, action)
         asked = self.questions(state, action, after)

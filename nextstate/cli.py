@@ -94,16 +94,14 @@ def run(
 def _summary(folder: Path) -> None:
     from nextstate.analysis import tables
 
-    table = Table(
-        "agent", "game", "questions", "accuracy", "95 %", "ceiling", "chance", title="Greedy accuracy", box=box.SIMPLE
-    )
-    loaded = tables.load(folder)
-    summary = tables.pooled(loaded.rows, ("game", "agent")).filter(subset="all")
-    for row in summary.sort("game", "accuracy", descending=[False, True]).iter_rows(named=True):
-        interval = f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"
-        values = (f"{row[k]:.3f}" for k in ("ceiling", "chance"))
-        table.add_row(escape(row["agent"]), row["game"], f"{row['n']:,}", f"{row['accuracy']:.3f}", interval, *values)
-    console.print(table)
+    summary = tables.pooled(tables.load(folder).rows, ("game", "agent")).filter(subset="all")
+    for (game,), rows in summary.group_by("game", maintain_order=True):
+        table = Table(str(game), "questions", "accuracy", "95 %", "ceiling", "chance", box=box.SIMPLE_HEAD)
+        for row in rows.sort("accuracy", descending=True).iter_rows(named=True):
+            interval = f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"
+            numbers = (f"{row[k]:.3f}" for k in ("ceiling", "chance"))
+            table.add_row(escape(row["agent"]), f"{row['n']:,}", f"{row['accuracy']:.3f}", interval, *numbers)
+        console.print(table)
 
 
 @app.command(epilog="Example:  nextstate report runs/quickstart")
@@ -169,10 +167,9 @@ def play(
     except (EOFError, KeyboardInterrupt):
         console.print("\nStopped.")
         raise typer.Exit(130) from None
-    console.print(
-        f"Score: [bold]{right} of {length}[/]; the best possible reader expects {ceiling:.1f}. "
-        f"Again: nextstate play {' '.join([game, *(settings or [])])} --seed {episode.seed}"
-    )
+    again = " ".join(["nextstate play", game, *(settings or []), f"--steps {length} --seed {episode.seed}"])
+    console.print(f"Score: [bold]{right} of {length}[/]; the best possible reader expects {ceiling:.1f}.")
+    console.print(Text(f"The same episode again: {again}"), soft_wrap=True)
 
 
 @app.command(epilog="Example:  nextstate train configs/train/tiny.yaml --out checkpoints/tiny")

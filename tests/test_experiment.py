@@ -148,7 +148,7 @@ def test_live_and_replay_write_the_same_rows(tmp_path: Path, folders: dict[str, 
         ({"games": [{"gaem": "Box"}]}, "unknown key 'gaem'.*did you mean 'game'"),
         ({"games": [{"game": "Box", "steps": [1, 2]}]}, "does not fit grid=episodes"),
         ({"agents": []}, "at least 1"),
-        ({"name": "../../etc"}, "name"),
+        ({"name": "../../etc"}, "should match pattern"),
         ({"road": "live", "games": [{"game": "Box", "ask": "all"}]}, "live road asks one question"),
     ],
 )

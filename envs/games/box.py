@@ -118,6 +118,10 @@ class Box(Game):
             for noun, text in zip(self._nouns, stems, strict=True)
         ]
 
+    @cached_property
+    def _alone(self) -> list[list[tuple[Question]]]:
+        return [[(question,) for question in row] for row in self._questions]
+
     def initial(self, rng: np.random.Generator) -> Places:
         return tuple(rng.integers(self.boxes, size=len(self._nouns)).tolist())
 
@@ -171,7 +175,7 @@ class Box(Game):
         after = self.transition(state, action)
         which = int(v * len(after))  # only the question that is asked is looked up
         words = self._moves[action[0]][action[1]]
-        return tuple.__new__(Step, (state, action, after, words, (self._questions[which][after[which]],)))
+        return tuple.__new__(Step, (state, action, after, words, self._alone[which][after[which]]))
 
     def command(self, state: State, action: Action) -> str:
         move = _move(action)

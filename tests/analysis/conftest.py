@@ -62,7 +62,8 @@ def row(
         "choice_correct": pick in q.accepted, "choice_token_correct": pick in q.accepted,
         "choice_byte_correct": pick in q.accepted, "logprobs": logs.tolist(),
         "p_accepted": float(p[list(q.accepted)].sum()),
-        "rank": 1 + int((p > top + 1e-12).sum()), "ceiling": ceiling, "determined": ceiling > 1 - 1e-9, "chance": q.chance,
+        "rank": 1 + int((p > top + 1e-12).sum()), "ceiling": ceiling, "chance": q.chance,
+        "determined": ceiling > 1 - 1e-9,
         "prompt_tokens": 10 * (step + 1) if agent == MODEL else None,
     }  # fmt: skip
 
@@ -121,8 +122,9 @@ def make_run(
             pl.DataFrame(rows, schema=ROWS, orient="row").write_parquet(folder / f"{slug}.parquet")
     about = {"parameters": 912_000, "dtype": "float32", "revision": "built-in", "hash": "sha256:1f9a"}
     info = {
-        "name": name, "config": {"name": name, "seed": 0, "agents": [MODEL], "note": EVIL}, "seed": 0,
-        "config_hash": "9f2c01d4a7b3", "command": "nextstate run configs/quickstart.yaml", "started": "2025-11-20T10:00:00+00:00",
+        "name": name, "config": {"name": name, "seed": 0, "agents": [MODEL], "note": EVIL},
+        "config_hash": "9f2c01d4a7b3", "seed": 0,
+        "command": "nextstate run configs/quickstart.yaml", "started": "2025-11-20T10:00:00+00:00",
         "finished": "2025-11-20T10:03:12+00:00", "seconds": 192.4,
         "versions": {"nextstate": "0.1.0", "torch": "2.9.0", "python": "3.11.2"},
         "hardware": {"cpu": "AMD EPYC", "cores": 2, "memory_gb": 8, "gpu": None},

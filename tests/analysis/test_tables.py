@@ -143,6 +143,18 @@ def test_bootstrap_over_episodes_covers() -> None:
     assert float(((low <= 0.6) & (high >= 0.6)).mean()) < 0.85
 
 
+def test_settings_with_the_same_seeds_are_no_new_evidence() -> None:
+    one = clustered(np.random.default_rng(4), "a", asked=1)
+    copies = [one.with_columns(size=pl.lit(s), setting=pl.lit(f"s{s}")) for s in range(9)]
+    apart = [c.with_columns(episode=pl.col("episode") + 1000 * s) for s, c in enumerate(copies)]
+    by = ("agent", "game", "variant", "step")
+    alone, shared, separate = (tables.pooled(pl.concat(x), by).row(0, named=True) for x in ([one], copies, apart))
+    width = {k: r["accuracy_high"] - r["accuracy_low"] for k, r in (("1", alone), ("9", shared), ("9 apart", separate))}
+    assert (shared["episodes"], separate["episodes"]) == (50, 450)
+    assert width["9"] == pytest.approx(width["1"], rel=0.2)
+    assert width["9 apart"] == pytest.approx(width["1"] / 3, rel=0.2)
+
+
 def test_all_right_still_has_an_interval(many_path: Path) -> None:
     cells = tables.cells(frame(many_path)).filter((pl.col("agent") == "ideal") & (pl.col("game") == "Box"))
     assert cells["accuracy"].min() == 1

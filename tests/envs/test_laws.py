@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextstate.envs import GAMES, Automaton, Episode, Game, make_game, score, unroll
+from nextstate.envs import GAMES, Automaton, Episode, Game, Step, make_game, score, unroll
 from nextstate.envs.game import Distribution, split
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
@@ -115,6 +115,19 @@ def test_an_episode_is_its_seed_and_a_longer_one_begins_the_same(game: Game, see
     assert episode == pickle.loads(pickle.dumps(episode))
     for shorter in range(1, steps):
         assert episode.steps[:shorter] == unroll(game, seed, shorter).steps
+
+
+@settings(max_examples=60, deadline=None)
+@given(game=any_game(), seed=st.integers(0, 2**32), draws=st.lists(units, min_size=2, max_size=16))
+def test_a_games_own_way_to_step_is_the_common_one(game: Game, seed: int, draws: list[float]) -> None:
+    state = game.initial(np.random.default_rng(seed))
+    for ask in (1, 2, 10**6):
+        now = state
+        for u, v in list(zip(draws, reversed(draws), strict=True))[: game.max_steps]:
+            step = game.step(now, u, v, ask)
+            assert step == Game.step(game, now, u, v, ask)
+            assert type(step) is Step
+            now = step.next_state
 
 
 def test_all_reachable_states_keep_the_laws(small: Game) -> None:
