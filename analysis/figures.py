@@ -154,10 +154,14 @@ def heatmap(
         hoverinfo="skip",
         showlegend=False,
     )
-    category: dict[str, Any] = {"type": "category", "showgrid": False, "ticks": ""}
+    # The numbers would widen the axes beyond the cells.
+    across, up = (
+        {"type": "category", "showgrid": False, "ticks": "", "range": [-0.5, len(ticks) - 0.5]}
+        for ticks in (steps, sizes)
+    )
     height = 27 * max(len(sizes), 3) + 74
     title = VALUES[value].format(agent=_plain(agent))
-    return go.Figure([trace, numbers], _layout(title, height, "step", size_name, xaxis=category, yaxis=category))
+    return go.Figure([trace, numbers], _layout(title, height, "step", size_name, xaxis=across, yaxis=up))
 
 
 def curve(

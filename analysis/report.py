@@ -147,7 +147,7 @@ def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn:
         "name": game,
         "size_name": size_name,
         "sizes": sorted({s["size"] for s in mine}),
-        "steps": here["step"].n_unique(),
+        "steps": here["step"].max(),
         "episodes": max(s["episodes"] for s in mine),
         "panels": panels,
         "legend": [(figures.label(a), style) for a, style in look.items() if a in present],
@@ -211,11 +211,12 @@ def _cell_data(cells: pl.DataFrame, run: Run) -> dict[str, Any]:
 def sample(run: Run) -> dict[str, Any]:
     """Return a few whole episodes, with every agent's answers, from the smallest, a middle and the largest size.
 
-    As many episodes a setting as `ANSWERS` allows, at most four; of an episode at most its first `STEPS` steps.
+    As many episodes a setting as `ANSWERS` allows, at most four; of an episode the first `STEPS` steps asked about.
     """
     chosen = list(_spread(run.info["settings"]))
     slugs = [s["slug"] for s in chosen]
-    few = run.rows.filter(pl.col("setting").is_in(slugs) & (pl.col("step") <= STEPS))
+    asked = pl.col("step").rank("dense").over("agent", "setting", "episode")
+    few = run.rows.filter(pl.col("setting").is_in(slugs)).filter(asked <= STEPS)
     counts = few.group_by("setting", "episode").len().sort("setting", "episode").collect()
     per_round = max(1, int(counts.group_by("setting").agg(pl.col("len").mean())["len"].sum()))
     keep = counts.group_by("setting", maintain_order=True).head(max(1, min(4, ANSWERS // per_round)))
@@ -281,7 +282,9 @@ def _episode(
                 | {"of": len(one["choices"]), "by": given}
             )
         after = closing[step - 1] if step <= len(closing) else ""
-        steps.append({"step": step, "told": story["narrations"][step - 1], "closing": after, "asked": questions})
+        # A step of which nothing was asked (grid=cells) is told whole, with the answers that stay in the transcript.
+        words = story["told" if asked is None else "narrations"][step - 1]
+        steps.append({"step": step, "told": words, "closing": after, "asked": questions})
     return {"id": seed, "opening": story["opening"], "inline": story["feedback"] == "inline", "steps": steps}
 
 

@@ -41,7 +41,7 @@ SCHEMA: dict[str, Any] = {
 }  # fmt: skip
 TRANSCRIPTS: dict[str, Any] = {
     "episode": pl.Int64, "opening": pl.String, "feedback": pl.String,
-    "narrations": pl.List(pl.String), "closing": pl.List(pl.String),
+    "told": pl.List(pl.String), "narrations": pl.List(pl.String), "closing": pl.List(pl.String),
 }  # fmt: skip
 
 
@@ -311,6 +311,7 @@ def _transcript(episode: Episode) -> dict[str, Any]:
         "episode": episode.seed,
         "opening": episode.opening,
         "feedback": episode.game.feedback,
+        "told": list(episode.told),
         "narrations": [s.narration for s in episode.steps],
         "closing": [s.questions[-1].closing for s in episode.steps],
     }

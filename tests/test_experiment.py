@@ -178,7 +178,7 @@ def test_impossible_games_are_refused_before_anything_is_written(tmp_path: Path,
 
 
 def test_a_shortcut_that_no_game_has(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="'shortcut:guess'.*last_mention"):
+    with pytest.raises(ExperimentError, match=r"'shortcut:guess'.*last_mention"):
         experiment.run(Config(**SMALL | {"agents": ["shortcut:guess"]}), tmp_path / "run")
 
 

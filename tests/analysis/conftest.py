@@ -91,6 +91,7 @@ def transcript(episode: Episode) -> dict[str, Any]:
         "episode": episode.seed,
         "opening": episode.opening,
         "feedback": episode.game.feedback,
+        "told": list(episode.told),
         "narrations": [s.narration for s in episode.steps],
         "closing": [s.questions[0].closing for s in episode.steps],
     }

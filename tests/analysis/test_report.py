@@ -179,3 +179,15 @@ def test_json_cannot_leave_its_script() -> None:
     text = str(report.embed({"a": EVIL + "\u2028\u2029&<!--", "b": [float("nan"), float("-inf"), 1.5]}))
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text) == {"a": EVIL + "\u2028\u2029&<!--", "b": [None, None, 1.5]}
+
+
+def test_cells_asked_late_in_long_episodes_are_in_the_viewer(tmp_path: Path) -> None:
+    from nextstate import experiment
+
+    games = [{"game": "DFA", "over": {"states": [3]}, "steps": [1, 60], "episodes": 3}]
+    config = {"name": "cells", "grid": "cells", "agents": ["ideal"], "games": games, "wandb": "disabled"}
+    experiment.run(experiment.Config.model_validate(config), tmp_path / "cells")
+    late = report.sample(tables.load(tmp_path / "cells"))["settings"][-1]["episodes"][0]
+    assert [bool(step["asked"]) for step in late["steps"]] == [False] * 59 + [True]
+    story = late["opening"] + "".join(step["told"] for step in late["steps"])
+    assert story.count("go to state") == 59
