@@ -70,6 +70,26 @@ class Curriculum(Strict):
         return min(self.most, self.start + step // self.every)
 
 
+class Stage(Strict):
+    """What rows are made of until an optimiser step (exclusive).
+
+    Args:
+        until: the step at which the next stage begins; None for the last stage.
+        mixture: share of episodes of each game.
+        densities: those that automata are drawn with.
+        few_actions: share of automata that list a few actions only, so that the action alone does not tell the answer.
+        resist: shortcuts; determined questions that any of them gets wrong (as far as the game has them) weigh
+            `resist_weight` times as much. A model that has settled on such a shortcut learns little from all others.
+    """
+
+    until: int | None = None
+    mixture: dict[str, float] = {"DFA": 3, "Box": 3, "Cycle": 1, "FruitStore": 1}
+    densities: list[str] = ["min", "middle", "max"]
+    few_actions: float = 0.5
+    resist: list[str] = []
+    resist_weight: float = 1.0
+
+
 class TrainConfig(Strict):
     """Everything that decides a training run."""
 
@@ -84,11 +104,15 @@ class TrainConfig(Strict):
     weight_decay: float = 0.01
     weights: Weights = Weights()
     curriculum: Curriculum = Curriculum()
-    mixture: dict[str, float] = {"DFA": 3, "Box": 3, "Cycle": 1, "FruitStore": 1}
+    stages: list[Stage] = Field(default=[Stage()], min_length=1)
     evaluate_every: int = 500
     evaluation_episodes: int = 48
     save_every: int = 500
     threads: int | None = None
+
+    def stage(self, step: int) -> Stage:
+        """Return what rows are made of at an optimiser step."""
+        return next((s for s in self.stages if s.until is None or step < s.until), self.stages[-1])
 
 
 class Draw(NamedTuple):
@@ -99,17 +123,17 @@ class Draw(NamedTuple):
     ask: int
 
 
-def draw_game(config: TrainConfig, level: int, rng: np.random.Generator) -> Draw:
+def draw_game(stage: Stage, level: int, rng: np.random.Generator) -> Draw:
     """Draw what one training episode plays, at a curriculum level."""
-    names = list(config.mixture)
-    shares = np.array([config.mixture[n] for n in names])
+    names = list(stage.mixture)
+    shares = np.array([stage.mixture[n] for n in names])
     name = names[int(rng.choice(len(names), p=shares / shares.sum()))]
     size = int(rng.integers(2, level + 1))
     if name == "DFA":
         kind = "state-state" if rng.random() < 0.1 else "state-action"
-        density = ("min", "middle", "max")[int(rng.integers(3))]
+        density = stage.densities[int(rng.integers(len(stage.densities)))]
         few = max(int(rng.integers(2, 7)), size // 2 + 1)
-        listed = few if rng.random() < 0.5 else 26
+        listed = few if rng.random() < stage.few_actions else 26
         symbols = "pairs" if rng.random() < 0.03 else "letters"
         game = make_game(name, states=size, density=density, actions_listed=listed, kind=kind, symbols=symbols)
         return Draw(game, int(rng.integers(4, 25)), 1)
@@ -137,21 +161,27 @@ class Row:
     weight: list[float]
 
 
-def plant_episode(row: Row, encoder: Encoder, episode: Episode, weights: Weights, rng: np.random.Generator) -> None:
+def plant_episode(
+    row: Row, encoder: Encoder, episode: Episode, weights: Weights, stage: Stage, rng: np.random.Generator
+) -> None:
     """Grow a whole episode in a row, with the loss on each accepted answer; several accepted ones are drawn from."""
     trunk = Trunk(encoder, episode, row.tree)
     beliefs = episode.beliefs("ideal")
+    tempting = [episode.beliefs(name) for name in stage.resist if name in episode.game.shortcuts]
     for t, step in enumerate(episode.steps):
         for q, question in enumerate(step.questions):
             planted = trunk.plant(t, q)
             settled = score(beliefs[t][q], question.accepted) == 1
+            weight = weights.determined if settled else weights.undetermined
+            if settled and any(score(b[t][q], question.accepted) < 1 for b in tempting):
+                weight *= stage.resist_weight
             right = question.truth
             if len(question.accepted) > 1 and episode.game.feedback == "branch":
                 right = question.accepted[int(rng.integers(len(question.accepted)))]
             choice = planted.choices[right]
             row.context.extend(choice.nodes)
             row.target.extend(choice.tokens)
-            row.weight.extend([weights.determined if settled else weights.undetermined] * len(choice.tokens))
+            row.weight.extend([weight] * len(choice.tokens))
     trunk.plant(len(episode.steps) - 1, 0)
 
 
@@ -182,12 +212,12 @@ class FreshRows(torch.utils.data.Dataset[Row]):
     def __getitem__(self, i: int) -> Row:
         config = self.config
         rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(TRAINING_STREAM, i)))
-        level = config.curriculum.level(i // config.rows)
+        level, stage = config.curriculum.level(i // config.rows), config.stage(i // config.rows)
         row = Row(Tree(), [], [], [])
         while len(row.tree) < config.row_tokens:
-            drawn = draw_game(config, level, rng)
+            drawn = draw_game(stage, level, rng)
             episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.ask, rng=rng)
-            plant_episode(row, self.encoder, episode, config.weights, rng)
+            plant_episode(row, self.encoder, episode, config.weights, stage, rng)
         return finish(row, config.row_tokens, config.weights)
 
 
@@ -270,7 +300,7 @@ def corpus(config: TrainConfig, episodes: int = 4000) -> Iterator[str]:
     """Yield transcripts of all games and sizes, for the tokenizer."""
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(TRAINING_STREAM + 1,)))
     for _ in range(episodes):
-        drawn = draw_game(config, 12, rng)
+        drawn = draw_game(config.stages[0], 12, rng)
         episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.ask, rng=rng)
         yield episode.prompt(len(episode.steps) - 1)
 

@@ -15,6 +15,7 @@ from nextstate.agents.text import Encoder
 from nextstate.agents.training import (
     Curriculum,
     FreshRows,
+    Stage,
     TrainConfig,
     Weights,
     collate,
@@ -94,7 +95,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path: Path, monke
 
 
 def test_an_unknown_game_in_the_mixture(fresh: FreshRows) -> None:
-    config = TrainConfig(**SMALL, mixture={"Chess": 1.0})
+    config = TrainConfig(**SMALL, stages=[Stage(mixture={"Chess": 1.0})])
     with pytest.raises(ConfigError, match="no training recipe for game 'Chess'"):
         FreshRows(config, fresh.encoder)[0]
 
