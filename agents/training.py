@@ -76,6 +76,7 @@ class Stage(Strict):
     Args:
         until: the step at which the next stage begins; None for the last stage.
         mixture: share of episodes of each game.
+        largest: the largest size of a game, where it is to be smaller than the curriculum's.
         densities: those that automata are drawn with.
         few_actions: share of automata that list a few actions only, so that the action alone does not tell the answer.
         resist: shortcuts; determined questions that any of them gets wrong (as far as the game has them) weigh
@@ -84,6 +85,7 @@ class Stage(Strict):
 
     until: int | None = None
     mixture: dict[str, float] = {"DFA": 3, "Box": 3, "Cycle": 1, "FruitStore": 1}
+    largest: dict[str, int] = {}
     densities: list[str] = ["min", "middle", "max"]
     few_actions: float = 0.5
     resist: list[str] = []
@@ -128,7 +130,7 @@ def draw_game(stage: Stage, level: int, rng: np.random.Generator) -> Draw:
     names = list(stage.mixture)
     shares = np.array([stage.mixture[n] for n in names])
     name = names[int(rng.choice(len(names), p=shares / shares.sum()))]
-    size = int(rng.integers(2, level + 1))
+    size = int(rng.integers(2, min(level, stage.largest.get(name, level)) + 1))
     if name == "DFA":
         kind = "state-state" if rng.random() < 0.1 else "state-action"
         density = stage.densities[int(rng.integers(len(stage.densities)))]

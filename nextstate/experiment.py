@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import polars as pl
 from pydantic import Field, model_validator
 
@@ -294,8 +295,23 @@ def _ask(agent: Agent, setting: Setting, config: Config, progress: Progress) -> 
         "size": setting.size,
         "variant": setting.variant,
     }
-    frame = pl.DataFrame([constant | r for r in rows], schema=SCHEMA)
-    return frame, said[0] if said else ""
+    return frame_of(rows, constant), said[0] if said else ""
+
+
+def frame_of(rows: list[dict[str, Any]], constant: dict[str, Any]) -> pl.DataFrame:
+    """Return rows as a table, with the same values of `constant` in each."""
+    columns: dict[str, Any] = {}
+    for name, dtype in SCHEMA.items():
+        if name in constant:
+            columns[name] = pl.repeat(constant[name], len(rows), dtype=dtype, eager=True)
+        elif isinstance(dtype, pl.List):  # built flat: a Series for each row would take most of the run
+            lists = [r[name] for r in rows]
+            flat = pl.Series("flat", [x for one in lists for x in one], dtype=dtype.inner)
+            row = pl.Series("row", np.repeat(np.arange(len(lists)), [len(one) for one in lists]))
+            columns[name] = pl.DataFrame([row, flat]).group_by("row", maintain_order=True).agg("flat")["flat"]
+        else:
+            columns[name] = pl.Series(name, [r[name] for r in rows], dtype=dtype)
+    return pl.DataFrame(columns)
 
 
 def _write_transcripts(out: Path, setting: Setting) -> None:

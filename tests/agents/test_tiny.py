@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nextstate.agents.language import BUILT_IN, LanguageModel
-from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
+from nextstate.agents.rollout import accuracy, episodes_of, prompts_of, replay, seeds_for
 from nextstate.envs.games import make_game
 
 EPISODES = 60
@@ -46,3 +46,22 @@ def test_many_boxes_and_states_are_clearly_harder(tiny: LanguageModel) -> None:
 def test_any_text_can_be_encoded(tiny: LanguageModel) -> None:
     for text in ("Ωmega \N{SNOWMAN} naïve", "\x00\x01", "日本語"):
         assert tiny.tokenizer.decode(tiny.encoder.opening(text), skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    ("game", "settings", "steps"), [("Box", {"boxes": 4}, 4), ("DFA", {"states": 4, "symbols": "pairs"}, 8)]
+)
+def test_greedy_answers_are_what_generation_writes(
+    tiny: LanguageModel, game: str, settings: dict[str, object], steps: int
+) -> None:
+    """An independent road: the plain prompt through tokenizer and `generate`, as any user of transformers would."""
+    for episode in episodes_of(make_game(game, **settings), seeds_for(5, 4), steps):
+        prompts = prompts_of(episode)
+        for prompt, prediction in zip(prompts, tiny.predict(prompts), strict=True):
+            text = tiny.tokenizer.bos_token + episode.prompt(prompt.step, prompt.question)
+            inputs = tiny.tokenizer(text, return_tensors="pt", add_special_tokens=False)
+            right = prompt.asked.choices[max(prediction.greedy, 0)]
+            wanted = tiny.encoder.piece(right)
+            out = tiny.model.generate(**inputs, max_new_tokens=len(wanted), do_sample=False)
+            written = tiny.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+            assert (written == right) == (prediction.greedy >= 0), (written, prediction)
