@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from every_game import label, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,9 +160,9 @@ def test_variables_are_those_of_the_start(small: Game) -> None:
                 assert question.variable in names
 
 
+# Elsewhere narrations tell the state, and the question is whether that is remembered.
+@pytest.mark.parametrize("game", [g for g in variants(5) if g.feedbacks[0] == "inline"], ids=label)
 def test_narration_keeps_the_answer_of_a_question_about_it(game: Game) -> None:
-    if game.feedbacks[0] != "inline":
-        pytest.skip("its narrations tell the state; the question is whether that is remembered")
     for seed in range(50):
         for step in unroll(game, seed, 20).steps:
             words = step.narration.replace(",", " ").replace(".", " ").split()
