@@ -67,6 +67,10 @@ class Agent(ABC):
         """Return an agent that answers step by step and may keep what it has read; by default this one."""
         return self
 
+    def remark(self, episode: Episode) -> str:
+        """Return what a reader of the results should know of how this agent reads such an episode, "" if nothing."""
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """Return what `run.json` says about this agent."""
         return {"name": self.name, "kind": "reference"}

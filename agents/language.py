@@ -16,7 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
 from nextstate.agents.branches import Batch, Planted, Trunk, pack
+from nextstate.agents.sites import Sites
 from nextstate.agents.text import Encoder
+from nextstate.envs.contrast import pieces
 from nextstate.envs.game import Episode
 
 BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
@@ -82,6 +84,11 @@ class LanguageModel(Agent):
 
         return TransformersModel(self.model, tokenizer=self.tokenizer)
 
+    @cached_property
+    def sites(self) -> Sites:
+        """Where activations are read and written; set it to name the modules of an unknown architecture."""
+        return Sites.of(self.model)
+
     def describe(self) -> dict[str, Any]:
         config = self.model.config
         return {
@@ -96,6 +103,13 @@ class LanguageModel(Agent):
             "revision": getattr(config, "_commit_hash", None),
             "hash": _hash(BUILT_IN.get(self.name, Path(self.name))),
         }
+
+    def remark(self, episode: Episode) -> str:
+        if self.encoder.natural(pieces(episode)):
+            return ""
+        return (
+            f"{self.name} would split a whole transcript into other tokens than its pieces, which are what it was given"
+        )
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
         trunks, planted = self.plant(prompts)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from nextstate.envs.contrast import Span
 
 _ANCHORS = ("a", ".", "1", "\n", "A b")
 
@@ -47,11 +50,43 @@ class Encoder:
         return self._cache[text]
 
     def _encode(self, text: str) -> tuple[int, ...]:
+        _, head, whole = self._anchored(text)
+        return whole[head:]
+
+    def _anchored(self, text: str) -> tuple[str, int, tuple[int, ...]]:
+        """Return an anchor that stays apart from `text`, how many tokens it has, and the tokens of both."""
         for anchor, head in self._anchors:
             whole = self._raw(anchor + text)
             if whole[: len(head)] == head and len(whole) > len(head):
-                return whole[len(head) :]
+                return anchor, len(head), whole
         raise TokenizerError(f"the tokenizer gives {text!r} no tokens of its own behind any of {_ANCHORS}")
+
+    def locate(self, pieces: Sequence[str], span: Span) -> int:
+        """Return the position of the last token that overlaps `span`, in the tokens of a prompt made of `pieces`.
+
+        Args:
+            pieces: opening and continuations, as `nextstate.envs.contrast.pieces` cuts a prompt.
+            span: characters of one of them.
+
+        Raises:
+            TokenizerError: the span is not within its piece, or the tokenizer does not tell which characters a token
+                stands for (a slow one).
+        """
+        number, start, end = span
+        if not (0 <= number < len(pieces) and 0 <= start < end <= len(pieces[number])):
+            lengths = [len(p) for p in pieces]
+            raise TokenizerError(f"{span} is not in the prompt: expected characters of pieces of lengths {lengths}")
+        if not self.tokenizer.is_fast:
+            raise TokenizerError(f"{type(self.tokenizer).__name__} does not tell where its tokens are; use a fast one")
+        text = pieces[number]
+        if number == 0:
+            anchor, head, before = "", 0, len(self.bos)
+        else:
+            anchor, head, _ = self._anchored(text)
+            before = len(self.opening(pieces[0])) + sum(len(self.piece(p)) for p in pieces[1:number])
+        found = self.tokenizer(anchor + text, add_special_tokens=False, return_offsets_mapping=True)
+        places = [(a - len(anchor), b - len(anchor)) for a, b in found["offset_mapping"][head:]]
+        return before + max(i for i, (a, b) in enumerate(places) if a < end and b > start)
 
     def natural(self, pieces: tuple[str, ...]) -> bool:
         """Tell whether encoding the pieces one by one gives the tokens of the whole text."""

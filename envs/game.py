@@ -8,9 +8,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from nextstate.envs.contrast import Pair
 
 State = Hashable
 Action = Hashable
@@ -135,6 +138,7 @@ class Game(ABC):
     shortcuts: ClassVar[tuple[str, ...]]
     feedbacks: ClassVar[tuple[Feedback, ...]]  # the ways in which it can be asked, the natural one first
     styles: ClassVar[tuple[str, ...]] = ("paper",)
+    contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # each kind of minimal pair, and its designs
 
     style: str = "paper"
     feedback: str = ""
@@ -210,6 +214,45 @@ class Game(ABC):
     @abstractmethod
     def reader(self, state: State) -> Reader:
         """Return a reader who has read the opening of `state`, and knows of `state` only what that tells."""
+
+    def contrast(
+        self,
+        rng: np.random.Generator,
+        kind: str,
+        design: str = "balanced",
+        steps: int | None = None,
+        distance: int | None = None,
+    ) -> Pair:
+        """Draw a minimal pair: two episodes that differ in one thing (`nextstate.envs.contrast.Pair` says in which).
+
+        Args:
+            rng: where to draw from.
+            kind: "state", "action", "name" or "noop"; `contrasts` says which there are.
+            design: "balanced" (answers always differ and are settled, no shortcut tells the sides apart where that is
+                possible) or "paper" (the published ones, weaknesses included).
+            steps: length of both episodes, the queried step included; by default what suits the game.
+            distance: of a noop pair, the number of steps in between that change nothing about the answer; by default
+                5, or as many as fit.
+
+        Raises:
+            GameError: there are no such pairs; the message names the argument, its value and what is possible.
+        """
+        if kind not in self.contrasts:
+            possible = ", ".join(self.contrasts) or "nothing"
+            raise GameError(
+                f"kind={kind!r} is not possible: {self.name} has no contrast of kind {kind}; has {possible}"
+            )
+        require(design in self.contrasts[kind], "design", design, f"{' or '.join(self.contrasts[kind])} of kind {kind}")
+        if kind == "noop":
+            distance = min(5, (self.max_steps or 6) - 1) if distance is None else distance
+            require_whole("distance", distance, 1, 100_000)
+        else:
+            require(distance is None, "distance", distance, "None, since only noop pairs have a distance")
+        return self.draw_pair(rng, kind, design, steps, distance or 0)
+
+    def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+        """Draw what `contrast` has found to be one of the game's `contrasts`."""
+        raise NotImplementedError(f"{self.name} names contrasts and draws none")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Drawn(Progress):
         self.bar.advance(self.task, questions)
 
     def warn(self, message: str) -> None:
-        self.bar.console.print(Text(f"left out: {message}", style="yellow"))
+        self.bar.console.print(Text(f"note: {message}", style="yellow"))
 
 
 @app.command(epilog="Example:  nextstate run configs/quickstart.yaml games.0.episodes=20 --out runs/short")

@@ -188,7 +188,7 @@ class Progress:
         """So many more were answered."""
 
     def warn(self, message: str) -> None:
-        """Something was left out."""
+        """Something was left out, or should be known."""
 
 
 def run(config: Config, out: Path, progress: Progress | None = None, command: str = "") -> Path:
@@ -226,6 +226,10 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
                     if agent is None:
                         agent = load()
                         note(agents=[a for a in record["agents"] if a["name"] != name] + [agent.describe()])
+                    remark = agent.remark(episodes_of(setting.game, setting.seeds[:1], setting.steps)[0])
+                    if remark and remark not in record["remarks"]:
+                        progress.warn(remark)
+                        note(remarks=[*record["remarks"], remark])
                     frame, left_out = _ask(agent, setting, config, progress)
                 except AgentError as error:
                     frame, left_out = None, str(error)
@@ -367,6 +371,7 @@ def _begin(config: Config, settings: list[Setting], out: Path, command: str) -> 
         "agents": [],
         "settings": [s.describe() for s in settings],
         "left_out": [],
+        "remarks": [],
     }
     _write_json(path, record)
     return record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,25 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path, folders: dict[st
     assert "too many" in left["reason"]
     table = rows(tmp_path)
     assert 0 < table.filter(pl.col("agent") != "ideal").height < table.filter(agent="ideal").height
+
+
+def test_tokens_that_differ_from_those_of_the_whole_text_are_remarked(tmp_path: Path, folders: dict[str, Path]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "model"
+    shutil.copytree(folders["gpt2"], folder)
+    tokenizer = Tokenizer(models.BPE())  # no split at spaces: tokens cross the borders of pieces
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["a b. Take action A, go to state b. Take action A, go to state b."] * 9, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    games = [{"game": "DFA", "over": {"states": [2]}, "steps": 4, "episodes": 2}]
+    page = experiment.run(Config(**SMALL | {"agents": [str(folder)], "games": games}), tmp_path / "run")
+    (remark,) = json.loads((tmp_path / "run" / "run.json").read_text())["remarks"]
+    assert "other tokens than its pieces" in remark
+    assert "other tokens than its pieces" in page.read_text()
 
 
 def test_a_model_that_cannot_be_loaded_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
+from nextstate.envs.contrast import Pair
 from nextstate.envs.game import (
     Action,
     Distribution,
@@ -77,6 +78,9 @@ class Box(Game):
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "most_frequent", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch", "inline")
     styles: ClassVar[tuple[str, ...]] = tuple(STYLES)
+    contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("state", "action", "name", "noop"), ("balanced",)
+    )
 
     boxes: int = 4
     objects: int | None = None
@@ -183,6 +187,11 @@ class Box(Game):
 
     def reader(self, state: State) -> Reader:
         return BoxReader(self, _places(state))
+
+    def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+        from nextstate.envs.games.box_pairs import draw_pair  # it builds on this module
+
+        return draw_pair(self, rng, kind, design, steps, distance)
 
 
 class BoxReader(Reader):

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
+from nextstate.envs.contrast import Pair, answered, fair, last, roles, tell
 from nextstate.envs.game import (
     Action,
     Distribution,
@@ -19,6 +20,7 @@ from nextstate.envs.game import (
     Reader,
     State,
     point,
+    require,
     require_whole,
     uniform,
 )
@@ -52,6 +54,7 @@ class Cycle(Game):
     size: ClassVar[str] = "period"
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "most_frequent", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("inline",)
+    contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = {"state": ("balanced",), "name": ("balanced",)}
 
     period: int = 4
 
@@ -94,6 +97,34 @@ class Cycle(Game):
     def reader(self, state: State) -> Reader:
         pattern, at = _phase(state)
         return CycleReader(self.period, pattern[at])
+
+    def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+        """Draw a pair of at least `period + 1` steps, so that the current letter was followed by the answer before.
+
+        "state": the same cycle entered at another letter; each letter of the story is then another one. "name": the
+        answer's letter is one that the pattern does not have.
+        """
+        n = self.period
+        steps = 2 * n if steps is None else steps
+        require_whole("steps", steps, n + 1, 10_000)
+        require(kind != "name" or n < len(CHOICES), "period", n, f"at most {len(CHOICES) - 1} for a name pair")
+
+        def draw() -> Pair:
+            letters = rng.permutation(len(CHOICES)).tolist()
+            pattern, other = tuple(letters[:n]), tuple(letters[:n])
+            if kind == "state":
+                entry = int(rng.integers(1, n))
+                other = pattern[entry:] + pattern[:entry]
+            else:
+                other = tuple([letters[n] if i == steps % n else c for i, c in enumerate(pattern)])
+            seed = int(rng.integers(2**31))
+            sides = [tell(self, Phase(letters, 0), ["next"] * steps, seed=seed) for letters in (pattern, other)]
+            places = [
+                {"state": answered(e, steps - 2), "match": answered(e, steps - 1 - n), "last": last(e)} for e in sides
+            ]
+            return Pair(kind, design, sides[0], sides[1], roles(*places))
+
+        return fair(draw, ("last_mention",) if n == 2 else ())
 
 
 class CycleReader(Reader):

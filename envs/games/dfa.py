@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
+from nextstate.envs.contrast import Pair
 from nextstate.envs.game import (
     Action,
     Distribution,
@@ -138,6 +139,12 @@ class DFA(Game):
     size: ClassVar[str] = "states"
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "state_only", "most_frequent", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("inline",)
+    contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "state": ("balanced", "paper"),
+        "action": ("balanced",),
+        "name": ("balanced",),
+        "noop": ("balanced", "paper"),
+    }
 
     states: int = 4
     density: str = "middle"
@@ -254,6 +261,11 @@ class DFA(Game):
 
     def reader(self, state: State) -> Reader:
         return DFAReader(self.kind == "state-action", _place(state).at)
+
+    def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+        from nextstate.envs.games.dfa_pairs import draw_pair  # it builds on this module
+
+        return draw_pair(self, rng, kind, design, steps, distance)
 
 
 class DFAReader(Reader):

@@ -9,15 +9,18 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
+from nextstate.envs.contrast import Pair, Span, fair, last, piece_of, roles, spot, tell
 from nextstate.envs.game import (
     Action,
     Distribution,
+    Episode,
     Feedback,
     Game,
     Question,
     Reader,
     State,
     point,
+    require,
     require_whole,
     split,
     uniform,
@@ -68,6 +71,9 @@ class FruitStore(Game):
     size: ClassVar[str] = "people"
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "most_frequent", "first_listed")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch", "inline")
+    contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+        ("state", "action", "name", "noop"), ("balanced",)
+    )
 
     people: int = 4
 
@@ -151,6 +157,48 @@ class FruitStore(Game):
     def reader(self, state: State) -> Reader:
         return FruitReader(self.people)
 
+    def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+        """Draw a pair in which one fruit is left, so that the answer is settled: `people - 1` steps.
+
+        "state", "noop", "action": one clue names another fruit, so that this one is left: an earlier clue (followed by
+        `distance` others), or the last one. "name": two fruits exchange their names, in the list and in the clue.
+        Before the last step nothing is asked.
+        """
+        n = self.people
+        require_whole("people", n, 3 if kind in ("state", "noop") else 2, len(NAMES))
+        require(steps in (None, n - 1), "steps", steps, f"{n - 1}, since one fruit must be left among {n} people")
+        if kind == "noop":
+            require_whole("distance", distance, 1, n - 2)
+
+        def draw() -> Pair:
+            start = self.initial(rng)
+            who, what = rng.permutation(n).tolist(), rng.permutation(n).tolist()
+            clues = [Clue(p, f, _giver(rng, p, n)) for p, f in zip(who[:-1], what[:-1], strict=True)]
+            low, high = {"state": (0, n - 2), "name": (0, n - 1), "action": (n - 2, n - 1)}.get(
+                kind, (n - 2 - distance, n - 1 - distance)
+            )
+            at = int(rng.integers(low, high))
+            twin, others = start, [*clues[:at], clues[at]._replace(fruit=what[-1]), *clues[at + 1 :]]
+            if kind == "name":
+                order = list(start.fruits)
+                order[what[at]], order[what[-1]] = order[what[-1]], order[what[at]]
+                twin, others = start._replace(fruits=tuple(order)), clues
+            seed, asked = int(rng.integers(2**31)), NAMES[start.people[who[-1]]]
+            clean, corrupted = tell(self, start, clues, asked, seed), tell(self, twin, others, asked, seed)
+            places = []
+            for side, other in ((clean, corrupted), (corrupted, clean)):
+                spans = {
+                    "action": _given(side, -1),
+                    "match": spot(side, 0, side.steps[-1].questions[0].answer),
+                    "distractor": spot(side, 0, other.steps[-1].questions[0].answer),
+                    "subject": spot(side, piece_of(side, -1, "stem"), asked),
+                    "last": last(side),
+                }
+                places.append(spans if kind == "action" else {"state": _given(side, at), **spans})
+            return Pair(kind, design, clean, corrupted, roles(*places))
+
+        return fair(draw, ("first_listed",) if kind == "name" else ())  # or the first would never be the answer
+
 
 class FruitReader(Reader):
     """Remembers which fruits are gone."""
@@ -172,6 +220,16 @@ class FruitReader(Reader):
         if name == "first_listed":
             return point(self.n, 0)
         raise KeyError(name)
+
+
+def _giver(rng: np.random.Generator, person: int, n: int) -> int | None:
+    k = int(rng.integers(2 * (n - 1)))  # evenly somebody else, or nobody
+    return None if k >= n - 1 else k + (k >= person)
+
+
+def _given(episode: Episode, step: int) -> Span:
+    store, clue = _store(episode.start), _clue(episode.steps[step].action)
+    return spot(episode, piece_of(episode, step, "narration"), FRUITS[store.fruits[clue.fruit]])
 
 
 def _store(state: State) -> Store:

@@ -40,7 +40,7 @@ def test_few_states_are_easy(tiny: LanguageModel, states: int) -> None:
 
 def test_many_boxes_and_states_are_clearly_harder(tiny: LanguageModel) -> None:
     assert determined(tiny, "Box", 10, boxes=16, objects=10) < determined(tiny, "Box", 4, boxes=4) - 0.15
-    assert determined(tiny, "DFA", 20, states=16) < determined(tiny, "DFA", 20, states=4) - 0.15
+    assert determined(tiny, "DFA", 50, states=20) < determined(tiny, "DFA", 20, states=4) - 0.15
 
 
 def test_any_text_can_be_encoded(tiny: LanguageModel) -> None:

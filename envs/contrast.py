@@ -1,0 +1,208 @@
+"""Minimal pairs: two episodes that differ in one thing, so that what a model does differently has one cause.
+
+A game draws its pairs with `Game.contrast`. The types and what holds of a pair are here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from nextstate.envs.game import Action, Episode, Game, GameError, Question, State, Step, score
+
+KINDS = ("state", "action", "name", "noop")
+DESIGNS = ("balanced", "paper")
+Part = Literal["narration", "stem", "answer", "closing"]
+_PARTS: tuple[Part, ...] = ("narration", "stem", "answer", "closing")
+_TRIES = 2000
+
+
+class Span(NamedTuple):
+    """Characters `start` up to `end` of piece number `piece` of a prompt (see `pieces`)."""
+
+    piece: int
+    start: int
+    end: int
+
+
+class Role(NamedTuple):
+    """Where something is in the two prompts of a pair."""
+
+    clean: Span
+    corrupted: Span
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two episodes that differ in one thing. Each side's question is question 0 of its last step.
+
+    The kinds, and what differs (in the balanced design nothing else does):
+    - "state": the same last action in another state, so that the answer is another one;
+    - "action": another last action in the same state, so that the answer is another one;
+    - "name": one name, wherever it stands in the story, and so the answer;
+    - "noop": as "state", with steps in between that change nothing about the answer.
+
+    Roles, where a game has them: "state" (the last told value of what is asked about), "action" (what the last step
+    does), "match" (where the right answer stands in the transcript), "distractor" (where the other side's answer can
+    be read in the same way), "subject" (whom the question is about), "origin" (in noop pairs of the DFA: where the
+    state was told before the steps that change nothing), "last" (the end of the prompt).
+    """
+
+    kind: str
+    design: str
+    clean: Episode
+    corrupted: Episode
+    roles: Mapping[str, Role] = field(hash=False)
+
+    @property
+    def sides(self) -> tuple[Episode, Episode]:
+        """Clean, corrupted."""
+        return self.clean, self.corrupted
+
+    @property
+    def questions(self) -> tuple[Question, Question]:
+        """The question of each side."""
+        return self.clean.steps[-1].questions[0], self.corrupted.steps[-1].questions[0]
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """The right answer of each side, as it continues the prompt."""
+        clean, corrupted = self.questions
+        return clean.choices[clean.truth], corrupted.choices[corrupted.truth]
+
+    def swapped(self) -> Pair:
+        """Return the same pair with its sides exchanged."""
+        roles = {name: Role(role.corrupted, role.clean) for name, role in self.roles.items()}
+        return Pair(self.kind, self.design, self.corrupted, self.clean, roles)
+
+
+def pieces(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ...]:
+    """Return the pieces whose concatenation is `episode.prompt(step, question)`, cut where an agent cuts them.
+
+    They are the opening; for each earlier step its narration and, where feedback is inline, stem, answer and closing
+    of each question; then narration and earlier questions of the step itself, and at last the stem. Some are empty.
+    """
+    step = range(len(episode.steps))[step]
+    inline = episode.game.feedback == "inline"
+    out = [episode.opening]
+    for i, now in enumerate(episode.steps[: step + 1]):
+        out.append(now.narration)
+        if inline:
+            for q in now.questions[: question if i == step else None]:
+                out += (q.stem, q.choices[q.truth], q.closing)
+    return (*out, episode.steps[step].questions[question].stem)
+
+
+def piece_of(episode: Episode, step: int, part: Part) -> int:
+    """Return the number of the piece that tells `part` (of question 0) of `step` in the prompt of the last step."""
+    inline = episode.game.feedback == "inline"
+    before = sum(1 + 3 * len(s.questions) * inline for s in episode.steps[: range(len(episode.steps))[step]])
+    return 1 + before + _PARTS.index(part)
+
+
+def spot(episode: Episode, piece: int, word: str) -> Span:
+    """Return the last place of `word` in that piece of the prompt of the last step; `GameError` where it is not."""
+    text = pieces(episode)[piece]
+    found = [*re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text)]
+    if not found:
+        raise GameError(f"word={word!r} is not in piece {piece} of the prompt: expected a word of {text!r}")
+    return Span(piece, found[-1].start(), found[-1].end())
+
+
+def answered(episode: Episode, step: int) -> Span:
+    """Return where the answer to question 0 of `step` is told (inline feedback only)."""
+    return spot(episode, piece_of(episode, step, "answer"), episode.steps[step].questions[0].answer)
+
+
+def last(episode: Episode) -> Span:
+    """Return the last character of the prompt of the last step."""
+    said = pieces(episode)
+    piece = max(i for i, text in enumerate(said) if text)
+    return Span(piece, len(said[piece]) - 1, len(said[piece]))
+
+
+def differences(pair: Pair) -> list[Role]:
+    """Return where the words of the two prompts differ; `GameError` where they are not the same sentences."""
+    clean, corrupted = (pieces(side) for side in pair.sides)
+    out = []
+    for i, texts in enumerate(zip(clean, corrupted, strict=False)):
+        ours, theirs = (re.findall(r"\w+|\W", text) for text in texts)
+        if len(ours) != len(theirs):
+            raise GameError(f"piece {i} of the prompts is not the same sentence: found {texts[0]!r} and {texts[1]!r}")
+        at = [0, 0]
+        for words in zip(ours, theirs, strict=True):
+            spans = [Span(i, a, a + len(word)) for a, word in zip(at, words, strict=True)]
+            at = [span.end for span in spans]
+            if words[0] != words[1]:
+                out.append(Role(*spans))
+    if len(clean) != len(corrupted):
+        raise GameError(f"the prompts have {len(clean)} and {len(corrupted)} pieces: expected as many")
+    return out
+
+
+def flaws(pair: Pair) -> tuple[str, ...]:
+    """Return what makes a pair unfit to measure with, in words; nothing where it is sound.
+
+    A sound pair has sides with different answers, each a choice on the other side, each settled by the transcript, and
+    as many steps.
+    """
+    found = []
+    clean, corrupted = pair.answers
+    if clean == corrupted:
+        found.append(f"both sides have the answer {clean.strip()}")
+    if len(pair.clean.steps) != len(pair.corrupted.steps):
+        found.append(f"the sides have {len(pair.clean.steps)} and {len(pair.corrupted.steps)} steps")
+    names = ("clean", "corrupted")
+    for name, side, question, other in zip(names, pair.sides, pair.questions, pair.answers[::-1], strict=True):
+        if other not in question.choices:
+            found.append(f"{other.strip()} is no choice on the {name} side")
+        if score(side.beliefs("ideal")[-1][0], question.accepted) < 1 or len(question.accepted) > 1:
+            found.append(f"the {name} transcript does not settle the answer")
+    return tuple(found)
+
+
+def shortcuts(pair: Pair) -> dict[str, float]:
+    """Return what each of the game's shortcuts scores on the pair, the mean over its sides."""
+    return {
+        name: sum(
+            score(side.beliefs(name)[-1][0], question.accepted)
+            for side, question in zip(pair.sides, pair.questions, strict=True)
+        )
+        / 2
+        for name in pair.clean.game.shortcuts
+    }
+
+
+def fair(draw: Callable[[], Pair | None], hopeless: tuple[str, ...] = ()) -> Pair:
+    """Draw until there is a sound pair on which no shortcut but the `hopeless` ones beats one half."""
+    for _ in range(_TRIES):
+        pair = draw()
+        if pair is None or flaws(pair):
+            continue
+        if all(value <= 0.5 for name, value in shortcuts(pair).items() if name not in hopeless):
+            return pair
+    raise GameError(f"no pair that a shortcut does not solve was found in {_TRIES:,} draws: expected more steps")
+
+
+def roles(clean: Mapping[str, Span], corrupted: Mapping[str, Span]) -> dict[str, Role]:
+    """Put the places of two sides together, where both sides have them."""
+    return {name: Role(span, corrupted[name]) for name, span in clean.items() if name in corrupted}
+
+
+def tell(game: Game, start: State, actions: Sequence[Action], variable: str = "", seed: int = 0) -> Episode:
+    """Return the episode of these actions.
+
+    Where `variable` is given, the last step asks about it, and the steps before ask nothing; else each asks everything.
+    """
+    steps: list[Step] = []
+    state = start
+    for i, action in enumerate(actions):
+        after = game.transition(state, action)
+        asked = game.questions(state, action, after)
+        if variable:
+            asked = tuple(q for q in asked if q.variable == variable and i == len(actions) - 1)
+        steps.append(Step(state, action, after, game.narrate(state, action, after), asked))
+        state = after
+    return Episode(game, seed, start, game.opening(start), tuple(steps))

@@ -1,0 +1,206 @@
+"""Minimal pairs of the DFA: walks on automata drawn as they are walked, and the published designs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from nextstate.envs.contrast import Pair, Span, answered, fair, last, piece_of, roles, spot, tell
+from nextstate.envs.game import Episode, GameError, require, require_whole
+from nextstate.envs.games.dfa import DFA, LOWER, UPPER, Machine, Place
+
+Edges = dict[int, dict[int, int]]  # state -> action -> target
+PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)
+
+
+def draw_pair(game: DFA, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+    """Draw a pair; see `Game.contrast`.
+
+    The walks of a balanced pair are random ones in which two or three actions lead through some of the states:
+
+    - "state": the last told step leads to one of two states, in both of which the queried action was taken before. The
+      automata differ in that one edge, the words in that one name.
+    - "noop": as "state", and then `distance` times an action that leads back to the state. (So these automata have a
+      loop; the names differ wherever the state is told again.)
+    - "action": one of two actions is queried, both taken before in the current state. One automaton; one name differs.
+    - "name": the state that is the answer is called by the name of one that the walk does not visit.
+
+    With `kind="state-state"` actions are not told: "state" and "name" only, and the two states have one successor each.
+    """
+    if game.kind == "state-state" and (kind not in ("state", "name") or design == "paper"):
+        raise GameError(f"kind={kind!r} is not possible: state-state has no {design} contrast of kind {kind}")
+    if design == "paper":
+        return _published_state(game, steps) if kind == "state" else _published_noop(game, steps, distance)
+    steps = 12 + distance if steps is None else steps
+    fewest = 4 if kind == "name" or game.kind == "state-state" else 3
+    require_whole("states", game.states, fewest, len(LOWER[game.symbols]))
+    require_whole("actions_listed", game.actions_listed, 3 if kind == "noop" else 2, len(UPPER[game.symbols]))
+    require_whole("steps", steps, 5 + distance, 10_000)
+    hopeless = ("state_only",) if game.kind == "state-state" else ()
+    return fair(lambda: _draw(game, rng, kind, steps, distance), hopeless)
+
+
+def _draw(game: DFA, rng: np.random.Generator, kind: str, steps: int, distance: int) -> Pair | None:
+    """Draw a walk and end it in two ways; None where this walk cannot be ended so."""
+    n, names = game.states, game.actions_listed
+    listed, actions = rng.permutation(n).tolist(), rng.permutation(names).tolist()
+    parts, alone = kind in ("state", "noop"), game.kind == "state-state"
+    fewest = 4 if parts and alone else 3
+    used = listed[: int(rng.integers(fewest, max(fewest, min(n - (kind == "name"), steps // 3)) + 1))]
+    taken = actions[: int(rng.integers(2, min(3, names - (kind == "noop")) + 1))]
+    # The two states of a state pair, and the one before: until then no edge of it leads to either. In half of the walks
+    # (in all where there are no other states) it has no edge at all and is not come to before. In the other kinds of
+    # pairs it is the current state.
+    p, q, at = (used[i] for i in rng.permutation(len(used))[:3].tolist())
+    closed = {at: {p, q} if len(used) > 3 and rng.random() < 0.5 else set(used)} if parts else {}
+    walked = _wander(rng, used, taken, steps - 1 - (1 + distance) * parts, at, closed, {p, q, at} if alone else set())
+    if walked is None:
+        return None
+    path, edges = walked
+    exits, first, second = edges.setdefault(at, {}), edges.get(p, {}), edges.get(q, {})
+    if parts:
+        ends = [(a, b) for a in first for b in second if first[a] != second[b] and (alone or a == b)]
+    else:
+        ends = [(a, b) for a in exits for b in exits if (a == b) == (kind == "name")]
+    new = [c for c in actions[: -1 if distance else None] if c not in exits]
+    ends = [(a, b) for a, b in ends if not parts or {*new} - {a}]
+    if not ends:
+        return None
+    a, b = ends[int(rng.integers(len(ends)))]
+    for state in range(n):  # the walk could go on from everywhere
+        if state != at and not edges.get(state):
+            edges[state] = {actions[0]: int((state + rng.integers(1, n)) % n)}
+    start, twin_start, twin = used[0], used[0], {state: dict(row) for state, row in edges.items()}
+    if kind == "name":
+        called = {exits[a]: listed[-1], listed[-1]: exits[a]}
+        twin = {called.get(s, s): {c: called.get(t, t) for c, t in row.items()} for s, row in edges.items()}
+        twin_start = called.get(start, start)
+    if parts:
+        step, loop = next(c for c in new if c != a), actions[-1]
+        for table, end in ((edges, p), (twin, q)):
+            table[at][step] = end
+            if distance:
+                table[p][loop], table[q][loop] = p, q
+        path = [*path, step, *[loop] * distance]
+    lower, upper = LOWER[game.symbols], UPPER[game.symbols]
+    states = tuple([lower[i] for i in rng.permutation(len(lower))[:n].tolist()])
+    symbols = tuple([upper[i] for i in rng.permutation(len(upper))[:names].tolist()])
+    seed = int(rng.integers(2**31))
+    clean = _episode(game, Machine(states, symbols, _table(edges), start), [*path, a], seed)
+    corrupted = _episode(game, Machine(states, symbols, _table(twin), twin_start), [*path, b], seed)
+    return _pair(kind, "balanced", clean, corrupted, distance)
+
+
+def _wander(
+    rng: np.random.Generator,
+    states: list[int],
+    actions: list[int],
+    steps: int,
+    end: int,
+    closed: Mapping[int, set[int]],
+    single: set[int],
+) -> tuple[list[int], Edges] | None:
+    """Walk at random, drawing edges when they are needed; return the actions and the edges, None where there is no way.
+
+    As in every automaton of the game, no edge is a loop and no two edges of a state lead to the same one.
+
+    Args:
+        rng: where to draw from.
+        states: those to walk through; the walk begins in the first.
+        actions: those to take.
+        steps: how many to take.
+        end: the state to end in.
+        closed: for a state, where no edge of it may lead. Where that is everywhere, only the last step leads to it.
+        single: states with at most one edge.
+    """
+    edges: Edges = {}
+    path, at = [], states[0]
+    shut = {s for s, to in closed.items() if len(to) >= len(states)}
+    for left, (u, v) in zip(range(steps - 1, -1, -1), rng.random((steps, 2)).tolist(), strict=True):
+        row = edges.setdefault(at, {})
+        never = {at, *row.values(), *closed.get(at, ()), *(shut if left else ())}
+        known = [(action, t) for action, t in row.items() if left or t == end]
+        free = [t for t in states if t not in never and (left or t == end)] if not (row and at in single) else []
+        action = actions[int(u * len(actions))]
+        if action in row or not free:
+            if not known:
+                return None
+            action = action if left and action in row else known[int(v * len(known))][0]
+        else:
+            row[action] = free[int(v * len(free))]
+        path.append(action)
+        at = row[action]
+    return path, edges
+
+
+def _table(edges: Edges) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple([tuple(sorted(edges[state].items())) for state in range(len(edges))])
+
+
+def _episode(game: DFA, machine: Machine, path: list[int], seed: int = 0) -> Episode:
+    return tell(game, machine.places[machine.start], path, seed=seed)
+
+
+def _pair(kind: str, design: str, clean: Episode, corrupted: Episode, distance: int) -> Pair:
+    places = [_spans(*sides, distance) for sides in ((clean, corrupted), (corrupted, clean))]
+    return Pair(kind, design, clean, corrupted, roles(*places))
+
+
+def _spans(side: Episode, other: Episode, distance: int) -> dict[str, Span]:
+    now, n = side.steps[-1], len(side.steps)
+    spans = {"state": answered(side, n - 2), "last": last(side)}
+    if distance:
+        spans["origin"] = answered(side, n - 2 - distance)
+    told = {_key(side, t): t for t in range(n - 1)}  # the last time each was told
+    for name, key in (("match", _key(side, n - 1)), ("distractor", _key(other, n - 1))):
+        if key in told and (name == "match" or key != _key(side, n - 1)):
+            spans[name] = answered(side, told[key])
+    if now.narration:
+        assert isinstance(now.action, int)
+        assert isinstance(now.state, Place)
+        spans["action"] = spot(side, piece_of(side, -1, "narration"), now.state.machine.actions[now.action])
+    return spans
+
+
+def _key(episode: Episode, step: int) -> tuple[str, int]:
+    """Return what settles the answer after a step: the state by its name, and the action where it is told."""
+    now = episode.steps[step]
+    assert isinstance(now.state, Place)
+    assert isinstance(now.action, int)
+    return now.state.machine.states[now.state.at], now.action if now.narration else -1
+
+
+def _published_state(game: DFA, steps: int | None) -> Pair:
+    """Return the published pair of another state and the same action, after `steps` told steps.
+
+    Loop 1 is x1 -A1-> x3 -A2-> x1, loop 2 is x2 -A1-> x4 -A2-> x2; A3 crosses from x1 to x4 and from x2 to x3. Each
+    side begins in x1 and is at last asked for action A1. The clean walk takes A1, A2, A3, A2 over and over: round its
+    loop, across, and on to where the other loop begins. After 10, 18 and 26 steps it is back in loop 1, where the
+    corrupted walk has been all the time, and the answers are the same. (The reference gives states, actions, loops,
+    lengths, and that finding. That A3 leads into the middle of the other loop is our reading: if it led from x1 to x2,
+    walks of these lengths could not end in loop 1.)
+    """
+    steps = PAPER_STEPS[0] if steps is None else steps
+    require(steps in PAPER_STEPS, "steps", steps, f"one of {', '.join(map(str, PAPER_STEPS))} (design paper)")
+    small = replace(game, states=4, density="middle", edges=None, actions_listed=3)
+    edges: Edges = {0: {0: 2, 2: 3}, 1: {0: 3, 2: 2}, 2: {1: 0}, 3: {1: 1}}
+    machine = Machine(("x1", "x2", "x3", "x4"), ("A1", "A2", "A3"), _table(edges), 0)
+    sides = [_episode(small, machine, [*(round_ * steps)[:steps], 0]) for round_ in ([0, 1, 2, 1], [0, 1])]
+    return _pair("state", "paper", sides[0], sides[1], 0)
+
+
+def _published_noop(game: DFA, steps: int | None, distance: int) -> Pair:
+    """Return the published noop pair: x1 -A1-> x2, `distance` times the loop A on x2, and A2 back; x1 is renamed to x3.
+
+    The loop is walked once before, so that the answer is settled. (The reference does not say what comes before.)
+    """
+    require(steps is None, "steps", steps, "None, since the published noop pairs are told by their distance")
+    small = replace(game, states=3, density="middle", edges=None, actions_listed=3)
+    edges: Edges = {0: {0: 1}, 1: {1: 0, 2: 1}, 2: {0: 1}}
+    machine = Machine(("x1", "x2", "x3"), ("A1", "A2", "A"), _table(edges), 0)
+    path = [0, 1, 0, *[2] * distance, 1]
+    twin: Edges = {2: {0: 1}, 1: {1: 2, 2: 1}, 0: {0: 1}}
+    renamed = replace(machine, table=_table(twin), start=2)
+    return _pair("noop", "paper", _episode(small, machine, path), _episode(small, renamed, path), distance)
