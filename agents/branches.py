@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from nextstate.agents.agent import Prompt
 from nextstate.agents.text import Encoder
 from nextstate.envs.game import Episode
 
@@ -41,6 +42,24 @@ class Tree:
                 self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
             parent = node
         return parent
+
+    def path(self, node: int) -> list[int]:
+        """Return the nodes from the beginning to `node`."""
+        out = []
+        while node >= 0:
+            out.append(node)
+            node = self.parents[node]
+        return out[::-1]
+
+    def follow(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """Return the nodes that continue the path that ends in `node` by `tokens`, as far as there are any."""
+        out: list[int] = []
+        for token in tokens:
+            child = self._child.get((out[-1] if out else node, token))
+            if child is None:
+                break
+            out.append(child)
+        return out
 
 
 class Choice(NamedTuple):
@@ -156,3 +175,60 @@ def _fill(mask: Bool[np.ndarray, "node column"], tree: Tree, begin: int, columns
         own = slice(width + node - begin, width + run - begin)
         mask[rows, own] |= np.tri(run - node, dtype=bool)
         node = run
+
+
+class Asked(NamedTuple):
+    """A question that a forward pass answers, and the place of the last token of its prompt (the answering token)."""
+
+    row: int
+    token: int
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a forward pass reads: an episode a row; token i of row r is node `start[r] + i` of `trunks[r].tree`.
+
+    Rows are padded on the right.
+
+    Args:
+        trunks: the transcript of each row's episode, with the questions planted on it.
+        asked: the questions of this pass.
+        start: for each row the first node that is new; live sessions have the keys and values of older ones cached.
+        columns: for each row the cache column of each older node.
+        width: number of columns in the cache.
+    """
+
+    trunks: tuple[Trunk, ...]
+    asked: tuple[Asked, ...]
+    start: tuple[int, ...]
+    columns: tuple[Sequence[int], ...] = ()
+    width: int = 0
+
+    @property
+    def live(self) -> bool:
+        """Whether a session reads on, with keys and values of what it has read before."""
+        return bool(self.columns)
+
+    @property
+    def answering(self) -> tuple[list[int], list[int]]:
+        """Rows and tokens at which the questions of this pass wait for their answers: `x[rows, tokens]`."""
+        return [a.row for a in self.asked], [a.token for a in self.asked]
+
+    @property
+    def positions(self) -> Int[np.ndarray, "row token"]:
+        """Each token's position in its own prompt, from 0; padding has 0."""
+        depths = [t.tree.depths[s:] for t, s in zip(self.trunks, self.start, strict=True)]
+        out = np.zeros((len(depths), max(map(len, depths))), dtype=np.int64)
+        for row, own in enumerate(depths):
+            out[row, : len(own)] = own
+        return out
+
+    def path(self, asked: Asked) -> list[int]:
+        """Return the nodes of a question's prompt, by position."""
+        return self.trunks[asked.row].tree.path(self.start[asked.row] + asked.token)
+
+    def seen(self, row: int, nodes: Sequence[int]) -> list[int]:
+        """Return the columns of the attention matrix in which some nodes of a row are."""
+        start = self.start[row]
+        return [self.columns[row][n] if n < start else self.width + n - start for n in nodes]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -15,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
-from nextstate.agents.branches import Batch, Planted, Trunk, pack
-from nextstate.agents.sites import Sites
+from nextstate.agents.branches import Asked, Batch, Planted, Reading, Trunk, pack
+from nextstate.agents.sites import Edit, Site, Sites
 from nextstate.agents.text import Encoder
 from nextstate.envs.contrast import pieces
 from nextstate.envs.game import Episode
@@ -76,6 +77,8 @@ class LanguageModel(Agent):
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
         self.context = _context(self.model.config)
         self.pad = int(self.tokenizer.pad_token_id or 0)
+        self._reading: Reading | None = None
+        self._done: list[Callable[[Reading], None]] = []
 
     @cached_property
     def traced(self) -> Any:
@@ -88,6 +91,35 @@ class LanguageModel(Agent):
     def sites(self) -> Sites:
         """Where activations are read and written; set it to name the modules of an unknown architecture."""
         return Sites.of(self.model)
+
+    @contextmanager
+    def hooks(self, *edits: tuple[Site, int, Edit], done: Callable[[Reading], None] | None = None) -> Iterator[Self]:
+        """Read and write activations while this agent answers, live or replayed; the numbers are the same.
+
+        Args:
+            edits: site, layer (from 0), and a function that gets the activation there in each forward pass, a
+                `Float[Tensor, "row token head dim"]`, and returns what goes on instead, or None to only look. Copy
+                before you write. `reading` says what rows and tokens are. An edit at a token reaches all that comes
+                after it, also later questions of the episode.
+            done: called after each forward pass that went well (one that runs out of memory is done again in parts).
+
+        Raises:
+            SiteError: the model has no such site or layer, or its architecture is not known.
+        """
+        with ExitStack() as stack:
+            for site, layer, edit in edits:
+                stack.enter_context(self.sites.hook(site, layer, edit))
+            if done is not None:
+                self._done.append(done)
+                stack.callback(self._done.remove, done)
+            yield self
+
+    @property
+    def reading(self) -> Reading:
+        """What the forward pass that goes on reads, for use in hooks; `AgentError` where none goes on."""
+        if self._reading is None:
+            raise AgentError(f"{self.name} reads nothing now: ask from within a hook, while it answers")
+        return self._reading
 
     def describe(self) -> dict[str, Any]:
         config = self.model.config
@@ -179,7 +211,8 @@ class LanguageModel(Agent):
         try:
             batch = pack([trunks[k].tree for k in episodes], self.pad)
             asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
-            for i, prediction in self.score(batch, asked, prompts, [trunks[k].tree.depths for k in episodes]):
+            reading = _reading([trunks[k] for k in episodes], asked, prompts)
+            for i, prediction in self.score(batch, asked, prompts, reading):
                 out[i] = prediction
             return
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -201,8 +234,7 @@ class LanguageModel(Agent):
         batch: Batch,
         asked: Sequence[tuple[int, int, Planted]],
         prompts: Sequence[Prompt],
-        depths: Sequence[Sequence[int]],
-        start: Sequence[int] | None = None,
+        reading: Reading,
         cache: DynamicCache | None = None,
     ) -> Iterator[tuple[int, Prediction]]:
         """Run a batch and yield a prediction for each question asked, as (index of its prompt, prediction).
@@ -211,23 +243,27 @@ class LanguageModel(Agent):
             batch: packed trees.
             asked: row, index of the prompt, and where its question stands in the row's tree.
             prompts: all prompts.
-            depths: for each row the depth of each node.
-            start: for each row the first node in the batch; the keys and values of older ones are in `cache`.
-            cache: takes the batch's keys and values too, where given.
+            reading: what the batch is of.
+            cache: has the keys and values of the nodes before the batch's, and takes the batch's too, where given.
         """
         wanted: dict[tuple[int, int], dict[int, int]] = {}  # (row, node) -> token -> place among the node's tokens
         for row, _, question in asked:
             for choice in question.choices:
                 for node, token in zip(choice.nodes, choice.tokens, strict=True):
                     wanted.setdefault((row, node), {}).setdefault(token, len(wanted[row, node]))
-        first = [0] * len(depths) if start is None else start
         where = list(wanted)
-        scores = self.forward(
-            batch, [(r, n - first[r]) for r, n in where], [list(t) for t in wanted.values()], cache=cache
-        )
+        places = [(r, n - reading.start[r]) for r, n in where]
+        self._reading = reading
+        try:
+            scores = self.forward(batch, places, [list(t) for t in wanted.values()], cache=cache)
+        finally:
+            self._reading = None
+        for done in self._done:
+            done(reading)
         index = {key: k for k, key in enumerate(where)}
         for row, i, question in asked:
-            yield i, self._prediction(row, question, prompts[i], wanted, index, scores, depths[row][question.node] + 1)
+            length = reading.trunks[row].tree.depths[question.node] + 1
+            yield i, self._prediction(row, question, prompts[i], wanted, index, scores, length)
 
     def _prediction(
         self,
@@ -337,11 +373,25 @@ class Session(Agent):
         start = [len(c) for c in columns]
         batch = pack(trees, self.model.pad, start, columns, self.width)
         asked = [(r, i, q) for r, k in enumerate(keys) for i, q in planted.get(k, [])]
-        found = dict(self.model.score(batch, asked, prompts, [t.depths for t in trees], start, self.cache))
+        reading = _reading(list(self.trunks.values()), asked, prompts, start, [list(c) for c in columns], self.width)
+        found = dict(self.model.score(batch, asked, prompts, reading, self.cache))
         for tree, own in zip(trees, columns, strict=True):
             own.extend(range(self.width, self.width + len(tree) - len(own)))
         self.width += batch.tokens.shape[1]
         return [found[i] for i in range(len(prompts))]
+
+
+def _reading(
+    trunks: Sequence[Trunk],
+    asked: Sequence[tuple[int, int, Planted]],
+    prompts: Sequence[Prompt],
+    start: Sequence[int] | None = None,
+    columns: Sequence[Sequence[int]] = (),
+    width: int = 0,
+) -> Reading:
+    first = (0,) * len(trunks) if start is None else tuple(start)
+    questions = tuple([Asked(row, q.node - first[row], prompts[i]) for row, i, q in asked])
+    return Reading(tuple(trunks), questions, first, tuple(columns), width)
 
 
 def _load(name: str, device: torch.device, dtype: str | None, revision: str | None) -> tuple[Any, Any]:

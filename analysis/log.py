@@ -103,6 +103,12 @@ class Log:
             self._try(self._sink.finish)
             self._sink = _Nowhere()
 
+    def close(self, data: Mapping[str, Any]) -> None:
+        """Log metrics and plotly figures, and close the run; for runs that are not made of questions."""
+        self._send(dict(data))
+        self._try(self._sink.finish)
+        self._sink = _Nowhere()
+
     def _steps(self, cells: pl.DataFrame) -> None:
         # Their own axis: the game's steps, where everything else goes by the cells that are done.
         self._try(lambda: self._sink.define_metric("by_step/*", step_metric="step"))

@@ -92,6 +92,7 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
         determined=[drawn.add(figures.determined(totals, a, look[a])) for a in run.focus],
         hard=[drawn.add(figures.hard(hard, totals, a, look[a])) for a in run.focus],
         never_wrong=_never_wrong(hard),
+        without=without(run, answers),
         scale=", ".join(f"{colour} {100 * at:g}%" for at, colour in figures.SCALE),
         cells=_cell_data(cells, run),
         episodes=sample(run),
@@ -174,6 +175,20 @@ def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dic
                 found = {name: subsets.get(name) for name in tables.SUBSETS}
                 found |= {"smallest": ends[0] if ends else None, "largest": ends[-1] if ends else None}
                 out.append({"agent": agent, "game": game, "size_name": size_name, **found})
+    return out
+
+
+def without(run: Run, answers: pl.DataFrame) -> list[dict[str, Any]]:
+    """Return for each model asked also without some heads what that changes, a row a game, subset all or determined.
+
+    Columns as in `tables.paired` (`accuracy` without the heads, `theirs` with them), and the other agent's name, `of`.
+    """
+    pairs = {a["name"]: a["intervene"]["of"] for a in run.info["agents"] if a.get("intervene")}
+    out: list[dict[str, Any]] = []
+    for agent, of in pairs.items():
+        found = tables.paired(answers, agent, of, by=("game",)).filter(pl.col("subset").is_in(["all", "determined"]))
+        rows = found.sort("subset", "game", descending=[True, False]).rows(named=True)
+        out.extend({"agent": agent, "of": of, **row} for row in rows)
     return out
 
 

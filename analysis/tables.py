@@ -322,26 +322,37 @@ def on_hard(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
     return every.join(table, on=keys, how="left").with_columns(pl.col("n", "episodes").fill_null(0)).sort(keys)
 
 
-def paired(rows: Rows, agent: str, other: str = "ideal", rng: np.random.Generator | None = None) -> pl.DataFrame:
-    """Return accuracy(agent) - accuracy(other) on the very same questions, by game, variant and subset.
+def paired(
+    rows: Rows,
+    agent: str,
+    other: str = "ideal",
+    rng: np.random.Generator | None = None,
+    by: Sequence[str] = ("game", "variant"),
+) -> pl.DataFrame:
+    """Return accuracy(agent) - accuracy(other) on the very same questions, by game and variant, and by subset.
 
-    Columns: difference in [-1, 1], low, high (95 %, cluster bootstrap over episodes), n questions, episodes.
+    Columns: accuracy and theirs (the two agents' own), difference in [-1, 1], low, high (95 %, cluster bootstrap over
+    episodes; where every draw of that agrees, Wilson's width for what no episode shows), n questions, episodes.
     """
     rng = np.random.default_rng(0) if rng is None else rng
     hit = pl.col("greedy_correct").cast(pl.Float64)
     theirs = rows.lazy().filter(pl.col("agent") == other).select(*QUESTION, other=hit)
     both = _strata(rows).filter(pl.col("agent") == agent).join(theirs, on=QUESTION)
-    gaps = both.select("game", "variant", "stratum", *QUESTION, "determined", gap=hit - pl.col("other")).collect()
+    gaps = both.select(*by, "stratum", *QUESTION, "determined", "other", hit=hit, gap=hit - pl.col("other")).collect()
     out = []
     for subset, frame in zip(
         SUBSETS, (gaps, gaps.filter("determined"), gaps.filter(~pl.col("determined"))), strict=True
     ):
-        for (game, variant), part in frame.group_by("game", "variant", maintain_order=True):
+        for place, part in frame.group_by(by, maintain_order=True):
             sums = part.group_by("stratum", "episode", maintain_order=True).agg(pl.col("gap").sum(), n=pl.len())
             total = np.zeros((DRAWS, 1, 2))
             for stratum in sums.partition_by("stratum", maintain_order=True):
                 total += resample(stratum.select("gap", "n").to_numpy().astype(np.float64)[:, None, :], rng)
             low, high = _quantiles(total[:, :, 0] / total[:, :, 1])[:, 0]
-            out.append((game, variant, subset, part["gap"].mean(), low, high, len(part), len(sums)))
-    columns = ["game", "variant", "subset", "difference", "low", "high", "n", "episodes"]
-    return pl.DataFrame(out, schema=columns, orient="row").sort("game", "variant", "subset")
+            if agent != other and high - low < 1e-9:  # every draw agrees: Wilson's for what was not seen in any episode
+                unseen = float(wilson(np.zeros(1), np.array([float(len(sums))]))[1, 0])
+                low, high = max(-1.0, low - unseen), min(1.0, high + unseen)
+            means = [part[name].mean() for name in ("hit", "other", "gap")]
+            out.append((*place, subset, *means, low, high, len(part), len(sums)))
+    columns = [*by, "subset", "accuracy", "theirs", "difference", "low", "high", "n", "episodes"]
+    return pl.DataFrame(out, schema=columns, orient="row").sort(*by, "subset")

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from nextstate.agents.agent import Agent, AgentError
 from nextstate.agents.config import Strict
@@ -72,16 +72,34 @@ class GameConfig(Strict):
     ask: int | Literal["all"] = 1
 
 
-class Config(Strict):
-    """Everything that decides the rows of a run."""
+class RunConfig(Strict):
+    """What every config says: how its run is called, what seeds it, and whether W&B mirrors it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = Field(0, ge=0, le=10**9)
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+
+
+class InterveneConfig(Strict):
+    """Heads to do without; every language model is then asked twice, as it is and without them."""
+
+    heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
+    mode: Literal["zero", "mean", "resample"] = "zero"
+    episodes: int = Field(16, ge=1, le=10_000, description="reference episodes of mean and resample")
+
+
+def _is_reference(agent: str) -> bool:
+    return agent in (*REFERENCES, "shortcuts") or agent.startswith(SHORTCUT)
+
+
+class Config(RunConfig):
+    """Everything that decides the rows of a run."""
+
     agents: list[str | AgentConfig] = Field(min_length=1)
     games: list[GameConfig] = Field(min_length=1)
     grid: Grid = "episodes"
     road: Road = "replay"
-    wandb: Literal["offline", "online", "disabled"] = "offline"
+    intervene: InterveneConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
@@ -93,6 +111,8 @@ class Config(Strict):
                 )
             if self.road == "live" and (game.ask != 1 or self.grid == "cells"):
                 raise ValueError(f"{game.game}: the live road asks one question after each step (ask=1, grid=episodes)")
+        if self.intervene and all(isinstance(a, str) and _is_reference(a) for a in self.agents):
+            raise ValueError("intervene: only language models have heads, and `agents` names none")
         return self
 
 
@@ -163,7 +183,10 @@ def agents_for(config: Config, settings: list[Setting]) -> Iterator[tuple[str, C
                 raise ExperimentError(f"no game of this run has {entry!r}: expected one of {', '.join(known)}")
             yield entry, lambda name=entry: Reference(name), mine  # type: ignore[misc]
         else:
-            yield (*_model(AgentConfig(name=entry) if isinstance(entry, str) else entry), settings)
+            model = AgentConfig(name=entry) if isinstance(entry, str) else entry
+            yield (*_model(model), settings)
+            if config.intervene:
+                yield (*_intervened(model, config.intervene), settings)
 
 
 def _model(entry: AgentConfig) -> tuple[str, Callable[[], Agent]]:
@@ -173,6 +196,23 @@ def _model(entry: AgentConfig) -> tuple[str, Callable[[], Agent]]:
         return LanguageModel(**entry.model_dump())
 
     return entry.name, load
+
+
+def _intervened(entry: AgentConfig, how: InterveneConfig) -> tuple[str, Callable[[], Agent]]:
+    from nextstate.agents.intervene import Intervened, Intervention  # imports torch, as the model does
+
+    what = Intervention(tuple(how.heads), how.mode, how.episodes)
+
+    def load() -> Agent:
+        from nextstate.agents.language import LanguageModel
+        from nextstate.agents.sites import SiteError
+
+        try:
+            return Intervened(LanguageModel(**entry.model_dump()), what)
+        except SiteError as error:
+            raise AgentError(f"{entry.name} cannot be asked without these heads: {error}") from error
+
+    return what.named(entry.name), load
 
 
 class Progress:
@@ -203,7 +243,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
     progress = progress or Progress()
     settings = settings_of(config)
     todo = list(agents_for(config, settings))
-    record = _begin(config, settings, out, command)
+    record = begin(config, [s.describe() for s in settings], out, command)
     began = time.monotonic()
     before = float(record["seconds"])
     progress.begin(sum(_questions(s, config.grid) for _, _, mine in todo for s in mine))
@@ -212,7 +252,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
 
     def note(**changes: Any) -> None:
         record.update(changes, seconds=round(before + time.monotonic() - began, 1))
-        _write_json(out / "run.json", record)
+        write_json(out / "run.json", record)
 
     for setting in settings:
         _write_transcripts(out, setting)
@@ -242,13 +282,13 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
                     if agent is None:
                         break
                     continue
-                _write_parquet(path, frame)
+                write_parquet(path, frame)
             else:
                 frame = pl.read_parquet(path)
                 progress.advance(_questions(setting, config.grid))
             mirror.cell(log.cell_metrics(setting.describe(), name, frame))
     progress.on("report")
-    note(finished=_now())
+    note(finished=now())
     page = report.write(out)
     mirror.finish(tables.load(out))
     return page
@@ -323,7 +363,7 @@ def _write_transcripts(out: Path, setting: Setting) -> None:
     if path.exists():
         return
     episodes = episodes_of(setting.game, setting.seeds, setting.steps, setting.ask)
-    _write_parquet(path, pl.DataFrame([_transcript(e) for e in episodes], schema=TRANSCRIPTS))
+    write_parquet(path, pl.DataFrame([_transcript(e) for e in episodes], schema=TRANSCRIPTS))
 
 
 def _transcript(episode: Episode) -> dict[str, Any]:
@@ -337,8 +377,18 @@ def _transcript(episode: Episode) -> dict[str, Any]:
     }
 
 
-def _begin(config: Config, settings: list[Setting], out: Path, command: str) -> dict[str, Any]:
-    """Write `run.json`, or return the one that is there."""
+def begin(config: RunConfig, settings: list[dict[str, Any]], out: Path, command: str) -> dict[str, Any]:
+    """Write `run.json` of a run, or return the one that is there.
+
+    Args:
+        config: decides everything about the run.
+        settings: what `run.json` says of each cell of its grid.
+        out: the run's folder.
+        command: that began it.
+
+    Raises:
+        ExperimentError: `out` belongs to another config, or holds something else.
+    """
     digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
     path = out / "run.json"
     if path.exists():
@@ -363,17 +413,17 @@ def _begin(config: Config, settings: list[Setting], out: Path, command: str) -> 
         "config_hash": digest,
         "seed": config.seed,
         "command": command,
-        "started": _now(),
+        "started": now(),
         "finished": None,
         "seconds": 0.0,
         "versions": {p: importlib.metadata.version(p) for p in _PACKAGES} | {"python": platform.python_version()},
         "hardware": hardware(),
         "agents": [],
-        "settings": [s.describe() for s in settings],
+        "settings": settings,
         "left_out": [],
         "remarks": [],
     }
-    _write_json(path, record)
+    write_json(path, record)
     return record
 
 
@@ -395,18 +445,21 @@ def hardware() -> dict[str, Any]:
     return out
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time, as `run.json` writes it."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write a file beside its place and rename it, so that there is never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
     beside.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
     beside.replace(path)
 
 
-def _write_parquet(path: Path, frame: pl.DataFrame) -> None:
+def write_parquet(path: Path, frame: pl.DataFrame) -> None:
+    """Write a table beside its place and rename it, so that there is never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
     frame.write_parquet(beside)

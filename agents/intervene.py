@@ -1,0 +1,212 @@
+"""Ablate heads while a model answers, live or replayed: what does it do without them?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
+from nextstate.agents.branches import Reading
+from nextstate.agents.language import LanguageModel
+from nextstate.agents.sites import Activation, Edit, Site, Sites
+from nextstate.envs.game import Episode, Game, unroll
+
+Mode = Literal["zero", "mean", "resample"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+_REFERENCE_SEED = 2 * 10**18  # beyond every seed that an experiment draws
+_NAMED = 4  # heads that a name lists; of more it says how many there are
+
+
+class InterventionError(ValueError):
+    """An intervention cannot be what it is asked to be; the message names the argument and what is possible."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is put in place of what some heads hand to the output projection, at every token.
+
+    Heads of several layers are ablated together. Modes:
+    - "zero": zeros.
+    - "mean": the head's mean over the tokens of reference episodes, one vector for each head.
+    - "resample": what the head gave at one token of the reference episodes; which one, is drawn for each episode and
+      position alike in every head, batch and on both roads.
+
+    Reference episodes are of the same game, settings and length, of seeds that no experiment asks about; they are read
+    without intervention, up to their last question that fits into the model's context.
+
+    Args:
+        heads: (layer, head) of each, both from 0.
+        mode: "zero", "mean" or "resample".
+        episodes: number of reference episodes (mean and resample).
+
+    Raises:
+        InterventionError: no heads, or no such mode, or no episodes.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    mode: Mode = "zero"
+    episodes: int = 16
+
+    def __post_init__(self) -> None:
+        pairs = [tuple(map(int, head)) for head in self.heads]
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise InterventionError(f"heads={self.heads!r} is not possible: expected (layer, head) of at least one")
+        if self.mode not in MODES:
+            raise InterventionError(f"mode={self.mode!r} is not possible: expected one of {', '.join(MODES)}")
+        if self.episodes < 1:
+            raise InterventionError(f"episodes={self.episodes} is not possible: expected at least 1")
+        object.__setattr__(self, "heads", tuple(dict.fromkeys(pairs)))
+
+    def check(self, sites: Sites) -> None:
+        """Raise `SiteError` where the model has no such layer or head."""
+        for layer, head in self.heads:
+            sites.check("head", layer, head)
+
+    @property
+    def by_layer(self) -> dict[int, list[int]]:
+        """The heads of each layer."""
+        out: dict[int, list[int]] = {}
+        for layer, head in sorted(self.heads):
+            out.setdefault(layer, []).append(head)
+        return out
+
+    def named(self, model: str) -> str:
+        """Return how a model is called with it: "nextstate/tiny [without 3.1, 2.5]", and the mode if not zero."""
+        heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads[:_NAMED])
+        more = f" and {len(self.heads) - _NAMED} more" if len(self.heads) > _NAMED else ""
+        return f"{model} [without {heads}{more}{'' if self.mode == 'zero' else f': {self.mode}'}]"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run.json` says of it."""
+        reference = {} if self.mode == "zero" else {"episodes": self.episodes}
+        return {"heads": [list(head) for head in self.heads], "mode": self.mode, **reference}
+
+
+class _Setting(NamedTuple):
+    """What reference episodes are drawn for."""
+
+    game: Game
+    steps: int
+
+    @classmethod
+    def of(cls, episode: Episode) -> _Setting:
+        return cls(episode.game, len(episode.steps))
+
+
+Reference = dict[int, Float[Tensor, "token head dim"]]  # by layer, the heads of the intervention
+
+
+@dataclass
+class _Puts:
+    """Puts an intervention's values into a model; keeps what it has learned of each setting."""
+
+    model: LanguageModel
+    what: Intervention
+    known: dict[_Setting, Reference] = field(default_factory=dict)
+
+    def edits(self, prompts: Sequence[Prompt]) -> list[tuple[Site, int, Edit]]:
+        """Return the hooks for some prompts, once the reference episodes of their settings have been read."""
+        if self.what.mode != "zero":
+            for setting in dict.fromkeys(_Setting.of(p.episode) for p in prompts):
+                if setting not in self.known:
+                    self.known[setting] = self._read(setting)
+        return [("head", layer, partial(self._edit, layer)) for layer in self.what.by_layer]
+
+    def _edit(self, layer: int, x: Activation) -> Activation:
+        new = x.clone()
+        new[:, :, self.what.by_layer[layer]] = self._values(layer, x)
+        return new
+
+    def _values(self, layer: int, x: Activation) -> Float[Tensor, "*row_token head dim"]:
+        if self.what.mode == "zero":
+            return torch.zeros((), dtype=x.dtype, device=x.device)
+        reading = self.model.reading
+        seen = [self.known[_Setting.of(trunk.episode)][layer] for trunk in reading.trunks]
+        if self.what.mode == "mean":
+            return torch.stack([s.float().mean(0).to(x.dtype) for s in seen])[:, None]
+        positions = reading.positions
+        picks = [
+            drawn(trunk.episode, len(s), int(positions.max()) + 1)[own]
+            for trunk, s, own in zip(reading.trunks, seen, positions, strict=True)
+        ]
+        return torch.stack([s[torch.from_numpy(pick).to(s.device)] for s, pick in zip(seen, picks, strict=True)])
+
+    def _read(self, setting: _Setting) -> Reference:
+        episodes = [unroll(setting.game, _REFERENCE_SEED + i, setting.steps) for i in range(self.what.episodes)]
+        seen: dict[int, list[tuple[int, Tensor]]] = {layer: [] for layer in self.what.by_layer}
+        passed: dict[int, Tensor] = {}
+
+        def look(layer: int, x: Activation) -> None:
+            passed[layer] = x[:, :, self.what.by_layer[layer]]
+
+        def done(reading: Reading) -> None:
+            for asked in reading.asked:
+                path = torch.tensor(reading.path(asked), device=self.model.device)
+                for layer, x in passed.items():
+                    seen[layer].append((asked.prompt.episode.seed, x[asked.row, path]))
+
+        looks: list[tuple[Site, int, Edit]] = [("head", layer, partial(look, layer)) for layer in self.what.by_layer]
+        with self.model.hooks(*looks, done=done):
+            self._ask(episodes)
+        # In the order of their seeds, not that of the batches.
+        return {layer: torch.cat([x for _, x in sorted(parts, key=lambda p: p[0])]) for layer, parts in seen.items()}
+
+    def _ask(self, episodes: Sequence[Episode]) -> None:
+        """Ask the last question that the model has room for in all of the episodes."""
+        last = len(episodes[0].steps) - 1
+        while True:
+            try:
+                self.model.predict([Prompt(episode, last) for episode in episodes])
+                return
+            except ContextError as error:
+                if last == 0:
+                    raise AgentError(f"there is no room for reference episodes: {error}") from error
+                last -= max(1, last // 8)
+
+
+def drawn(episode: Episode, tokens: int, positions: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return which of so many reference tokens "resample" takes at each position of an episode."""
+    u = np.random.default_rng([_REFERENCE_SEED, episode.seed]).random(positions)
+    return (u * tokens).astype(np.int64)
+
+
+class Intervened(Agent):
+    """A language model that answers without some of its heads; an agent with a name of its own.
+
+    Args:
+        model: which also stays what it is: asked directly, it answers with all its heads.
+        intervention: what is done to it.
+
+    Raises:
+        SiteError: the model has no such layer or head, or its architecture is not known.
+    """
+
+    def __init__(self, model: LanguageModel, intervention: Intervention) -> None:
+        intervention.check(model.sites)
+        self.model, self.intervention = model, intervention
+        self.name = intervention.named(model.name)
+        self._puts = _Puts(model, intervention)
+        self._reader: Agent = model
+
+    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+        with self.model.hooks(*self._puts.edits(prompts)):
+            return self._reader.predict(prompts)
+
+    def live(self) -> Agent:
+        twin = Intervened(self.model, self.intervention)
+        twin._puts, twin._reader = self._puts, self.model.live()
+        return twin
+
+    def remark(self, episode: Episode) -> str:
+        return self.model.remark(episode)
+
+    def describe(self) -> dict[str, Any]:
+        of = {"of": self.model.name, **self.intervention.describe()}
+        return self.model.describe() | {"name": self.name, "intervene": of}

@@ -1,0 +1,376 @@
+"""Activation patching on minimal pairs: exact sweeps over heads, residual stream, attention and MLP outputs.
+
+`sweep` patches every head (or layer) of a model at chosen positions, one at a time and exactly; `attribution` estimates
+the same from one gradient. Both return a `Sweep`, which `nextstate.analysis.recovery` turns into recoveries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nextstate.agents.language import _OUT_OF_MEMORY, LanguageModel
+from nextstate.agents.sites import Activation, Site
+from nextstate.analysis.pairs import DIRECTIONS, PATCHES, Direction, Group, PatchError, TokenPair, plan, tokens_of
+from nextstate.analysis.recovery import Readout, Recovery, Sweep, rank_agreement, read, recovery
+from nextstate.analysis.sweep import ROW_TOKENS, Copy, Runs, run_copies, run_pairs, site_values
+
+__all__ = [
+    "DIRECTIONS", "Direction", "PatchError", "Readout", "Recovery", "Sweep", "TokenPair", "attribution",
+    "rank_agreement", "recovery", "sweep", "tokens_of",
+]  # fmt: skip
+
+Failures = Literal["exclude", "include"]
+Donor = Callable[[Group, int], list[Activation]]
+
+
+class _Results(NamedTuple):
+    """What a sweep has found so far, for all pairs."""
+
+    base: Readout
+    source: Readout
+    patched: Readout
+    kept: Bool[np.ndarray, " pair"]
+
+
+def sweep(
+    model: LanguageModel,
+    pairs: Sequence[TokenPair],
+    *,
+    site: Site = "head",
+    positions: str | Sequence[str] = "last",
+    direction: Direction = "denoise",
+    layers: Sequence[int] | None = None,
+    failures: Failures = "exclude",
+    vocabulary: bool = True,
+    max_bytes: int = 2 << 30,
+    rng: np.random.Generator | None = None,
+) -> Sweep:
+    """Patch each head (or layer) at each position asked for, one at a time, exactly.
+
+    Args:
+        model: any whose sites are known, with sdpa or eager attention.
+        pairs: the prompts; those of one length and with the same positions share forward passes.
+        site: `head`, `resid_pre`, `attn_out` or `mlp_out`.
+        positions: a role, several roles, "each" position from the first difference on by itself, or "all" of them at
+            once. (Before the first difference both runs agree, so a patch would change nothing. Ablations do: there
+            "all" begins at the first token, and "each" where the first pair differs.)
+        direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse. The others ablate in
+            the clean run: by "zero", by the "mean" over the clean prompts of all pairs, or by those of another pair
+            ("resample"); the corrupted run then only gives the scale.
+        layers: those to sweep; by default all.
+        failures: what to do with pairs in which the model prefers the wrong answer: "exclude" or "include" them. Both
+            ways they are counted, in `Sweep.failed`.
+        vocabulary: also find the probability of the answer and the greedy token, which takes the logits of the whole
+            vocabulary for every copy; in small models that is a good part of the work.
+        max_bytes: bound on the memory a sweep takes beside the model: keys, values and kept activations of the pairs
+            in work, plus activations, scores and logits of the copies in one pass. (A single copy always goes.) When
+            memory runs out all the same, passes are halved.
+        rng: draws the partners of "resample".
+
+    Raises:
+        PatchError: the model fails on all pairs (with failures="exclude"), pairs do not fit the positions, the
+            attention takes no mask, memory runs out for a single copy, or a control fails.
+        SiteError: the model has no such site or layer.
+    """
+    chosen = _checked(model, pairs, site, direction, layers, failures)
+    columns, groups = plan(pairs, positions, direction)
+    donor = _donor(model, pairs, groups, site, direction, rng)
+    copies = [Copy(layer, head) for layer in chosen for head in range(model.sites.shape(site)[0])]
+    found = _results(model, pairs, chosen, site, columns)
+    worst = 0.0
+
+    def work(group: Group, most: int) -> None:
+        nonlocal worst
+        runs, answer, other = _base(model, pairs, group, site, direction, failures, found)
+        rows = np.array(group.pairs)[found.kept[list(group.pairs)]]
+        if not len(rows):
+            return
+        group = replace(group, pairs=tuple(rows.tolist()))
+        only = None if vocabulary else torch.stack([answer, other], 1)
+        for column, start in group.starts:
+            values = donor(group, column) if donor else runs.taken
+            room = max(1, min(most, ROW_TOKENS // (group.length - start) - 2))
+            for k in range(0, len(copies), room):
+                part = copies[k : k + room]
+                logits, off = run_copies(model, runs, site, part, values, start, group.whole, only)
+                worst = max(worst, off)
+                got = read(logits, answer, other, vocabulary)
+                # Against the control of the same pass: in half precision the rounding depends on the shape of a batch.
+                drift = got.difference[:, :1] - found.base.difference[rows, None]
+                at = (rows[:, None], [chosen.index(c.layer) for c in part], [c.head for c in part], column)
+                found.patched.put(at, Readout(got.difference[:, 2:] - drift, got.probability[:, 2:], got.greedy[:, 2:]))
+
+    for group in groups:
+        for part, most in _fitting(model, group, site, len(copies), max_bytes):
+            _halving(model, work, part, most)
+    return _finish(model, pairs, site, direction, chosen, columns, found, True, worst)
+
+
+def attribution(
+    model: LanguageModel,
+    pairs: Sequence[TokenPair],
+    *,
+    site: Site = "head",
+    positions: str | Sequence[str] = "last",
+    direction: Direction = "denoise",
+    layers: Sequence[int] | None = None,
+    failures: Failures = "exclude",
+    rng: np.random.Generator | None = None,
+) -> Sweep:
+    """Estimate a sweep from one gradient: (source - base activation) times d(logit difference)/d(activation).
+
+    Arguments and result are those of `sweep`; probabilities and greedy tokens are not known. First-order, so poor where
+    the network saturates (Nanda 2023, "Attribution patching"; Syed, Rager & Conmy 2023, arXiv 2310.10348).
+    """
+    chosen = _checked(model, pairs, site, direction, layers, failures)
+    columns, groups = plan(pairs, positions, direction)
+    donor = _donor(model, pairs, groups, site, direction, rng)
+    found = _results(model, pairs, chosen, site, columns)
+
+    def work(group: Group, _: int) -> None:
+        runs, answer, other = _base(model, pairs, group, site, direction, failures, found)
+        rows = np.array(group.pairs)[found.kept[list(group.pairs)]]
+        if not len(rows):
+            return
+        group = replace(group, pairs=tuple(rows.tolist()))
+        own, slopes = _gradient(model, runs.tokens, site, answer, other)
+        for column, start in group.starts:
+            values = donor(group, column) if donor else runs.taken
+            late, end = start - group.first, None if group.whole else start - group.first + 1
+            for i, layer in enumerate(chosen):
+                moved = (values[layer] - own[layer][:, group.first :])[:, late:end]
+                effect = (moved * slopes[layer][:, group.first :][:, late:end]).float().sum((1, 3))  # [pair head]
+                found.patched.difference[rows, i, :, column] += effect.cpu().numpy()
+        found.patched.probability[rows], found.patched.greedy[rows] = np.nan, -1
+
+    for group in groups:
+        size = max(1, model.batch_tokens // (8 * group.length))  # a graph keeps what a forward pass lets go
+        for k in range(0, len(group.pairs), size):
+            _halving(model, work, replace(group, pairs=group.pairs[k : k + size]), 1)
+    return _finish(model, pairs, site, direction, chosen, columns, found, False, float("nan"))
+
+
+def _gradient(
+    model: LanguageModel, tokens: Tensor, site: Site, answer: Tensor, other: Tensor
+) -> tuple[list[Activation], list[Activation]]:
+    """Return activations at a site and the slope of the logit difference there, for each layer."""
+    kept: list[Tensor] = []
+
+    def root(x: Tensor) -> Tensor:
+        return x.detach().requires_grad_()  # also where the weights are frozen
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.enable_grad(), ExitStack() as stack:
+        stack.enter_context(model.sites.hook("resid_pre", 0, root))
+        for layer in range(model.sites.layers):
+            stack.enter_context(model.sites.hook(site, layer, keep))
+        ask = torch.ones_like(tokens)
+        logits = model.model(input_ids=tokens, attention_mask=ask, use_cache=False, logits_to_keep=1).logits[:, -1]
+        rows = torch.arange(len(tokens), device=tokens.device)
+        total = (logits[rows, answer] - logits[rows, other]).float().sum()
+        slopes = torch.autograd.grad(total, kept)
+    return [x.detach() for x in kept], list(slopes)
+
+
+def _checked(
+    model: LanguageModel,
+    pairs: Sequence[TokenPair],
+    site: Site,
+    direction: Direction,
+    layers: Sequence[int] | None,
+    failures: Failures,
+) -> tuple[int, ...]:
+    attention = model.model.config._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        raise PatchError(f"{model.name} runs with {attention}, which takes no mask of our own; load it with "
+                         "attn_implementation='sdpa' or 'eager'")  # fmt: skip
+    for name, value, legal in (("direction", direction, DIRECTIONS), ("failures", failures, get_args(Failures))):
+        if value not in legal:
+            raise PatchError(f"{name}={value!r} is not possible: expected one of {', '.join(legal)}")
+    model.sites.check(site)
+    chosen = tuple(range(model.sites.layers)) if layers is None else tuple(sorted(set(layers)))
+    for layer in chosen:
+        model.sites.check(site, layer)
+    if not pairs or not chosen:
+        raise PatchError(f"{len(pairs)} pairs and {len(chosen)} layers: expected at least one of each")
+    longest = max(len(p.clean) for p in pairs)
+    if model.context is not None and longest > model.context:
+        raise PatchError(
+            f"a pair has {longest:,} tokens, but {model.name} reads {model.context:,}; ask for fewer steps"
+        )
+    return chosen
+
+
+def _results(
+    model: LanguageModel, pairs: Sequence[TokenPair], layers: tuple[int, ...], site: Site, columns: tuple[str, ...]
+) -> _Results:
+    n, heads = len(pairs), model.sites.shape(site)[0]
+    patched = Readout.empty(n, len(layers), heads, len(columns))
+    return _Results(Readout.empty(n), Readout.empty(n), patched, np.zeros(n, dtype=bool))
+
+
+def _base(
+    model: LanguageModel,
+    pairs: Sequence[TokenPair],
+    group: Group,
+    site: Site,
+    direction: Direction,
+    failures: Failures,
+    found: _Results,
+) -> tuple[Runs, Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+    """Run both prompts of a group and note what they say; return the runs to be patched, with answers and others.
+
+    Until a patch says otherwise, a patched run is the base run: before the first difference there is no patch.
+    """
+    clean, corrupted = (np.array([getattr(pairs[i], w) for i in group.pairs]) for w in ("clean", "corrupted"))
+    answer, other = (
+        torch.tensor([getattr(pairs[i], w) for i in group.pairs], device=model.device) for w in ("answer", "other")
+    )
+    base, source = (corrupted, clean) if direction == "denoise" else (clean, corrupted)
+    runs = run_pairs(model, base, source, site, group.first)
+    rows = np.array(group.pairs)
+    for readout, logits in ((found.base, runs.base_logits), (found.source, runs.source_logits)):
+        got = read(logits[:, None], answer, other)
+        readout.put(rows, Readout(got.difference[:, 0], got.probability[:, 0], got.greedy[:, 0]))
+    kept = np.full(len(rows), failures == "include") | ~_failed(found, direction)[rows]
+    found.kept[rows] = kept
+    start = (
+        x[rows[kept], None, None, None] for x in (found.base.difference, found.base.probability, found.base.greedy)
+    )
+    found.patched.put(rows[kept], Readout(*start))
+    if kept.all():
+        return runs, answer, other
+    pick = torch.from_numpy(kept.nonzero()[0]).to(model.device)
+    return runs.select(pick), answer[pick], other[pick]
+
+
+def _failed(found: _Results, direction: Direction) -> Bool[np.ndarray, " pair"]:
+    clean, corrupted = (found.source, found.base) if direction == "denoise" else (found.base, found.source)
+    return np.asarray(~((clean.difference > 0) & (corrupted.difference < 0)))
+
+
+def _finish(
+    model: LanguageModel,
+    pairs: Sequence[TokenPair],
+    site: Site,
+    direction: Direction,
+    layers: tuple[int, ...],
+    columns: tuple[str, ...],
+    found: _Results,
+    exact: bool,
+    control: float,
+) -> Sweep:
+    if not found.kept.any():
+        raise PatchError(
+            f"{model.name} fails on all {len(pairs)} pairs: in none does it prefer the right answer in both prompts, "
+            'so there is nothing to find; ask an easier question, or look at the failures with failures="include"'
+        )
+    answers, failed = tuple(p.answer for p in pairs), _failed(found, direction)
+    return Sweep(
+        site, direction, layers, columns, found.base, found.source, found.patched, failed, found.kept, answers, exact,
+        control,
+    )  # fmt: skip
+
+
+def _donor(
+    model: LanguageModel,
+    pairs: Sequence[TokenPair],
+    groups: Sequence[Group],
+    site: Site,
+    direction: Direction,
+    rng: np.random.Generator | None,
+) -> Donor | None:
+    """Return what an ablation puts into the pairs of a group for a column; None where the source run gives it.
+
+    Its values count from the group's first position, and are filled in where the column's patch goes.
+    """
+    if direction in PATCHES:
+        return None
+    sites, n = model.sites, len(pairs)
+    shape, like = sites.shape(site), {"dtype": model.model.dtype, "device": model.device}
+    seen: Float[Tensor, "pair layer column head dim"] | None = None
+    if direction != "zero":
+        wide = groups[0].length if groups[0].whole else len(groups[0].starts)
+        seen = torch.zeros(n, sites.layers, wide, *shape, **like)
+        for group in groups:
+            where = list(range(group.length)) if group.whole else [start for _, start in group.starts]
+            size = max(1, model.batch_tokens // group.length)
+            for k in range(0, len(group.pairs), size):
+                rows = list(group.pairs[k : k + size])
+                for layer, x in enumerate(site_values(model, np.array([pairs[i].clean for i in rows]), site)):
+                    seen[rows, layer] = x[:, where]
+        if direction == "mean":
+            seen = seen.float().mean(0, keepdim=True).to(seen.dtype).expand_as(seen)
+        elif rng is None or n < 2:
+            raise PatchError(f"resample needs an rng and at least 2 pairs, got rng={rng} and {n}")
+        else:
+            order = rng.permutation(n)
+            seen = seen[torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)]  # nobody gets their own
+
+    def values(group: Group, column: int) -> list[Activation]:
+        out = torch.zeros(len(group.pairs), sites.layers, group.length - group.first, *shape, **like)
+        if seen is not None:
+            mine = seen[list(group.pairs)]
+            if group.whole:
+                out = mine
+            else:
+                out[:, :, dict(group.starts)[column] - group.first] = mine[:, :, column]
+        return list(out.unbind(1))
+
+    return values
+
+
+def _fitting(
+    model: LanguageModel, group: Group, site: Site, copies: int, max_bytes: int
+) -> Iterator[tuple[Group, int]]:
+    """Cut a group into parts that stay within bounds; yield each with the most copies in one pass."""
+    config, sites = model.model.config.get_text_config(), model.sites
+    size, span = model.model.dtype.itemsize, group.length - group.first
+    wide = max(
+        [4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner", "ffn_dim"))]
+    )
+    columns = 2 * group.length
+    kv = 2 * columns * sites.heads * sites.head_dim
+    held = size * sites.layers * (kv + span * (2 * sites.hidden + 2 * int(np.prod(sites.shape(site)))))
+    scores = 3 * sites.heads * (columns + min(ROW_TOKENS, (copies + 2) * span))
+    token = size * (12 * sites.hidden + 4 * wide + 2 * kv // (2 * columns) + scores)
+    copy = span * token + int(config.vocab_size) * (2 * size + 8)
+    full = min(copies + 2, max(3, ROW_TOKENS // span))
+    rows = min(max_bytes // (held + full * copy), model.batch_tokens // max(full * span, columns), len(group.pairs))
+    rows = max(1, rows)
+    most = max(1, min((max_bytes // rows - held) // copy, model.batch_tokens // (rows * span)) - 2)
+    for k in range(0, len(group.pairs), rows):
+        yield replace(group, pairs=group.pairs[k : k + rows]), most
+
+
+def _halving(model: LanguageModel, work: Callable[[Group, int], None], group: Group, most: int) -> None:
+    """Do the work, and where memory runs out do it in smaller pieces."""
+    try:
+        work(group, most)
+        return
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY) and not isinstance(error, MemoryError):
+            raise
+        if most == 1 and len(group.pairs) == 1:
+            raise PatchError(
+                f"{model.name} runs out of memory on one copy of a pair of {group.length:,} tokens on {model.device}"
+            ) from error
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    if len(group.pairs) == 1:
+        _halving(model, work, group, most // 2)
+        return
+    middle = len(group.pairs) // 2
+    for half in (group.pairs[:middle], group.pairs[middle:]):
+        _halving(model, work, replace(group, pairs=half), most)

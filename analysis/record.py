@@ -1,0 +1,364 @@
+"""Record activations and attention while a model answers, live or replayed: shards on disk, and an index of them.
+
+    with record(agent, "runs/heads", heads=[(3, 1)], at=["state", "action", "last"], attention=True):
+        replay(agent, episodes)
+    index, tensors = load("runs/heads")
+    x = tensors(index.filter(site="head", layer=3, head=1, role="last"))  # [row, dim]
+
+Memory stays flat: a pass keeps only the tokens asked for, and they go to disk in shards of bounded size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nextstate.agents.agent import Prompt
+from nextstate.agents.branches import Asked, Reading, Trunk
+from nextstate.agents.language import LanguageModel
+from nextstate.agents.sites import Activation, Edit, Site
+from nextstate.analysis.attention import Look, attention_hooks
+from nextstate.analysis.roles import ROLES, spans
+from nextstate.envs.contrast import Span, piece_of, pieces
+
+ATTENTION = "attention"
+INDEX: dict[str, Any] = {
+    "game": pl.String, "setting": pl.String, "episode": pl.Int64, "step": pl.Int64, "question": pl.Int64,
+    "role": pl.String, "position": pl.Int64, "site": pl.String, "layer": pl.Int64, "head": pl.Int64,
+    "shard": pl.Int64, "row": pl.Int64,
+}  # fmt: skip
+_PENDING = 1_000_000  # rows of the index that wait at most
+_OPEN = 4  # shards that a reader keeps open
+
+
+class RecordError(ValueError):
+    """Something cannot be recorded or read back; the message says what is possible."""
+
+
+Place = int | str  # a position in the prompt (from its end where negative), or a role
+
+
+class Kept(NamedTuple):
+    """One tensor of a shard: a site of a layer, of one head where it has heads."""
+
+    site: str
+    layer: int
+    head: int | None
+
+    @property
+    def key(self) -> str:
+        """Its name in a shard: "head.3.1", "resid_pre.0", "attention.3.1"."""
+        return ".".join(str(part) for part in self if part is not None)
+
+
+@dataclass
+class Recorder:
+    """Writes what passes by to a folder; made by `record`."""
+
+    model: LanguageModel
+    folder: Path
+    kept: tuple[Kept, ...]
+    at: tuple[Place, ...]
+    where: Callable[[Prompt], Mapping[str, Span]]
+    shard_bytes: int
+    missing: dict[str, int] = field(default_factory=dict)  # questions that do not tell a role
+    _shards: int = 0
+    _parts: int = 0
+    _rows: list[dict[str, Tensor]] = field(default_factory=list)  # of the open shard: key -> [row, dim]
+    _held: int = 0
+    _length: int = 0
+    _pending: list[tuple[Any, ...]] = field(default_factory=list)
+    _known: WeakKeyDictionary[Trunk, dict[int, tuple[int, int]]] = field(default_factory=WeakKeyDictionary)
+    _ahead: WeakKeyDictionary[Trunk, set[int]] = field(default_factory=WeakKeyDictionary)
+    _pass: dict[str, Tensor] = field(default_factory=dict)
+    _look: tuple[Reading, Look] | None = None
+    _found: list[list[tuple[str, int]]] = field(default_factory=list)  # of each question of the pass
+
+    @property
+    def held(self) -> int:
+        """Bytes of activations that are in memory now."""
+        return self._held + sum(_bytes(x) for x in self._pass.values())
+
+    def hooks(self) -> ExitStack:
+        """Start to record; until the returned context is closed."""
+        stack, edits = ExitStack(), list[tuple[Site, int, Edit]]()
+        for site, layer in dict.fromkeys((k.site, k.layer) for k in self.kept):
+            if site != ATTENTION:
+                edits.append((site, layer, partial(self._take, site, layer)))  # type: ignore[arg-type]
+        heads: dict[int, list[int]] = {}
+        for _, layer, head in (k for k in self.kept if k.site == ATTENTION):
+            assert head is not None
+            heads.setdefault(layer, []).append(head)
+        stack.enter_context(attention_hooks(self.model, heads, self._now, self._attend))
+        stack.enter_context(self.model.hooks(*edits, done=self._done))
+        return stack
+
+    def _now(self) -> Look:
+        """Return the tokens of this pass that are kept."""
+        reading = self.model.reading
+        if self._look is None or self._look[0] is not reading:
+            self._pass.clear()  # of a pass that failed
+            self._look = (reading, self._choose(reading))
+        return self._look[1]
+
+    def _choose(self, reading: Reading) -> Look:
+        """Choose the tokens that a question of this pass asks for, or (live) that a later one will."""
+        chosen: dict[tuple[int, int], list[int]] = {}
+        self._found = []
+        for asked in reading.asked:
+            trunk, path = reading.trunks[asked.row], reading.path(asked)
+            self._found.append(self._places(asked.prompt, len(path)))
+            wanted = {p for _, p in self._found[-1]}
+            if reading.live:
+                if trunk not in self._ahead:
+                    self._ahead[trunk] = self._later(trunk)
+                wanted |= self._ahead[trunk]
+                # The true answer begins on a branch, where it has several tokens; the story goes on from there.
+                answer = asked.prompt.asked.choices[asked.prompt.asked.truth]
+                path = path + trunk.tree.follow(path[-1], self.model.encoder.piece(answer))
+            for position in wanted:
+                if position < len(path) and path[position] >= reading.start[asked.row]:
+                    chosen.setdefault((asked.row, path[position]), path[: position + 1])
+        columns = [reading.seen(row, nodes) for (row, _), nodes in chosen.items()]
+        tokens = [n - reading.start[r] for r, n in chosen]
+        return Look([r for r, _ in chosen], tokens, [n for _, n in chosen], columns)
+
+    def _later(self, trunk: Trunk) -> set[int]:
+        """Return the positions that questions of an episode ask for in what is told before they are asked."""
+        out, episode, encode = set[int](), trunk.episode, self.model.encoder
+        for t, step in enumerate(episode.steps):
+            for q in range(len(step.questions)):
+                parts = pieces(episode, t, q)
+                told = piece_of(episode, t, "narration") + 1
+                lengths = [len(encode.opening(parts[0])), *(len(encode.piece(p)) for p in parts[1:])]
+                found = self._places(Prompt(episode, t, q), sum(lengths))
+                out |= {p for _, p in found if p < sum(lengths[:told])}
+        return out
+
+    def _places(self, prompt: Prompt, length: int) -> list[tuple[str, int]]:
+        """Return role (or the number asked for) and position of what is kept of a prompt."""
+        told = self.where(prompt) if any(isinstance(p, str) and p != "last" for p in self.at) else {}
+        out = []
+        for place in self.at:
+            if isinstance(place, int):
+                if -length <= place < length:
+                    out.append((str(place), place % length))
+            elif place == "last":
+                out.append((place, length - 1))
+            elif place in told:
+                out.append((place, self.model.encoder.locate(pieces(*prompt), told[place])))
+        return out
+
+    def _take(self, site: str, layer: int, x: Activation) -> None:
+        look = self._now()
+        if not look.rows:
+            return
+        kept = [k for k in self.kept if (k.site, k.layer) == (site, layer)]
+        own = x[look.rows, look.tokens][:, [k.head or 0 for k in kept]].cpu()
+        self._pass.update({k.key: one.contiguous() for k, one in zip(kept, own.unbind(1), strict=True)})
+
+    def _attend(self, layer: int, weights: Float[Tensor, "place head position"]) -> None:
+        kept = [k for k in self.kept if (k.site, k.layer) == (ATTENTION, layer)]
+        self._pass.update({k.key: x.contiguous() for k, x in zip(kept, weights.cpu().unbind(1), strict=True)})
+
+    def _done(self, reading: Reading) -> None:
+        """Take over what a pass that went well has left."""
+        if self._look is None or self._look[0] is not reading:
+            return
+        look, values = self._look[1], self._pass
+        self._pass, self._look = {}, None
+        begin, n = 0, len(look.rows)
+        each = sum(_bytes(x) for x in values.values()) // max(1, n)
+        while begin < n:
+            room = max(1, (self.shard_bytes - self._held) // max(1, each))
+            if self._held and self._held + each > self.shard_bytes:
+                self.flush()
+                continue
+            end = min(n, begin + room)
+            part = {key: x[begin:end].clone() for key, x in values.items()}
+            for i in range(begin, end):
+                known = self._known.setdefault(reading.trunks[look.rows[i]], {})
+                known[look.nodes[i]] = (self._shards, self._length + i - begin)
+            self._rows.append(part)
+            self._length += end - begin
+            self._held += sum(_bytes(x) for x in part.values())
+            begin = end
+        for asked, found in zip(reading.asked, self._found, strict=True):
+            self._note(reading, asked, found)
+        if len(self._pending) * len(self.kept) >= _PENDING:
+            self.flush()
+
+    def _note(self, reading: Reading, asked: Asked, found: Sequence[tuple[str, int]]) -> None:
+        path, prompt, game = reading.path(asked), asked.prompt, asked.prompt.episode.game
+        known = self._known.get(reading.trunks[asked.row], {})
+        setting = json.dumps(game.settings, sort_keys=True)
+        who = (game.name, setting, prompt.episode.seed, prompt.step + 1, prompt.question)
+        told = [(name, position) for name, position in found if path[position] in known]
+        self._pending.extend((*who, name, position, *known[path[position]]) for name, position in told)
+        for name in {str(p) for p in self.at} - {name for name, _ in told}:
+            self.missing[name] = self.missing.get(name, 0) + 1
+
+    def flush(self) -> None:
+        """Write the open shard, and then the part of the index that may point into it."""
+        if self._rows:
+            tensors = {k.key: _together([part[k.key] for part in self._rows]) for k in self.kept}
+            path = self.folder / f"{self._shards:05d}.safetensors"
+            save_file(tensors, path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+            self._shards, self._rows, self._held, self._length = self._shards + 1, [], 0, 0
+        if self._pending:
+            names = [name for name in INDEX if name not in ("site", "layer", "head")]
+            places = pl.DataFrame(self._pending, schema={n: INDEX[n] for n in names}, orient="row")
+            which = pl.DataFrame(self.kept, schema={n: INDEX[n] for n in ("site", "layer", "head")}, orient="row")
+            path = self.folder / f"index-{self._parts:05d}.parquet"
+            places.join(which, how="cross").select(*INDEX).write_parquet(path.with_suffix(".partial"))
+            path.with_suffix(".partial").replace(path)
+            self._parts, self._pending = self._parts + 1, []
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """Put rows under each other; shorter ones (attention over fewer tokens) end in zeros."""
+    wide = max(x.shape[1] for x in parts)
+    return torch.cat([torch.nn.functional.pad(x, (0, wide - x.shape[1])) for x in parts])
+
+
+@contextmanager
+def record(
+    model: LanguageModel,
+    folder: Path | str,
+    *,
+    sites: Sequence[Site] = ("head",),
+    layers: Sequence[int] | None = None,
+    heads: Sequence[tuple[int, int]] | None = None,
+    at: Sequence[Place] = ("last",),
+    attention: bool = False,
+    where: Callable[[Prompt], Mapping[str, Span]] = spans,
+    shard_bytes: int = 64 << 20,
+) -> Iterator[Recorder]:
+    """Record what `model` computes while it answers within this context, live or replayed.
+
+    Args:
+        model: asked by itself, or as an `Intervened` agent (whose heads are then recorded as they were before).
+        folder: is made; shards `00000.safetensors`, the index in `index-00000.parquet` and so on, and `record.json`.
+        sites: what to keep.
+        layers: of the sites without heads, and of `head` where `heads` is not given; by default all.
+        heads: (layer, head) of each head to keep, for the site `head` and for attention; by default all of `layers`.
+        at: where in each question's prompt: "last" (the answering token, where its answer is predicted), "state",
+            "action" or what else `where` tells, or a position (from the end where negative). Where a question does not
+            tell one, it has no row; `record.json` counts these.
+        attention: keep also what these heads attend to from these places, a probability for each position up to the
+            place's own. Computed from queries and keys as the model's own attention gets them, for these heads and
+            places alone (with eager attention, the model's own weights).
+        where: tells the roles of a prompt, as characters of its pieces.
+        shard_bytes: bound on the activations that wait in memory, and so on a shard. (One place always goes.)
+
+    Raises:
+        RecordError: the folder is not empty, or there is nothing to keep.
+        SiteError: the model has no such site, layer or head.
+    """
+    folder = Path(folder)
+    known = model.sites
+    for site in sites:
+        known.check(site)
+    for layer in layers or ():
+        known.check("head", layer)
+    for layer, head in heads or ():
+        known.check("head", layer, head)
+    every = range(known.layers) if layers is None else layers
+    each = [(a, b) for a in every for b in range(known.heads)] if heads is None else list(heads)
+    kept = [Kept("head", a, b) for a, b in each if "head" in sites]
+    kept += [Kept(site, layer, None) for site in sites if site != "head" for layer in every]
+    kept += [Kept(ATTENTION, a, b) for a, b in each if attention]
+    if not kept or not at or shard_bytes < 1:
+        raise RecordError(f"nothing to record: sites={tuple(sites)}, at={tuple(at)}, shard_bytes={shard_bytes}")
+    unknown = [place for place in at if isinstance(place, str) and place not in ROLES]
+    if where is spans and unknown:
+        raise RecordError(f"at={unknown[0]!r} is not possible: expected one of {', '.join(ROLES)}, or a position")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RecordError(f"{folder} is there already: give another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    recorder = Recorder(model, folder, tuple(dict.fromkeys(kept)), tuple(dict.fromkeys(at)), where, shard_bytes)
+    about = {"model": model.describe(), "at": list(recorder.at), "kept": [k.key for k in recorder.kept]}
+    _write(folder, about | {"finished": False})
+    with recorder.hooks():
+        yield recorder
+    recorder.flush()
+    _write(folder, about | {"finished": True, "shards": recorder._shards, "missing": recorder.missing})
+
+
+def _write(folder: Path, about: Mapping[str, Any]) -> None:
+    beside = folder / "record.partial"
+    beside.write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+    beside.replace(folder / "record.json")
+
+
+# --- reading back
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a recording; nothing is read before it is asked for."""
+
+    folder: Path
+    _open: OrderedDict[int, Any] = field(default_factory=OrderedDict, repr=False, compare=False)
+
+    def __call__(self, rows: pl.DataFrame) -> Float[Tensor, "row dim"]:
+        """Return what rows of the index point to, in their order; they are of one width (so not of several sites).
+
+        Attention is a probability for each position; after a place's own position come zeros.
+        """
+        if rows.is_empty():
+            raise RecordError("no rows of the index were given: nothing to read")
+        out: list[Tensor | None] = [None] * len(rows)
+        numbered = rows.select("site", "layer", "head", "shard", "row").with_row_index("at")
+        for (site, layer, head, shard), part in numbered.group_by("site", "layer", "head", "shard"):
+            found = self._tensor(int(shard), Kept(site, layer, head).key)
+            for at, row in part.select("at", "row").iter_rows():
+                out[at] = found[row]
+        wide = max(len(x) for x in out if x is not None)
+        if rows["site"].n_unique() > 1 and len({len(x) for x in out if x is not None}) > 1:
+            raise RecordError(f"sites {sorted(set(rows['site']))} are of several widths: read them one by one")
+        return torch.stack([torch.nn.functional.pad(x, (0, wide - len(x))) for x in out if x is not None])
+
+    def _tensor(self, shard: int, key: str) -> Tensor:
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.folder / f"{shard:05d}.safetensors", framework="pt")
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)
+        found: Tensor = self._open[shard].get_tensor(key)
+        return found
+
+
+def load(folder: Path | str) -> tuple[pl.DataFrame, Shards]:
+    """Open a recording: its index, and its tensors, which are read when rows of the index are asked for.
+
+    The index has a row a question, place and tensor: game, setting (JSON), episode, step (from 1, as in the rows of a
+    run), question, role, position in the prompt, site, layer, head, and the shard and row where it is. A recording
+    that was cut off can be read as far as it got.
+
+    Raises:
+        RecordError: there is none in `folder`.
+    """
+    folder = Path(folder)
+    if not (folder / "record.json").is_file():
+        raise RecordError(f"{folder} holds no recording: expected a folder that `record` has written")
+    parts = [pl.read_parquet(path) for path in sorted(folder.glob("index-*.parquet"))]
+    return pl.concat(parts) if parts else pl.DataFrame(schema=INDEX), Shards(folder)
