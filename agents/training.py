@@ -401,6 +401,8 @@ def train(config: TrainConfig, out: Path) -> Path:
     saved = out / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
     final = out / "model"
-    trainer.accelerator.unwrap_model(trainer.model).to(torch.float32).save_pretrained(final)
+    model = trainer.accelerator.unwrap_model(trainer.model).to(torch.float32)
+    model.config.use_cache = True  # the trainer turned it off
+    model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     return final
