@@ -92,7 +92,7 @@ def main() -> None:
     told = f"GPT-2 of {shape['n_layer']} x {shape['n_head']} x {shape['n_embd']}"
     cells = [
         ("DFA", {"states": 10}, 50, 1),
-        ("DFA", {"states": 10, "symbols": "pairs"}, 25, 1),
+        ("DFA", {"states": 10, "symbols": "pairs"}, 10, 1),
         ("Box", {"boxes": 8}, 10, 1),
     ]
     results: list[Result] = []
@@ -100,7 +100,7 @@ def main() -> None:
         made = make_game(game, **settings)
         prompts = [p for e in episodes_of(made, range(episodes), steps) for p in prompts_of(e)]
         name = f"{game} {settings}, {steps} steps, {made.max_choices} choices, {told}"
-        repeats = 3 if args.quick else 2
+        repeats = 3 if args.quick else 1  # minutes each
         ours, peer = (lambda p=prompts: agent.predict(p)), (lambda p=prompts: one_forward_a_question(agent, p))
         results.append(compare(name, ours, peer, difference, repeats))
     finish("Replay against one forward pass a question (CPU, float32)", results, ("torch", "transformers"))

@@ -1,4 +1,4 @@
-"""The command line: `nextstate run | report | play | train | list`."""
+"""The command line: `nextstate run | patch | report | play | train | list`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     SpinnerColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -91,6 +92,46 @@ def run(
             raise typer.Exit(1)
 
 
+@app.command(epilog="Example:  nextstate patch configs/heads/quickstart.yaml pairs=32 --out runs/heads")
+def patch(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
+) -> None:
+    """Find the heads that carry state, by activation patching; the same command again resumes it."""
+    from nextstate import experiment, patching
+    from nextstate.agents.config import read_config
+
+    read = read_config(config, overrides or [], patching.PatchConfig)
+    folder = out or Path("runs") / read.name
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=console) as bar:
+        page = patching.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
+    _heads(folder)
+    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+    left_out = experiment.left_out(folder)
+    if left_out:
+        errors.print(Text("\n".join(f"{x['setting']}: {x['reason']}" for x in left_out), style="yellow"))
+        raise typer.Exit(1)
+
+
+def _heads(folder: Path) -> None:
+    import polars as pl
+
+    if not (folder / "heads.parquet").is_file():
+        return
+    table = Table("head", "state", "95 %", "action", "95 %", "routing", "carries", box=box.SIMPLE_HEAD)
+    found = pl.read_parquet(folder / "heads.parquet").filter(pl.col("carries") != "")
+    for row in found.sort(pl.max_horizontal("state", "action"), descending=True).head(12).iter_rows(named=True):
+        numbers = [row[f"{kind}{end}"] for kind in ("state", "action") for end in ("", "_low", "_high")]
+        a, b, c, d, e, f, g = (f"{round(x, 2) + 0.0:.2f}" for x in (*numbers, row["routing"]))
+        table.add_row(f"{row['layer']}.{row['head']}", a, f"{b} to {c}", d, f"{e} to {f}", g, row["carries"])
+    console.print(table if len(found) else "No head stands out.")
+
+
 def _summary(folder: Path) -> None:
     from nextstate.analysis import tables
 
@@ -107,9 +148,15 @@ def _summary(folder: Path) -> None:
 @app.command(epilog="Example:  nextstate report runs/quickstart")
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
     """Write the report page of a run again."""
-    from nextstate.analysis import report as page
+    if (folder / "sweeps").is_dir():
+        from nextstate.analysis import heads_report
 
-    console.print(f"Report: [bold]{escape(str(page.write(folder)))}[/]", soft_wrap=True)
+        written = heads_report.write(folder)
+    else:
+        from nextstate.analysis import report as page
+
+        written = page.write(folder)
+    console.print(f"Report: [bold]{escape(str(written))}[/]", soft_wrap=True)
 
 
 @app.command(epilog="Examples:  nextstate play Box   |   nextstate play DFA states=3 --steps 20 --agent nextstate/tiny")

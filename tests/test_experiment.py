@@ -16,11 +16,12 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from nextstate import experiment
+from nextstate import experiment, patching
 from nextstate.agents.config import ConfigError, find_config, packaged_configs, read_config
 from nextstate.agents.training import TrainConfig
 from nextstate.envs.game import GameError
 from nextstate.experiment import Config, ExperimentError
+from nextstate.patching import PatchConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -223,12 +224,14 @@ def test_yaml_never_makes_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", packaged_configs())
 def test_every_packaged_config_reads_and_names_its_command(name: str) -> None:
-    training = name.startswith("configs/train/")
-    first = find_config(name).read_text().splitlines()[0]
-    assert first == f"# nextstate {'train' if training else 'run'} {name}"
-    read = read_config(name, [], TrainConfig if training else Config)
+    verbs: dict[str, tuple[str, Any]] = {"train": ("train", TrainConfig), "heads": ("patch", PatchConfig)}
+    verb, kind = verbs.get(name.split("/")[1], ("run", Config))
+    assert find_config(name).read_text().splitlines()[0] == f"# nextstate {verb} {name}"
+    read = read_config(name, [], kind)
     if isinstance(read, Config):
         assert experiment.settings_of(read)
+    if isinstance(read, PatchConfig):
+        assert patching.count_sweeps(read)
 
 
 def test_the_quickstart_has_at_least_thirty_cells() -> None:

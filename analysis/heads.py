@@ -1,0 +1,268 @@
+"""Heads that carry state and heads that carry action: pairs as tokens, what a model says of them, the routing score.
+
+A game's minimal pairs (`Game.contrast`) become `TokenPair`s by `token_pairs`; `nextstate.analysis.patch` sweeps them;
+`routing` puts what state pairs find beside what action pairs find, head by head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Bool, Float
+
+from nextstate.agents.agent import Prompt
+from nextstate.agents.language import LanguageModel
+from nextstate.agents.text import Encoder
+from nextstate.analysis.pairs import PatchError, TokenPair, tokens_of
+from nextstate.analysis.recovery import Readout, Recovery, Sweep, read, recovery
+from nextstate.envs.contrast import Pair, flaws, pieces
+
+LEAST = 0.02  # a recovery below it is no finding, however narrow its band
+_WHAT = ("state", "action", "origin", "subject")  # roles that say what a prompt tells
+_MAY = {"state": {"state"}, "noop": {"state", "origin"}, "action": {"action"}, "name": {"state", "action", "origin"}}
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """A pair that cannot be measured with: its place among the pairs given, and why."""
+
+    pair: int
+    reason: str
+
+
+def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair], list[Excluded]]:
+    """Write pairs as tokens, each prompt exactly as a language model reads it; say which cannot be used, and why.
+
+    Answers are compared at the first token in which they differ: the tokens that they begin with in common are put at
+    the end of both prompts. A role keeps its name where it is at the same token in both prompts; else there are two of
+    it, such as "match (clean)" and "match (corrupted)".
+
+    A pair is left out if it has `flaws`; if roles differ that should not (a state pair tells another state and the same
+    action, an action pair the reverse; published noop pairs only rename, and need not differ in a role); if its prompts
+    have different numbers of tokens, or the same tokens; or if one answer is how the other begins.
+    """
+    kept, out = [], []
+    for i, pair in enumerate(pairs):
+        reason = "; ".join(flaws(pair)) or _misfit(pair)
+        if not reason:
+            try:
+                kept.append(_joined(encoder, pair))
+                continue
+            except PatchError as error:
+                reason = str(error)
+        out.append(Excluded(i, reason))
+    return kept, out
+
+
+def _misfit(pair: Pair) -> str:
+    told = [pieces(side) for side in pair.sides]
+    differ = {
+        name for name, role in pair.roles.items()
+        if name in _WHAT and len({text[s.piece][s.start : s.end] for text, s in zip(told, role, strict=True)}) > 1
+    }  # fmt: skip
+    wrong = sorted(differ - _MAY[pair.kind])
+    if wrong:
+        return f"the prompts of {_a(pair.kind)} pair differ in {', '.join(wrong)}"
+    must = {"state": "state", "noop": "state", "action": "action"}.get(pair.kind)
+    if must in pair.roles and must not in differ and pair.design != "paper":
+        return f"the prompts of {_a(pair.kind)} pair tell the same {must}"
+    return ""
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def _joined(encoder: Encoder, pair: Pair) -> TokenPair:
+    clean, corrupted = (tokens_of(encoder, Prompt(side, len(side.steps) - 1)) for side in pair.sides)
+    answers = [encoder.piece(answer) for answer in pair.answers]
+    common = next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
+    if common == min(map(len, answers)):
+        said = " and ".join(repr(a) for a in pair.answers)
+        raise PatchError(f"one answer is how the other begins, as tokens: {said}")
+    shared, told = answers[0][:common], [pieces(side) for side in pair.sides]
+    roles: dict[str, int] = {}
+    for name, role in pair.roles.items():
+        places = [encoder.locate(text, span) for text, span in zip(told, role, strict=True)]
+        if name == "last":
+            continue
+        if places[0] == places[1]:
+            roles[name] = places[0]
+        elif len(clean) == len(corrupted):
+            roles |= {f"{name} ({side})": at for side, at in zip(("clean", "corrupted"), places, strict=True)}
+    return TokenPair(clean + shared, corrupted + shared, answers[0][common], answers[1][common], roles)
+
+
+def layout(pairs: Sequence[TokenPair]) -> str | tuple[str, ...]:
+    """Return how positions of all pairs can be looked at side by side.
+
+    "each" where all pairs are as long and have the roles that say what differs at the same tokens, so that a position
+    means the same in all; else the names of the roles that all pairs have.
+    """
+    if len({(len(p.clean), tuple((r, p.roles.get(r)) for r in _WHAT)) for p in pairs}) == 1:
+        return "each"
+    common = set.intersection(*(set(p.roles) for p in pairs))
+    where = {r: float(np.mean([p.roles[r] for p in pairs])) for r in common}
+    return tuple(sorted(common, key=lambda r: (where[r], r)))
+
+
+@torch.no_grad()
+def baseline(model: LanguageModel, pairs: Sequence[TokenPair]) -> tuple[Readout, Readout]:
+    """Return what a model says to the clean and to the corrupted prompt of each pair, with nothing patched.
+
+    Raises:
+        PatchError: a prompt is longer than the model reads.
+    """
+    longest = max(len(p.clean) for p in pairs)
+    if model.context is not None and longest > model.context:
+        raise PatchError(f"a pair has {longest:,} tokens, but {model.name} reads {model.context:,}; ask for fewer "
+                         "steps")  # fmt: skip
+    out = Readout.empty(len(pairs)), Readout.empty(len(pairs))
+    by_length: dict[int, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_length.setdefault(len(pair.clean), []).append(i)
+    for length, mine in by_length.items():
+        size = max(1, model.batch_tokens // length)
+        for rows in (mine[k : k + size] for k in range(0, len(mine), size)):
+            answer, other = (
+                torch.tensor([getattr(pairs[i], w) for i in rows], device=model.device) for w in ("answer", "other")
+            )
+            for side, found in zip(("clean", "corrupted"), out, strict=True):
+                tokens = torch.tensor([getattr(pairs[i], side) for i in rows], device=model.device)
+                ask = torch.ones_like(tokens)
+                logits = model.model(input_ids=tokens, attention_mask=ask, use_cache=False, logits_to_keep=1).logits
+                got = read(logits[:, -1:], answer, other)
+                found.put(rows, Readout(got.difference[:, 0], got.probability[:, 0], got.greedy[:, 0]))
+    return out
+
+
+def prefers(clean: Readout, corrupted: Readout) -> Bool[np.ndarray, " pair"]:
+    """Tell for each pair whether the model prefers the right one of both answers in both prompts."""
+    return np.asarray((clean.difference > 0) & (corrupted.difference < 0))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """State against action, for each head (or layer): arrays with axes [layer head column].
+
+    `value` is the recovery by state pairs minus that by action pairs: 1 where the site alone brings the answering token
+    all of the difference between two states and nothing of that between two actions, -1 the reverse, 0 where it brings
+    as much of both (the head that looks up what follows needs both) or nothing. `low`, `high` hold for one cell,
+    `band_low`, `band_high` for all at once.
+
+    `share` is max(state, 0) / (max(state, 0) + max(action, 0)): how much of what the site brings is state. It is NaN
+    where both recoveries are below `LEAST`.
+    """
+
+    state: Recovery
+    action: Recovery
+    value: Float[np.ndarray, "layer head column"]
+    low: Float[np.ndarray, "layer head column"]
+    high: Float[np.ndarray, "layer head column"]
+    band_low: Float[np.ndarray, "layer head column"]
+    band_high: Float[np.ndarray, "layer head column"]
+
+    @property
+    def share(self) -> Float[np.ndarray, "layer head column"]:
+        """How much of what each site brings is state."""
+        state, action = np.maximum(self.state.value, 0), np.maximum(self.action.value, 0)
+        known = np.maximum(state, action) >= LEAST
+        return np.asarray(np.divide(state, state + action, out=np.full_like(state, np.nan), where=known))
+
+    @property
+    def labels(self) -> np.ndarray[Any, Any]:
+        """What each site carries: "state", "action", "both", "unclear", or "" (nothing that stands out).
+
+        "both" where both recoveries stand out (see `carriers`). "state" where only that by state pairs does, and the
+        band of the routing score says that it is the larger one; where the band does not say so it is "unclear".
+        """
+        state, action = carriers(self.state), carriers(self.action)
+        more, less = self.band_low > 0, self.band_high < 0
+        cases = [state & action, state & more, action & less, state | action]
+        return np.select(cases, ["both", "state", "action", "unclear"], "")
+
+
+def carriers(found: Recovery) -> Bool[np.ndarray, "layer head column"]:
+    """Tell where the simultaneous band leaves out 0 and the recovery is at least `LEAST` in size."""
+    return np.asarray(found.carries & (np.abs(found.value) >= LEAST))
+
+
+def routing(
+    state: Sweep, action: Sweep, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 2000
+) -> Routing:
+    """Compare what a sweep of state pairs and one of action pairs find at the same places.
+
+    Both kinds of pairs are resampled apart from each other, as they are drawn apart; the band is the sup-t band (see
+    `nextstate.analysis.recovery.recovery`).
+
+    Raises:
+        PatchError: the sweeps are not over the same cells, or one has no scale.
+    """
+    places = [(s.site, s.direction, s.layers, s.columns) for s in (state, action)]
+    if places[0] != places[1]:
+        raise PatchError(f"sweeps of different cells: {places[0]} and {places[1]}")
+    found = [recovery(s, rng, level=level, resamples=resamples) for s in (state, action)]
+    drawn = [_draws(s, rng, resamples) for s in (state, action)]
+    value, apart = found[0].value - found[1].value, drawn[0] - drawn[1]
+    tail = (1 - level) / 2
+    low, high = np.quantile(apart, (tail, 1 - tail), axis=0)
+    error = apart.std(0, ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        far = np.where(error > 1e-12, np.abs(apart - value) / error, 0)
+    reach = np.quantile(far.reshape(resamples, -1).max(1), level) * error
+    if min(f.pairs for f in found) == 1:
+        low = high = reach = np.full_like(value, np.nan)
+    elif not all(np.isfinite(f.low).all() for f in found):
+        low, high, reach = (np.full_like(value, x) for x in (-np.inf, np.inf, np.inf))
+    return Routing(found[0], found[1], value, low, high, value - reach, value + reach)
+
+
+def _draws(sweep: Sweep, rng: np.random.Generator, resamples: int) -> Float[np.ndarray, "resample layer head column"]:
+    base, source = sweep.base.difference[sweep.kept], sweep.source.difference[sweep.kept]
+    moved, gap, n = sweep.patched.difference[sweep.kept] - base[:, None, None, None], source - base, len(base)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    return np.asarray(np.tensordot(weights, moved, 1) / (weights @ gap)[:, None, None, None])
+
+
+def head_table(found: Routing, layers: Sequence[int]) -> pl.DataFrame:
+    """Return one row a head (or layer, where a site has one head) and column of the sweep: both recoveries, routing."""
+    layer, head, _ = (x.ravel() for x in np.indices(found.value.shape))
+    columns: dict[str, Any] = {"layer": np.array(layers)[layer], "head": head}
+    for name, one in (("state", found.state), ("action", found.action)):
+        columns |= {name: one.value.ravel(), f"{name}_low": one.low.ravel(), f"{name}_high": one.high.ravel()}
+        columns |= {f"{name}_carries": carriers(one).ravel()}
+    columns |= {"routing": found.value.ravel()}
+    columns |= {f"routing_{k}": getattr(found, k).ravel() for k in ("low", "high", "band_low", "band_high")}
+    return pl.DataFrame(columns | {"share": found.share.ravel(), "carries": found.labels.ravel().tolist()})
+
+
+def top_heads(table: pl.DataFrame, most: int = 3) -> list[tuple[int, int]]:
+    """Return the heads that carry most state, then those that carry most action, each once; from `head_table`."""
+    out: list[tuple[int, int]] = []
+    for kind in ("state", "action"):
+        best = table.filter(pl.col(f"{kind}_carries")).sort(kind, descending=True).head(most)
+        out += [row for row in best.select("layer", "head").iter_rows() if row not in out]
+    return out
+
+
+@torch.no_grad()
+def attention_of(
+    model: LanguageModel, tokens: Sequence[int], heads: Sequence[tuple[int, int]]
+) -> Float[np.ndarray, "head position"]:
+    """Return how the last token's attention lies over a prompt, for each (layer, head)."""
+    network = model.model
+    before = network.config._attn_implementation
+    network.set_attn_implementation("eager")  # others do not tell
+    try:
+        ids = torch.tensor([list(tokens)], device=model.device)
+        seen = network(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True
+        ).attentions
+    finally:
+        network.set_attn_implementation(before)
+    return np.array([seen[layer][0, head, -1].float().cpu().numpy() for layer, head in heads])

@@ -1,0 +1,216 @@
+"""Figures of a patching run: heatmaps over layers and heads or positions, state against action, screen against sweep.
+
+As in `nextstate.analysis.figures`, backgrounds are transparent. Heatmaps diverge from the colour of the page, so their
+colours are set by the page (by `meta`); drawn elsewhere they have those of light paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+
+from nextstate.analysis.figures import _layout, _plain, _rgba
+from nextstate.analysis.heads import LEAST, Routing
+from nextstate.analysis.recovery import Sweep
+
+COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
+LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: apart for every kind of sight
+NAMED = 0.05  # least recovery of a head whose number is written beside its point
+DIRECTIONS = {"denoise": "denoised", "noise": "noised"}
+CELL = (
+    "recovery %{customdata[0]:.3f} (95 %: %{customdata[1]:.3f} to %{customdata[2]:.3f})<br>all cells at once: "
+    "%{customdata[3]:.3f} to %{customdata[4]:.3f}<br>%{customdata[5]}%{customdata[6]}<extra></extra>"
+)
+
+
+def _hover(rows: pl.DataFrame) -> list[list[Any]]:
+    significant = ["stands out" if c else "does not stand out" for c in rows["carries"]]
+    numbers = rows.select("recovery", "low", "high", "band_low", "band_high").rows()
+    flips = [
+        "" if f is None else f"<br>decides the greedy answer in {100 * f:.0f} % of the pairs" for f in rows["flips"]
+    ]
+    words = zip(significant, flips, strict=True)
+    return [[*(round(x, 4) for x in row), *said] for row, said in zip(numbers, words, strict=True)]
+
+
+def head_map(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
+    """Draw the recovery of each head (right) of each layer (up); rows of a sweep with one column.
+
+    Args:
+        rows: as `nextstate.analysis.heads_tables.sweep_rows` makes them.
+        title: of the figure.
+        reach: the colours run from -reach to reach. A dot marks what the simultaneous band holds apart from 0.
+    """
+    layers, heads = rows["layer"].n_unique(), rows["head"].n_unique()
+    marks = rows.filter(pl.col("carries") & (pl.col("recovery").abs() >= LEAST))
+    size = 7 if heads <= 16 else 4
+    traces = [
+        _map(rows, "head", [str(h) for h in range(heads)], "layer %{y}, head %{x}<br>" + CELL, reach),
+        go.Scatter(
+            x=[str(h) for h in marks["head"]], y=marks["layer"].to_list(), mode="markers", hoverinfo="skip",
+            marker={"size": size, "color": "rgba(0,0,0,0)", "line": {"width": 1.6, "color": "#16181b"}}, meta="mark",
+        ),
+    ]  # fmt: skip
+    pitch = 26 if layers <= 12 else 16 if layers <= 26 else 11
+    return go.Figure(traces, _grid(title, layers, pitch, "head"))
+
+
+def position_map(rows: pl.DataFrame, words: Sequence[str], title: str, reach: float) -> go.Figure:
+    """Draw the recovery of each layer (up) at each position or role (right); `words` name the columns."""
+    layers, columns = rows["layer"].n_unique(), rows["position"].unique(maintain_order=True).to_list()
+    labels = [f"{_plain(word)}" for word in words]
+    trace = _map(rows, "position", columns, "layer %{y}, position %{x}<br>" + CELL, reach)
+    pitch = 26 if layers <= 12 else 14 if layers <= 26 else 9
+    ticks = _told(rows, len(columns))
+    axis = {"tickvals": [columns[i] for i in ticks], "ticktext": [labels[i] for i in ticks], "tickangle": -90}
+    axis |= {"tickfont": {"size": 11, "family": "monospace"}}
+    figure = go.Figure([trace], _grid(title, layers, pitch, "", xaxis=axis))
+    return figure.update_layout(height=pitch * layers + 150)
+
+
+def _told(rows: pl.DataFrame, columns: int) -> list[int]:
+    """Return the columns to name: all where there is room, else the last and those where most happens."""
+    apart = -(-columns // 40)
+    most = rows["recovery"].abs().to_numpy().reshape(-1, columns).max(0)
+    most[-1] = np.inf
+    chosen: list[int] = []
+    for i in np.argsort(-most).tolist():
+        if all(abs(i - k) >= apart for k in chosen):
+            chosen.append(i)
+    return sorted(chosen[: columns if apart == 1 else 16])
+
+
+def _map(rows: pl.DataFrame, column: str, x: Sequence[str], hover: str, reach: float) -> go.Heatmap:
+    layers = rows["layer"].unique(maintain_order=True).to_list()
+    shape = (len(layers), len(x))
+    told = _hover(rows)
+    width = shape[1]
+    return go.Heatmap(
+        x=list(x), y=layers, z=rows["recovery"].round(4).to_numpy().reshape(shape).tolist(),
+        customdata=[told[i * width : (i + 1) * width] for i in range(shape[0])],
+        zmin=-reach, zmax=reach, colorscale=LIGHT, showscale=False, hovertemplate=hover, meta="diverging",
+        xgap=1 if width <= 30 else 0, ygap=1 if len(layers) <= 30 else 0,
+    )  # fmt: skip
+
+
+def _grid(title: str, layers: int, pitch: int, x: str, xaxis: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the layout of a map; its x axis is one of names."""
+    down = {"dtick": 1 if layers <= 16 else 4, "showgrid": False}
+    right = {"type": "category", "showgrid": False} | dict(xaxis or {})
+    return _layout(title, max(120, pitch * layers + 84), x, "layer", xaxis=right, yaxis=down)
+
+
+def arrival(found: Routing, title: str, x: str = "layer") -> go.Figure:
+    """Draw the recovery by state pairs and by action pairs against the layer, with simultaneous bands."""
+    traces: list[Any] = []
+    for name, one in (("state", found.state), ("action", found.action)):
+        value, low, high = (a[:, 0, 0] for a in (one.value, one.band_low, one.band_high))
+        layers, colour = list(range(len(value))), COLOURS[name]
+        both = [*layers, *layers[::-1]]
+        edge = [*_numbers(high), *_numbers(low)[::-1]]
+        traces.append(
+            go.Scatter(
+                x=both,
+                y=edge,
+                mode="lines",
+                fill="toself",
+                fillcolor=_rgba(colour, 0.18),
+                line={"width": 0},
+                hoverinfo="skip",
+            )
+        )
+        traces.append(
+            go.Scatter(
+                x=layers, y=_numbers(value), name=name, line={"color": colour, "width": 2.2}, mode="lines+markers",
+                marker={"symbol": "circle" if name == "state" else "square", "size": 7},
+                customdata=list(zip(_numbers(one.low[:, 0, 0]), _numbers(one.high[:, 0, 0]), strict=True)),
+                hovertemplate=f"{name}, layer %{{x}}<br>%{{y:.3f}} (95 %: %{{customdata[0]:.3f}} to "
+                "%{customdata[1]:.3f})<extra></extra>",
+            )
+        )  # fmt: skip
+    ticks = {"dtick": 1 if found.value.shape[0] <= 16 else 4, "showgrid": False}
+    return go.Figure(traces, _layout(title, 290, x, "recovery", xaxis=ticks))
+
+
+def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
+    """Draw the recovery by action pairs (up) against that by state pairs (right), a point a head, with intervals.
+
+    Args:
+        table: as `nextstate.analysis.heads.head_table` makes it.
+        title: of the figure.
+        name: heads that carry something, by their layer and number.
+    """
+    ends = [*table["state"], *table["action"], 0.0]
+    low, high = min(ends), max(*ends, 0.1)
+    pad = 0.08 * (high - low)
+    reach = [low - pad, high + pad]
+    traces: list[Any] = [_diagonal(reach)]
+    for label, symbol in (
+        ("", "circle"),
+        ("state", "circle"),
+        ("action", "square"),
+        ("both", "diamond"),
+        ("unclear", "circle-open"),
+    ):
+        rows = table.filter(pl.col("carries") == label)
+        told = [
+            [f"{r['layer']}.{r['head']}", *(round(r[k], 3) for k in ("state_low", "state_high", "action_low",
+             "action_high", "routing", "routing_low", "routing_high"))] for r in rows.iter_rows(named=True)
+        ]  # fmt: skip
+        large = rows.select(pl.max_horizontal(pl.col("state", "action").abs()) >= NAMED).to_series()
+        names = [t[0] if shown else "" for t, shown in zip(told, large, strict=True)]
+        traces.append(
+            go.Scatter(
+                x=_numbers(rows["state"]), y=_numbers(rows["action"]), name=label or "neither", customdata=told,
+                mode="markers+text" if label and name else "markers", text=names,
+                textposition="top center", textfont={"size": 11},
+                error_x=_bars(rows, "state", label), error_y=_bars(rows, "action", label),
+                marker={"color": COLOURS[label], "symbol": symbol, "size": 9 if label else 5,
+                        "opacity": 1 if label else 0.6},
+                hovertemplate="head %{customdata[0]}<br>state %{x:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f})"
+                "<br>action %{y:.3f} (%{customdata[3]:.3f} to %{customdata[4]:.3f})<br>routing %{customdata[5]:.3f} "
+                "(%{customdata[6]:.3f} to %{customdata[7]:.3f})<extra></extra>",
+            )
+        )  # fmt: skip
+    axes = {"range": reach, "zeroline": True}
+    return go.Figure(
+        traces, _layout(title, 420, "recovery by state pairs", "recovery by action pairs", xaxis=axes, yaxis=axes)
+    )
+
+
+def _diagonal(ends: Sequence[float]) -> go.Scatter:
+    line = {"color": "#8c8c8c", "width": 1, "dash": "dot"}
+    return go.Scatter(x=ends, y=ends, mode="lines", line=line, hoverinfo="skip")
+
+
+def _bars(rows: pl.DataFrame, name: str, label: str) -> dict[str, Any]:
+    up = (rows[f"{name}_high"] - rows[name]).clip(0, None)
+    down = (rows[name] - rows[f"{name}_low"]).clip(0, None)
+    return {"type": "data", "array": _numbers(up), "arrayminus": _numbers(down), "thickness": 1, "width": 0,
+            "color": _rgba(COLOURS[label], 0.55), "visible": bool(label)}  # fmt: skip
+
+
+def screened(exact: Sweep, estimate: Sweep, title: str, colour: str) -> go.Figure:
+    """Draw the gradient's estimate (up) against the exact mean effect (right), in logits, a point a head."""
+    effects = [
+        (s.patched.difference - s.base.difference[:, None, None, None]).mean(0)[..., 0] for s in (exact, estimate)
+    ]
+    names = [f"{layer}.{head}" for layer in exact.layers for head in range(effects[0].shape[1])]
+    right, up = (e.ravel() for e in effects)
+    ends = [float(f(right.min(), right.max())) for f in (min, max)]
+    traces = [
+        _diagonal(ends),
+        go.Scatter(
+            x=_numbers(right), y=_numbers(up), mode="markers", text=names, marker={"color": colour, "size": 6},
+            hovertemplate="head %{text}<br>exact %{x:.3f}, estimate %{y:.3f}<extra></extra>",
+        ),
+    ]  # fmt: skip
+    return go.Figure(traces, _layout(title, 320, "exact effect (logits)", "gradient's estimate"))
+
+
+def _numbers(values: Any) -> list[float | None]:
+    return [round(float(v), 4) if np.isfinite(v) else None for v in values]

@@ -1,0 +1,402 @@
+"""The heads of circuits built by hand are found and told apart; a patching run is a folder and a page."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from polars.testing import assert_frame_equal
+from typer.testing import CliRunner
+
+from nextstate import cli, patching
+from nextstate.agents.agent import Prompt
+from nextstate.agents.config import ConfigError, read_config
+from nextstate.agents.language import LanguageModel
+from nextstate.analysis import heads_report
+from nextstate.analysis.heads import (
+    Routing,
+    attention_of,
+    baseline,
+    carriers,
+    head_table,
+    layout,
+    prefers,
+    routing,
+    token_pairs,
+    top_heads,
+)
+from nextstate.analysis.heads_tables import load, restored
+from nextstate.analysis.pairs import PatchError, TokenPair
+from nextstate.analysis.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
+from nextstate.envs.contrast import Pair, Role, Span
+from nextstate.envs.games import make_game
+from nextstate.experiment import ExperimentError
+from nextstate.patching import PatchConfig
+from tests.circuits import Circuit, circuit
+
+SEEDS = range(10)
+NARROW: dict[str, Any] = {
+    "name": "narrow", "model": "circuit", "settings": {"states": 5, "actions_listed": 4}, "pairs": 6, "steps": 8,
+    "kinds": ["state", "action"], "directions": ["denoise"], "resamples": 200, "wandb": "disabled",
+}  # fmt: skip
+
+
+@cache
+def built(game: str, seed: int) -> Circuit:
+    return circuit(game, seed)
+
+
+@cache
+def drawn(game: str, kind: str) -> list[Pair]:
+    rng, size = np.random.default_rng(3), {"DFA": {"states": 5, "actions_listed": 4}, "Cycle": {"period": 5}}[game]
+    return [make_game(game, **size).contrast(rng, kind, steps=10) for _ in range(5)]
+
+
+def joined(agent: LanguageModel, game: str, kind: str) -> list[TokenPair]:
+    found, excluded = token_pairs(agent.encoder, drawn(game, kind))
+    assert not excluded
+    return found
+
+
+def named(found: Sweep, made: Circuit) -> set[str]:
+    """Return which heads stand out, by what they do; a head that does nothing goes by its slot."""
+    names = {slot: name for name, slot in made.heads.items()}
+    cells = carriers(recovery(found, np.random.default_rng(0), resamples=200))
+    return {names.get((int(a), int(b)), f"{a}.{b}") for a, b in np.argwhere(cells[..., 0])}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_sweep_names_exactly_the_heads_of_the_circuit(seed: int) -> None:
+    made = built("DFA", seed)
+    for kind, gathers in (("state", "state"), ("action", "action")):
+        pairs = joined(made.agent, "DFA", kind)
+        for direction in ("denoise", "noise"):
+            found = sweep(made.agent, pairs, direction=direction, vocabulary=False)  # type: ignore[arg-type]
+            assert named(found, made) == {gathers, "match"}
+            rest = np.ones(found.patched.difference.shape[1:3], dtype=bool)
+            for name in (gathers, "match"):
+                rest[made.heads[name]] = False
+            values = recovery(found, np.random.default_rng(0), resamples=100).value[..., 0]
+            assert np.abs(values[rest]).max() < 1e-3  # decoys are among them
+            assert values[~rest] == pytest.approx(1, abs=1e-3)
+    pairs = joined(made.agent, "DFA", "state")
+    found = sweep(made.agent, pairs, direction="zero", positions="all", vocabulary=False)
+    assert named(found, made) == set(made.heads)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_cycles_circuit_too(seed: int) -> None:
+    made = built("Cycle", seed)
+    pairs = joined(made.agent, "Cycle", "state")
+    found = sweep(made.agent, pairs, direction="zero", positions="all", vocabulary=False)
+    assert named(found, made) == {"previous", "induction"}
+    assert named(sweep(made.agent, pairs, vocabulary=False), made) == {"induction"}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_state_and_action_are_told_apart(seed: int) -> None:
+    made = built("DFA", seed)
+    found = routed(made)
+    labels = {slot: label for slot, label in np.ndenumerate(found.labels[..., 0]) if label}
+    where = made.heads
+    assert labels == {where["state"]: "state", where["action"]: "action", where["match"]: "both"}
+    for name, value, share in (("state", 1, 1), ("action", -1, 0), ("match", 0, 0.5)):
+        assert found.value[where[name]][0] == pytest.approx(value, abs=1e-3)
+        assert found.share[where[name]][0] == pytest.approx(share, abs=1e-3)
+    assert np.isnan(found.share[made.decoys[0]][0])
+    table = head_table(found, range(4))
+    assert set(top_heads(table)) == {where[n] for n in ("state", "action", "match")}
+
+
+def routed(made: Circuit) -> Routing:
+    state, action = (
+        sweep(made.agent, joined(made.agent, "DFA", kind), vocabulary=False) for kind in ("state", "action")
+    )
+    return routing(state, action, np.random.default_rng(0), resamples=200)
+
+
+def test_routing_intervals_hold_the_value_and_need_the_same_cells() -> None:
+    made = built("DFA", 0)
+    state, action = (
+        sweep(made.agent, joined(made.agent, "DFA", kind), vocabulary=False) for kind in ("state", "action")
+    )
+    rng = np.random.default_rng(1)
+    noisy = replace(
+        state, patched=replace(state.patched, difference=state.patched.difference + rng.normal(size=(5, 4, 4, 1)))
+    )
+    found = routing(noisy, action, rng, resamples=400)
+    assert (found.band_low <= found.low + 1e-6).all()
+    assert (found.low <= found.value).all()
+    assert (found.value <= found.high).all()
+    assert (found.high <= found.band_high + 1e-6).all()
+    assert found.value == pytest.approx(found.state.value - found.action.value)
+    with pytest.raises(PatchError, match="different cells"):
+        routing(state, replace(action, direction="noise"), rng)
+
+
+def test_what_one_kind_finds_and_the_other_does_not_deny_is_unclear() -> None:
+    def found(value: float, reach: float) -> Recovery:
+        one = np.full((1, 1, 1), value)
+        return Recovery(one, one - reach, one + reach, one - reach, one + reach, 30, 0, 0, 0.95, 100)
+
+    def label(state: Recovery, action: Recovery, reach: float) -> str:
+        value = state.value - action.value
+        return str(Routing(state, action, value, value, value, value - reach, value + reach).labels[0, 0, 0])
+
+    assert label(found(0.3, 0.1), found(0.0, 0.1), 0.15) == "state"
+    assert label(found(0.0, 0.1), found(0.3, 0.1), 0.15) == "action"
+    assert label(found(0.3, 0.1), found(0.2, 0.1), 0.15) == "both"
+    assert label(found(0.3, 0.1), found(0.2, 0.3), 0.32) == "unclear"
+    assert label(found(0.01, 0.001), found(0.0, 0.001), 0.002) == ""
+
+
+def test_a_layer_brings_what_its_heads_bring() -> None:
+    made = built("DFA", 2)
+    found = [
+        recovery(sweep(made.agent, joined(made.agent, "DFA", "state"), site=site, vocabulary=False),  # type: ignore[arg-type]
+                 np.random.default_rng(0), resamples=100).value[:, 0, 0]
+        for site in ("attn_out", "resid_pre")
+    ]  # fmt: skip
+    for name in ("state", "match"):
+        assert found[0][made.heads[name][0]] == pytest.approx(1, abs=1e-3)
+    layer = made.heads["state"][0]
+    assert np.abs(found[1][: layer + 1]).max() < 1e-3
+    assert found[1][layer + 1 :] == pytest.approx(1, abs=1e-3)
+
+
+# --- pairs as tokens
+
+
+def test_pairs_as_tokens_are_the_prompts_that_a_model_reads() -> None:
+    encoder = built("DFA", 0).agent.encoder
+    pair, (one,) = drawn("DFA", "state")[0], token_pairs(encoder, drawn("DFA", "state")[:1])[0]
+    assert one.clean == tokens_of(encoder, Prompt(pair.clean, len(pair.clean.steps) - 1))
+    assert [encoder.piece(a) for a in pair.answers] == [(one.answer,), (one.other,)]
+    differ = [i for i, (a, b) in enumerate(zip(one.clean, one.corrupted, strict=True)) if a != b]
+    assert differ == [one.roles["state"]]
+    assert one.roles["state"] < one.roles["action"] < one.roles["last"] == len(one.clean) - 1
+    assert {"match (clean)", "match (corrupted)"} <= set(one.roles)
+
+
+def test_what_cannot_be_measured_with_is_left_out_and_told() -> None:
+    encoder, (pair, other) = built("DFA", 0).agent.encoder, drawn("DFA", "state")[:2]
+    same = Pair("state", "balanced", pair.clean, pair.clean, {})
+    mixed = Pair("action", "balanced", pair.clean, pair.corrupted, pair.roles)
+    still = replace(pair, roles=pair.roles | {"state": Role(Span(0, 0, 2), Span(0, 0, 2))})
+    longer = make_game("DFA", states=5, actions_listed=4).contrast(np.random.default_rng(0), "state", steps=14)
+    short = Pair("state", "balanced", pair.clean, longer.clean, {})
+    found, excluded = token_pairs(encoder, [pair, same, mixed, still, short, other])
+    assert len(found) == 2
+    assert [x.pair for x in excluded] == [1, 2, 3, 4]
+    for x, words in zip(
+        excluded,
+        ["both sides have the answer", "an? action pair differ in state", "tell the same state", "10 and 14 steps"],
+        strict=True,
+    ):
+        assert re.search(words, x.reason)
+
+
+def test_published_pairs_whose_answers_agree_are_left_out() -> None:
+    config = PatchConfig(**NARROW | {"designs": ["paper"], "kinds": ["state", "noop"]})
+    game = make_game("DFA")
+    pairs = patching.draw(config, game, "paper", "state")
+    assert len(pairs) == 14
+    found, excluded = token_pairs(built("DFA", 0).agent.encoder, pairs)
+    assert {len(pairs[x.pair].clean.steps) - 1 for x in excluded} == {10, 18, 26}
+    assert len(found) == 8
+    assert len(token_pairs(built("DFA", 0).agent.encoder, patching.draw(config, game, "paper", "noop"))[0]) == 10
+
+
+def test_answers_are_compared_where_their_tokens_differ(folders: dict[str, Path]) -> None:
+    encoder = LanguageModel(str(folders["gpt2"]), device="cpu").encoder
+    pair = make_game("DFA").contrast(np.random.default_rng(0), "state", "paper", steps=6)
+    answers = [encoder.piece(a) for a in pair.answers]
+    common = next(i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b)
+    (one,), _ = token_pairs(encoder, [pair])
+    prompt = tokens_of(encoder, Prompt(pair.clean, len(pair.clean.steps) - 1))
+    assert common > 0  # else this shows nothing
+    assert one.clean == prompt + answers[0][:common]
+    assert (one.answer, one.other) == (answers[0][common], answers[1][common])
+    assert one.roles["last"] == len(one.clean) - 1
+
+
+def test_positions_are_looked_at_one_by_one_only_where_they_mean_the_same() -> None:
+    agent = built("DFA", 0).agent
+    pairs = joined(agent, "DFA", "state")
+    assert layout(pairs) == "each"
+    longer = [replace(p, clean=(1, *p.clean), corrupted=(1, *p.corrupted),
+                      roles={k: v + 1 for k, v in p.roles.items()}) for p in pairs[:1]]  # fmt: skip
+    roles = layout([*pairs, *longer])
+    assert roles[-1] == "last"
+    assert {"state", "action"} <= set(roles)
+
+
+def test_the_baseline_is_what_each_prompt_says_alone() -> None:
+    agent = built("DFA", 0).agent
+    pairs = joined(agent, "DFA", "state")
+    clean, corrupted = baseline(agent, pairs)
+    for i, pair in enumerate(pairs):
+        for found, tokens in ((clean, pair.clean), (corrupted, pair.corrupted)):
+            with torch.inference_mode():
+                logits = agent.model(torch.tensor([tokens])).logits[0, -1]
+            assert found.difference[i] == pytest.approx(float(logits[pair.answer] - logits[pair.other]), abs=1e-3)
+    assert prefers(clean, corrupted).all()
+    assert not prefers(corrupted, clean).any()
+
+
+def test_attention_is_that_of_the_answering_token_and_the_model_stays_as_it_was() -> None:
+    made = built("DFA", 0)
+    before = made.agent.model.config._attn_implementation
+    pair = joined(made.agent, "DFA", "state")[0]
+    weights = attention_of(made.agent, pair.clean, [made.heads["state"], made.heads["action"]])
+    assert weights.shape == (2, len(pair.clean))
+    assert weights.sum(1) == pytest.approx(1, abs=1e-5)
+    assert weights.argmax(1).tolist()[1] == pair.roles["action"]
+    assert made.agent.model.config._attn_implementation == before
+
+
+def test_attention_can_be_read_on_every_architecture(model: LanguageModel) -> None:
+    weights = attention_of(model, [5, 6, 7, 8], [(0, 0), (1, 3)])
+    assert weights.sum(1) == pytest.approx(1, abs=1e-5)
+    assert not np.allclose(weights[0], weights[1])
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("heads") / "run"
+    config = PatchConfig(**NARROW | {"directions": ["denoise", "zero"]})
+    patching.run(config, out, command="nextstate patch </script>", model=built("DFA", 1).agent)
+    return out
+
+
+def test_a_run_finds_the_circuit_and_says_so(folder: Path) -> None:
+    made, run = built("DFA", 1), load(folder)
+    found = pl.read_parquet(folder / "heads.parquet").filter(pl.col("carries") != "")
+    told = {(r["layer"], r["head"]): r["carries"] for r in found.iter_rows(named=True)}
+    assert told == {made.heads["state"]: "state", made.heads["action"]: "action", made.heads["match"]: "both"}
+    layers = pl.read_parquet(folder / "layers.parquet").filter(site="attn_out")
+    assert layers["state"][made.heads["state"][0]] == pytest.approx(1, abs=1e-3)
+    assert run.info["finished"]
+    assert run.counts["balanced", "state"] == {"drawn": 6, "sound": 6, "kept": 6, "greedy": 1.0, "failed": 0,
+                                               "left_out": []}  # fmt: skip
+    headline = heads_report.headline(run, run.routing("balanced", "head"))
+    assert headline["routing"] == {"state": [made.heads["state"]], "action": [made.heads["action"]],
+                                   "both": [made.heads["match"]], "unclear": []}  # fmt: skip
+    assert len(run.sweeps) == 2 * (4 + 1 + 1 + 1)
+    for rows in run.sweeps.values():
+        assert rows["pairs"].unique().to_list() == [6]
+        assert not rows["exact"][0] or rows["control"][0] < 1e-4
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_a_sweep_comes_back_from_its_table(folder: Path) -> None:
+    run, agent = load(folder), built("DFA", 1).agent
+    pairs = patching.draw(PatchConfig(**NARROW), make_game("DFA", **NARROW["settings"]), "balanced", "state")
+    again = sweep(agent, token_pairs(agent.encoder, pairs)[0], vocabulary=False)
+    rows = run.get("balanced", "state", "head", "denoise", "last")
+    back = restored(rows, run.pairs)
+    assert back.patched.difference == pytest.approx(again.patched.difference, abs=1e-3)
+    assert rank_agreement(back, back) == pytest.approx(1)
+    assert recovery(back, np.random.default_rng(0), resamples=50).value.ravel() == pytest.approx(
+        rows["recovery"].to_numpy(), abs=1e-4
+    )
+
+
+def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = text[: text.index("data-figures")]
+    assert text.count("</script>") == 3
+    assert "</script>" not in page
+    assert "default-src 'none'" in page
+    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
+    assert "url(" not in page
+    assert "@import" not in page
+    for words in ("heads carry state", "State against action", "Spearman", "What was run", "Positions"):
+        assert words in text
+    figures = json.loads(re.search(r'id="data-figures">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
+    places = sorted(int(n) for n in re.findall(r'data-figure="(\d+)"', page))
+    assert places == list(range(len(figures)))
+    maps = [t for f in figures for t in f["data"] if t["type"] == "heatmap"]
+    assert len(maps) == 2 * 2 + 2
+    assert all(t["zmin"] == -t["zmax"] for t in maps)
+
+
+def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
+    config, agent = PatchConfig(**NARROW | {"sites": ["head"]}), built("DFA", 0).agent
+    patching.run(config, tmp_path, model=agent)
+    files = sorted((tmp_path / "sweeps").glob("*.parquet"))
+    tables = {p: pl.read_parquet(p) for p in files}
+    assert len(files) == 4
+    files[0].unlink()
+    written = {p: p.stat().st_mtime_ns for p in files[1:]}
+    patching.run(config, tmp_path, model=agent)
+    assert written == {p: p.stat().st_mtime_ns for p in files[1:]}
+    assert_frame_equal(tables[files[0]], pl.read_parquet(files[0]))
+    with pytest.raises(ExperimentError, match=r"another config \(different: pairs\)"):
+        patching.run(config.model_copy(update={"pairs": 7}), tmp_path, model=agent)
+
+
+def test_a_model_that_fails_on_everything_is_said_and_nothing_is_drawn(
+    tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    agent = LanguageModel(str(folders["gpt2"]), device="cpu")
+    with torch.no_grad():
+        for parameter in agent.model.parameters():
+            parameter.fill_(0)  # it likes all tokens the same
+    page = patching.run(PatchConfig(**NARROW), tmp_path, model=agent).read_text(encoding="utf-8")
+    assert len(re.findall(r"No result for balanced (?:state|action) pairs", page)) == 2
+    assert "fails on all 6 of them" in page
+    assert 'data-figure="' not in page
+    assert not (tmp_path / "sweeps").exists()
+    assert len(json.loads((tmp_path / "run.json").read_text())["left_out"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kinds": ["sate"]}, "kinds.0"),
+        ({"kinds": ["state", "state"]}, "names one twice"),
+        ({"site": ["head"]}, "unknown key 'site'.*did you mean 'sites'"),
+        ({"pairs": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_wrong_configs(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "c.yaml").write_text(json.dumps(NARROW | change))
+    with pytest.raises(ConfigError, match=message):
+        read_config(str(tmp_path / "c.yaml"), [], PatchConfig)
+
+
+def test_pairs_that_a_game_has_not(tmp_path: Path) -> None:
+    config = PatchConfig(**NARROW | {"game": "Cycle", "settings": {}, "kinds": ["action"]})
+    with pytest.raises(ExperimentError, match="Cycle has no balanced pairs of kinds action; it has state"):
+        patching.run(config, tmp_path / "run", model=built("Cycle", 0).agent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_line_end_to_end(tmp_path: Path) -> None:
+    small = ["pairs=3", "steps=6", "sites=[head]", "kinds=[state,action]", "directions=[denoise]", "resamples=100"]
+    command = [sys.executable, "-m", "nextstate.cli", "patch", "configs/heads/quickstart.yaml", *small]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = tmp_path / "runs" / "heads-quickstart" / "report.html"
+    assert "report.html" in done.stdout
+    assert list(page.parent.glob("wandb/offline-run-*"))
+    first = page.stat().st_mtime_ns
+    assert CliRunner().invoke(cli.app, ["report", str(page.parent)]).exit_code == 0
+    assert page.stat().st_mtime_ns > first
+    refused = CliRunner().invoke(cli.app, [*command[3:], "seed=1", "--out", str(page.parent)])
+    assert isinstance(refused.exception, ExperimentError)
+    assert "another config (different: seed)" in str(refused.exception)
