@@ -67,10 +67,17 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def parse(description: str) -> argparse.Namespace:
-    """Read the command line that all benchmarks have; `.quick` asks for a run within 60 seconds."""
+def parse(description: str, **options: str) -> argparse.Namespace:
+    """Read the command line that all benchmarks have; `.quick` asks for a run within 60 seconds.
+
+    Args:
+        description: what `--help` says.
+        options: further ones that take a text, with their help.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="fewer repeats: fits in 60 seconds on two cores")
+    for name, told in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", help=told)
     return parser.parse_args()
 
 

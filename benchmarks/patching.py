@@ -1,13 +1,14 @@
 """Sweeping over all heads in one forward pass, against one forward pass a head.
 
-    python -m benchmarks.patching [--quick]
+    python -m benchmarks.patching [--quick] [--transformer-lens PYTHON]
 
 The peers are what interpretability code does: record the source run, then for each head (and position) run the base
 prompts again with a hook that overwrites the head's input of the output projection; once with bare PyTorch hooks, once
 with one nnsight trace a head. They compute the vocabulary at the last token alone. All patch the same heads of the same
 prompts with the same weights (random ones; the time does not depend on them), and all they find must agree: logit
 differences, and where asked for probabilities and greedy tokens. (These need the whole vocabulary for every copy, which
-in a model this small is a fifth of our work; a peer has it anyway.)
+in a model this small is a fifth of our work; a peer has it anyway.) With `--transformer-lens` and the interpreter of an
+environment that has TransformerLens 4, its own patching loop is timed too, inside that process, once it has started.
 
 Prompts have 96 tokens, and both prompts of a pair share the first two thirds, as prompts of our games do that differ in
 their last moves. With a forward pass for each of 144 heads and 32 positions the peer would take most of an hour; there
@@ -16,7 +17,11 @@ their last moves. With a forward pass for each of 144 heads and 32 positions the
 
 from __future__ import annotations
 
+import json
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -113,6 +118,21 @@ def nnsight_loop(agent: LanguageModel, pairs: list[TokenPair]) -> Readout:
     return out
 
 
+def transformer_lens(agent: LanguageModel, pairs: list[TokenPair], python: str) -> tuple[Readout, float]:
+    """Let TransformerLens patch each head at the last token; return what it found and the seconds it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, result = Path(folder, "pairs.json"), Path(folder, "result.json")
+        agent.model.save_pretrained(folder)
+        clean, corrupted, answer, other = (x.tolist() for x in _tokens(pairs))
+        given.write_text(json.dumps({"clean": clean, "corrupted": corrupted, "answer": answer, "other": other}))
+        script = Path(__file__).with_name("peer_transformer_lens.py")
+        subprocess.run([python, str(script), folder, str(given), str(result)], check=True, stderr=subprocess.DEVNULL)
+        found = json.loads(result.read_text())
+    out = Readout.empty(len(pairs), agent.model.config.n_layer, agent.model.config.n_head, 1)
+    out.difference[..., 0] = np.array(found["difference"]).T.reshape(out.difference.shape[:3])
+    return out, float(found["seconds"])
+
+
 def difference(one: Readout, two: Readout) -> float:
     """Return the largest difference of any logit difference or probability; infinite where a greedy token differs."""
     if (one.greedy != two.greedy).any():
@@ -134,7 +154,7 @@ def _scaled(name: str, ours: Callable[[], Readout], peer: Callable[[], Readout],
 
 def main() -> None:
     """Run the comparisons."""
-    args = parse(__doc__ or "")
+    args = parse(__doc__ or "", transformer_lens="interpreter of an environment with TransformerLens 4")
     torch.manual_seed(0)
     shape = {"n_layer": 4, "n_head": 4, "n_embd": 256} if args.quick else {"n_layer": 12, "n_head": 12, "n_embd": 768}
     vocabulary = 8000 if args.quick else 50257
@@ -155,13 +175,20 @@ def main() -> None:
         )
         for what, whole, peer in loops
     ]  # fmt: skip
+    if args.transformer_lens:
+        theirs, seconds = transformer_lens(agent, two, args.transformer_lens)
+        begun = perf_counter()
+        mine = ours(agent, two, "last", False)
+        taken = perf_counter() - begun
+        off = float(np.abs(mine.difference - theirs.difference).max())
+        results.append(Result(f"last token, TransformerLens, {told}", seconds / taken, taken, seconds, off, 1))
     stride = 1 if args.quick else 8
     name = f"each of {len(late)} positions, also probabilities and greedy tokens, bare hooks, {told}"
     peer = lambda: raw_hooks(agent, one, late[::stride])  # noqa: E731
     results.append(_scaled(name, lambda: ours(agent, one, "each"), peer, stride))
     patches = shape["n_layer"] * shape["n_head"]
     rates = {"patched runs at the last token per second": 2 * patches / results[0].ours_s,
-             "patched runs at each position per second": len(late) * patches / results[3].ours_s}  # fmt: skip
+             "patched runs at each position per second": len(late) * patches / results[-1].ours_s}  # fmt: skip
     finish("All heads in one pass against one pass a head (CPU, float32)", results,
            ("torch", "transformers", "nnsight"), rates)  # fmt: skip
 
