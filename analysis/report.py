@@ -90,7 +90,7 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
             _game(run, name, cells, curves, drawn) for name in dict.fromkeys(s["game"] for s in run.info["settings"])
         ],
         determined=[drawn.add(figures.determined(totals, a, look[a])) for a in run.focus],
-        hard=[drawn.add(figures.hard(hard, totals, a, look[a])) for a in run.focus],
+        hard=[drawn.add(figures.hard(hard, totals, a, look[a])) for a in run.focus if len(hard)],
         never_wrong=_never_wrong(hard),
         without=without(run, answers),
         scale=", ".join(f"{colour} {100 * at:g}%" for at, colour in figures.SCALE),

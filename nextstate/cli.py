@@ -23,7 +23,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from nextstate.experiment import Progress
+from nextstate.folder import Progress, answered, left_out
 
 app = typer.Typer(
     name="nextstate",
@@ -79,16 +79,14 @@ def run(
     )  # fmt: skip
     with Bar(*columns, console=console) as bar:
         page = experiment.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
-    left_out = experiment.left_out(folder)
+    missing = left_out(folder)
     _summary(folder)
     console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
-    if left_out:
+    if missing:
         errors.print(
-            Text(
-                f"{len(left_out)} cells were left out or asked in part; the report says which and why.", style="yellow"
-            )
+            Text(f"{len(missing)} cells were left out or asked in part; the report says which and why.", style="yellow")
         )
-        if not all(experiment.answered(folder, entry["agent"]) for entry in left_out):
+        if not all(answered(folder, entry["agent"]) for entry in missing):
             raise typer.Exit(1)
 
 
@@ -99,7 +97,7 @@ def patch(
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
 ) -> None:
     """Find the heads that carry state, by activation patching; the same command again resumes it."""
-    from nextstate import experiment, patching
+    from nextstate import patching
     from nextstate.agents.config import read_config
 
     read = read_config(config, overrides or [], patching.PatchConfig)
@@ -112,9 +110,9 @@ def patch(
         page = patching.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
     _heads(folder)
     console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
-    left_out = experiment.left_out(folder)
-    if left_out:
-        errors.print(Text("\n".join(f"{x['setting']}: {x['reason']}" for x in left_out), style="yellow"))
+    missing = left_out(folder)
+    if missing:
+        errors.print(Text("\n".join(f"{x['setting']}: {x['reason']}" for x in missing), style="yellow"))
         raise typer.Exit(1)
 
 
@@ -276,7 +274,7 @@ def main() -> None:
     from nextstate.agents.config import ConfigError
     from nextstate.analysis.tables import RunError
     from nextstate.envs.game import GameError
-    from nextstate.experiment import ExperimentError
+    from nextstate.folder import ExperimentError
 
     try:
         app()

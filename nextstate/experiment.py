@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import os
-import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,10 +19,10 @@ from nextstate.agents.reference import SHORTCUT, Reference
 from nextstate.agents.rollout import Grid, Road, episodes_of, live, replay, seeds_for
 from nextstate.envs.game import Episode, Game, check_steps
 from nextstate.envs.games import make_game
+from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, slugify, write_json, write_parquet
 
 REFERENCES = ("ideal", "chance")
 _CHUNK = 64  # episodes whose trees are in memory at a time; fixed, so that rows do not depend on the batch size
-_PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "wandb")
 
 SCHEMA: dict[str, Any] = {
     "agent": pl.String, "game": pl.String, "setting": pl.String, "size": pl.Int64, "variant": pl.String,
@@ -44,10 +37,6 @@ TRANSCRIPTS: dict[str, Any] = {
     "episode": pl.Int64, "opening": pl.String, "feedback": pl.String,
     "told": pl.List(pl.String), "narrations": pl.List(pl.String), "closing": pl.List(pl.String),
 }  # fmt: skip
-
-
-class ExperimentError(RuntimeError):
-    """An experiment cannot be run as asked; the message says what stands in the way."""
 
 
 class AgentConfig(Strict):
@@ -70,14 +59,6 @@ class GameConfig(Strict):
     steps: int | list[int] = Field(10, description="at most so many; a list only with grid=cells")
     episodes: int = Field(50, ge=1, le=1_000_000)
     ask: int | Literal["all"] = 1
-
-
-class RunConfig(Strict):
-    """What every config says: how its run is called, what seeds it, and whether W&B mirrors it."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0, le=10**9)
-    wandb: Literal["offline", "online", "disabled"] = "offline"
 
 
 class InterveneConfig(Strict):
@@ -215,22 +196,6 @@ def _intervened(entry: AgentConfig, how: InterveneConfig) -> tuple[str, Callable
     return what.named(entry.name), load
 
 
-class Progress:
-    """Told what goes on; the command line draws it, a library user need not."""
-
-    def begin(self, questions: int) -> None:
-        """There are so many questions to answer in all."""
-
-    def on(self, what: str) -> None:
-        """We are at `what` now."""
-
-    def advance(self, questions: int) -> None:
-        """So many more were answered."""
-
-    def warn(self, message: str) -> None:
-        """Something was left out, or should be known."""
-
-
 def run(config: Config, out: Path, progress: Progress | None = None, command: str = "") -> Path:
     """Run an experiment, or finish one that was begun in `out`; return the report page.
 
@@ -305,12 +270,6 @@ def rows_path(out: Path, agent: str, setting: Setting) -> Path:
     return out / "rows" / slugify(agent) / f"{setting.slug}.parquet"
 
 
-def slugify(name: str) -> str:
-    """Return a file name for an agent; names that need changing get a hash, so that no two fall together."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
-    return slug if slug == name else f"{slug[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
 def _questions(setting: Setting, grid: Grid) -> int:
     per_step = setting.ask if isinstance(setting.ask, int) else 1
     return len(setting.seeds) * per_step * (1 if grid == "cells" else setting.steps)
@@ -375,103 +334,3 @@ def _transcript(episode: Episode) -> dict[str, Any]:
         "narrations": [s.narration for s in episode.steps],
         "closing": [s.questions[-1].closing for s in episode.steps],
     }
-
-
-def begin(config: RunConfig, settings: list[dict[str, Any]], out: Path, command: str) -> dict[str, Any]:
-    """Write `run.json` of a run, or return the one that is there.
-
-    Args:
-        config: decides everything about the run.
-        settings: what `run.json` says of each cell of its grid.
-        out: the run's folder.
-        command: that began it.
-
-    Raises:
-        ExperimentError: `out` belongs to another config, or holds something else.
-    """
-    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
-    path = out / "run.json"
-    if path.exists():
-        try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ExperimentError(
-                f"{path} cannot be read ({error}); remove the folder or give another --out"
-            ) from error
-        if record.get("config_hash") != digest:
-            changed = _changes(record.get("config", {}), config.model_dump(mode="json"))
-            raise ExperimentError(
-                f"{out} holds a run of another config (different: {', '.join(changed) or 'version'}); "
-                "give another --out, or remove the folder"
-            )
-        return record
-    if out.exists() and any(out.iterdir()):
-        raise ExperimentError(f"{out} is not empty and holds no run; give another --out")
-    record = {
-        "name": config.name,
-        "config": config.model_dump(mode="json"),
-        "config_hash": digest,
-        "seed": config.seed,
-        "command": command,
-        "started": now(),
-        "finished": None,
-        "seconds": 0.0,
-        "versions": {p: importlib.metadata.version(p) for p in _PACKAGES} | {"python": platform.python_version()},
-        "hardware": hardware(),
-        "agents": [],
-        "settings": settings,
-        "left_out": [],
-        "remarks": [],
-    }
-    write_json(path, record)
-    return record
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-
-
-def hardware() -> dict[str, Any]:
-    """Return what a run ran on."""
-    out: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
-        out["cpu"] = found.group(1) if found else platform.processor()
-    if "torch" in sys.modules:
-        import torch
-
-        out["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return out
-
-
-def now() -> str:
-    """Return the time, as `run.json` writes it."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write a file beside its place and rename it, so that there is never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
-    beside.replace(path)
-
-
-def write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    """Write a table beside its place and rename it, so that there is never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    frame.write_parquet(beside)
-    beside.replace(path)
-
-
-def left_out(out: Path) -> list[dict[str, str]]:
-    """Return what a run left out: agent, setting, reason."""
-    found: list[dict[str, str]] = json.loads((out / "run.json").read_text(encoding="utf-8"))["left_out"]
-    return found
-
-
-def answered(out: Path, agent: str) -> bool:
-    """Tell whether an agent answered anything in a run."""
-    return any((out / "rows" / slugify(agent)).glob("*.parquet"))

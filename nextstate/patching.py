@@ -15,16 +15,8 @@ from pydantic import Field, model_validator
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Game, GameError
 from nextstate.envs.games import make_game
-from nextstate.experiment import (
-    AgentConfig,
-    ExperimentError,
-    Progress,
-    RunConfig,
-    begin,
-    now,
-    write_json,
-    write_parquet,
-)
+from nextstate.experiment import AgentConfig
+from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, write_json, write_parquet
 
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # of the published state pairs
 PAPER_DISTANCES = (1, 5, 10, 20, 40)  # and noop pairs

@@ -20,7 +20,8 @@ from nextstate import experiment, patching
 from nextstate.agents.config import ConfigError, find_config, packaged_configs, read_config
 from nextstate.agents.training import TrainConfig
 from nextstate.envs.game import GameError
-from nextstate.experiment import Config, ExperimentError
+from nextstate.experiment import Config
+from nextstate.folder import ExperimentError, answered, left_out
 from nextstate.patching import PatchConfig
 
 SMALL: dict[str, Any] = {
@@ -117,7 +118,7 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path, folders: dict[st
     games = [{"game": "DFA", "over": {"states": [4]}, "steps": 60, "episodes": 3}]
     config = Config(**SMALL | {"agents": [str(folders["llama"]), "ideal"], "games": games})
     experiment.run(config, tmp_path)
-    (left,) = experiment.left_out(tmp_path)
+    (left,) = left_out(tmp_path)
     assert "too many" in left["reason"]
     table = rows(tmp_path)
     assert 0 < table.filter(pl.col("agent") != "ideal").height < table.filter(agent="ideal").height
@@ -145,11 +146,11 @@ def test_tokens_that_differ_from_those_of_the_whole_text_are_remarked(tmp_path: 
 def test_a_model_that_cannot_be_loaded_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
     missing = str(tmp_path / "nothing")
     experiment.run(Config(**SMALL | {"agents": [missing, "ideal"]}), tmp_path / "run")
-    left = experiment.left_out(tmp_path / "run")
+    left = left_out(tmp_path / "run")
     assert len(left) == 6
     assert all("is no model" in x["reason"] for x in left)
-    assert not experiment.answered(tmp_path / "run", missing)
-    assert experiment.answered(tmp_path / "run", "ideal")
+    assert not answered(tmp_path / "run", missing)
+    assert answered(tmp_path / "run", "ideal")
 
 
 def test_live_and_replay_write_the_same_rows(tmp_path: Path, folders: dict[str, Path]) -> None:

@@ -26,6 +26,7 @@ from nextstate.agents.sites import SiteError
 from nextstate.analysis import report, tables
 from nextstate.envs import make_game, unroll
 from nextstate.envs.contrast import pieces
+from nextstate.folder import left_out
 
 GAMES: list[tuple[str, dict[str, Any], int]] = [
     ("Box", {"boxes": 4}, 4),
@@ -277,7 +278,7 @@ def test_a_run_asks_each_model_with_and_without(tmp_path: Path, folders: dict[st
 def test_a_head_out_of_range_is_left_out_and_said(tmp_path: Path, folders: dict[str, Path]) -> None:
     read = experiment.Config(**config(folders, intervene={"heads": [[5, 0]]}))
     experiment.run(read, tmp_path)
-    left = experiment.left_out(tmp_path)
+    left = left_out(tmp_path)
     assert len(left) == 3
     assert all("layer=5 is not possible: gpt2 has layers 0 to 1" in x["reason"] for x in left)
     assert experiment.answered(tmp_path, str(folders["gpt2"]))

@@ -40,7 +40,7 @@ from nextstate.analysis.pairs import PatchError, TokenPair
 from nextstate.analysis.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
 from nextstate.envs.contrast import Pair, Role, Span
 from nextstate.envs.games import make_game
-from nextstate.experiment import ExperimentError
+from nextstate.folder import ExperimentError
 from nextstate.patching import PatchConfig
 from tests.circuits import Circuit, circuit
 
