@@ -26,7 +26,7 @@ from nextstate.agents.sites import SiteError
 from nextstate.analysis import report, tables
 from nextstate.envs import make_game, unroll
 from nextstate.envs.contrast import pieces
-from nextstate.folder import left_out
+from nextstate.folder import answered, left_out
 
 GAMES: list[tuple[str, dict[str, Any], int]] = [
     ("Box", {"boxes": 4}, 4),
@@ -281,7 +281,7 @@ def test_a_head_out_of_range_is_left_out_and_said(tmp_path: Path, folders: dict[
     left = left_out(tmp_path)
     assert len(left) == 3
     assert all("layer=5 is not possible: gpt2 has layers 0 to 1" in x["reason"] for x in left)
-    assert experiment.answered(tmp_path, str(folders["gpt2"]))
+    assert answered(tmp_path, str(folders["gpt2"]))
     assert pl.scan_parquet(tmp_path / "rows" / "*" / "*.parquet").collect()["agent"].n_unique() == 2
 
 
