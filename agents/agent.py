@@ -86,7 +86,7 @@ def from_belief(belief: Distribution, question: Question, tie: float) -> Predict
 
 
 def row(prompt: Prompt, prediction: Prediction, ideal: Distribution) -> dict[str, Any]:
-    """Return one line of the table of questions; DESIGN and README list the columns."""
+    """Return one line of the table of questions; `nextstate.experiment.SCHEMA` has all columns and their types."""
     question = prompt.asked
     accepted, logprobs = question.accepted, prediction.logprobs
     best = max(logprobs[i] for i in accepted)

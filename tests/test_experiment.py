@@ -218,9 +218,11 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_yaml_never_makes_objects(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("name: !!python/object/apply:os.system ['touch /tmp/owned']")
+    touched = tmp_path / "touched"
+    (tmp_path / "c.yaml").write_text(f"name: !!python/object/apply:os.system ['touch {touched}']")
     with pytest.raises(ConfigError, match="is not YAML"):
         read_config(str(tmp_path / "c.yaml"), [], Config)
+    assert not touched.exists()
 
 
 @pytest.mark.parametrize("name", packaged_configs())
