@@ -1,0 +1,53 @@
+"""What takes minutes: the benchmarks, and the quickstart as a newcomer runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from nextstate.analysis import tables
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["patching", "replay", "stepping"])
+def test_a_benchmark_agrees_with_its_peer_and_ends_in_json(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["results"]
+    assert all(r["max_difference"] < 1e-4 for r in record["results"])
+    assert all(r["ratio"] > 1 for r in record["results"] if "import" not in r["name"])
+    assert {"python", "nextstate"} <= record["versions"].keys()
+
+
+def test_the_quickstart_has_ceilings_that_its_ideal_reader_reaches(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nextstate.cli", "run", "configs/quickstart.yaml", "--out", str(tmp_path / "run")]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    run = tables.load(tmp_path / "run")
+    assert run.rows.select("setting").unique().collect().height >= 30
+    cells = tables.pooled(run.rows, ("agent", "game", "variant", "size")).filter(subset="all")
+    assert {"nextstate/tiny", "ideal", "chance", "shortcut:last_mention"} <= set(cells["agent"])
+    for column in ("accuracy", "accuracy_low", "accuracy_high", "ceiling", "chance", "n"):
+        assert cells[column].is_not_null().all(), column
+    ideal = run.rows.filter(agent="ideal").collect()
+    by_cell = ideal.group_by("game", "variant", "size", "step").agg(
+        n=pl.len(),
+        off=pl.col("greedy_correct").mean() - pl.col("ceiling").mean(),
+        variance=(pl.col("ceiling") * (1 - pl.col("ceiling"))).mean(),
+    )
+    settled = by_cell.filter(pl.col("variance") == 0)
+    assert (settled["off"] == 0).all()
+    open_cells = by_cell.filter(pl.col("variance") > 0).with_columns(
+        z=pl.col("off") / (pl.col("variance") / pl.col("n")).sqrt()
+    )
+    assert open_cells["z"].abs().max() < 5  # type: ignore[operator]
+    assert 0.8 < open_cells["z"].std() < 1.2  # type: ignore[operator]
