@@ -26,6 +26,11 @@ BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out, on any device; torch has a class of its own for the GPU alone."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
 def default_device() -> str:
     """Return "cuda" where there is one, else "mps" where there is one, else "cpu"."""
     if torch.cuda.is_available():
@@ -216,7 +221,7 @@ class LanguageModel(Agent):
                 out[i] = prediction
             return
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if not any(words in str(error).lower() for words in _OUT_OF_MEMORY) and not isinstance(error, MemoryError):
+            if not out_of_memory(error):
                 raise
             if len(episodes) == 1:
                 n = len(trunks[episodes[0]].tree)

@@ -14,10 +14,12 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
 
 from nextstate.agents.agent import Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.text import Encoder
+from nextstate.analysis.attention import Look, attention_hooks
 from nextstate.analysis.pairs import PatchError, TokenPair, tokens_of
 from nextstate.analysis.recovery import Readout, Recovery, Sweep, read, recovery
 from nextstate.envs.contrast import Pair, flaws, pieces
@@ -255,14 +257,14 @@ def attention_of(
     model: LanguageModel, tokens: Sequence[int], heads: Sequence[tuple[int, int]]
 ) -> Float[np.ndarray, "head position"]:
     """Return how the last token's attention lies over a prompt, for each (layer, head)."""
-    network = model.model
-    before = network.config._attn_implementation
-    network.set_attn_implementation("eager")  # others do not tell
-    try:
-        ids = torch.tensor([list(tokens)], device=model.device)
-        seen = network(
-            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True
-        ).attentions
-    finally:
-        network.set_attn_implementation(before)
-    return np.array([seen[layer][0, head, -1].float().cpu().numpy() for layer, head in heads])
+    last = len(tokens) - 1
+    look = Look([0], [last], [last], [list(range(len(tokens)))])
+    chosen = {layer: sorted({h for at, h in heads if at == layer}) for layer, _ in heads}
+    seen: dict[tuple[int, int], np.ndarray] = {}
+
+    def attend(layer: int, weights: Float[Tensor, "place head position"]) -> None:
+        seen.update({(layer, head): w.float().cpu().numpy() for head, w in zip(chosen[layer], weights[0], strict=True)})
+
+    with attention_hooks(model, chosen, lambda: look, attend):
+        model.model(torch.tensor([list(tokens)], device=model.device), use_cache=False, logits_to_keep=1)
+    return np.array([seen[head] for head in heads])

@@ -8,17 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import polars as pl
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from nextstate.analysis import heads_figures as figures
 from nextstate.analysis.heads import LEAST, Routing, carriers, head_table
 from nextstate.analysis.heads_tables import HeadsRun, load
+from nextstate.analysis.page import Drawn, environment, furniture, replace
 from nextstate.analysis.recovery import rank_agreement
-from nextstate.analysis.report import Drawn, _replace, _sha256, embed, percent
 
 FEW = 20  # pairs, under which intervals are too narrow to lean on
 ROWS = 3000  # of the table of heads
@@ -34,17 +31,12 @@ def write(run: Path) -> Path:
     """
     loaded = load(Path(run))
     page = render(loaded)
-    return _replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def render(run: HeadsRun) -> str:
     """Return the page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nextstate.analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"percent": percent, "embed": embed, "number": lambda n: f"{n:,}", "two": _two}
-    scripts = {"plotly": get_plotlyjs(), "page": environment.get_template("heads.script.html.jinja").render()}
+    templates = environment(two=_two)
     drawn, routes = Drawn(), _routes(run)
     heads = pl.read_parquet(run.path / "heads.parquet") if (run.path / "heads.parquet").is_file() else None
     shown = None if heads is None else heads.sort(pl.max_horizontal("state", "action"), descending=True).head(ROWS)
@@ -57,13 +49,10 @@ def render(run: HeadsRun) -> str:
         else [drawn.add(figures.against(heads, "Recovery of each head, by kind of pair"))],
         "screens": _screens(run, drawn),
     }
-    return environment.get_template("heads.html.jinja").render(
+    return templates.get_template("heads.html.jinja").render(
         run=run,
         info=run.info,
         agent=run.info["agents"][0],
-        scripts={name: Markup(text) for name, text in scripts.items()},
-        hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values()),
-        style=Markup(environment.get_template("report.style.html.jinja").render()),
         headline=headline(run, routes.get(("head", "denoise"))),
         counts=[{"design": d, "kind": k} | c for (d, k), c in run.counts.items()],
         failed=[{"design": d, "kind": k} | c for (d, k), c in run.counts.items() if not c["kept"]],
@@ -78,6 +67,7 @@ def render(run: HeadsRun) -> str:
         control=max([float(s["control"][0]) for s in run.sweeps.values() if s["exact"][0]], default=None),
         drawn=drawn.figures,
         **sections,
+        **furniture(templates, "heads.script.html.jinja"),
     )
 
 

@@ -68,11 +68,7 @@ def tokens_of(encoder: Encoder, prompt: Prompt) -> tuple[int, ...]:
     """Return the tokens of a prompt, exactly those that a language model reads when it answers it."""
     trunk = Trunk(encoder, prompt.episode)
     node = trunk.plant(prompt.step, prompt.question).node
-    tokens = []
-    while node >= 0:
-        tokens.append(trunk.tree.tokens[node])
-        node = trunk.tree.parents[node]
-    return tuple(reversed(tokens))
+    return tuple(trunk.tree.tokens[n] for n in trunk.tree.path(node))
 
 
 @dataclass(frozen=True)

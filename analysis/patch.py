@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nextstate.agents.language import _OUT_OF_MEMORY, LanguageModel
+from nextstate.agents.language import LanguageModel, out_of_memory
 from nextstate.agents.sites import Activation, Site
 from nextstate.analysis.pairs import DIRECTIONS, PATCHES, Direction, Group, PatchError, TokenPair, plan, tokens_of
 from nextstate.analysis.recovery import Readout, Recovery, Sweep, rank_agreement, read, recovery
@@ -360,7 +360,7 @@ def _halving(model: LanguageModel, work: Callable[[Group, int], None], group: Gr
         work(group, most)
         return
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if not any(words in str(error).lower() for words in _OUT_OF_MEMORY) and not isinstance(error, MemoryError):
+        if not out_of_memory(error):
             raise
         if most == 1 and len(group.pairs) == 1:
             raise PatchError(

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import polars as pl
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from nextstate.analysis import figures, tables
+from nextstate.analysis.page import Drawn, environment, furniture, replace
 from nextstate.analysis.tables import Run, RunError
 
 ANSWERS = 6000  # agent's answers that the episode viewer holds at most
 STEPS = 40  # and steps of an episode
 CELLS = 16_000  # rows of the cell table that the page holds at most
 TOP = 5  # choices shown with their probability
-ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
 def write(run: Path) -> Path:
@@ -37,54 +30,22 @@ def write(run: Path) -> Path:
     loaded = tables.load(Path(run))
     answers = tables.narrow(loaded.rows)
     cells = tables.cells(answers)
-    _replace(loaded.path / "cells.parquet", lambda path: cells.write_parquet(path))
+    replace(loaded.path / "cells.parquet", lambda path: cells.write_parquet(path))
     page = render(loaded, answers, cells)
-    return _replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
-
-
-def _replace(path: Path, make: Any) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        make(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
-
-
-def embed(value: Any) -> Markup:
-    """Return `value` as JSON that may stand inside a script element whatever text it holds; NaN becomes null."""
-    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return Markup(text.translate(ESCAPES))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+    return replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
     """Return the page as text; `answers` from `tables.narrow`, `cells` from `tables.cells`."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nextstate.analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"percent": percent, "embed": embed, "label": figures.label, "number": lambda n: f"{n:,}"}
-    scripts = {"plotly": get_plotlyjs(), "page": environment.get_template("report.script.html.jinja").render()}
+    templates = environment(label=figures.label)
     totals = tables.pooled(answers, ("agent", "game", "variant"))
     by_game = tables.pooled(answers, ("agent", "game"))
     by_size = tables.pooled(answers, ("agent", "game", "size"))
     curves, hard = tables.curves(answers), tables.on_hard(answers)
     drawn, look = Drawn(), figures.styles(run)
-    return environment.get_template("report.html.jinja").render(
+    return templates.get_template("report.html.jinja").render(
         run=run,
         info=run.info,
-        scripts={name: Markup(text) for name, text in scripts.items()},
-        hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in scripts.values()),
-        style=Markup(environment.get_template("report.style.html.jinja").render()),
         headline=headline(run, by_game, by_size),
         games=[
             _game(run, name, cells, curves, drawn) for name in dict.fromkeys(s["game"] for s in run.info["settings"])
@@ -98,30 +59,8 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
         episodes=sample(run),
         drawn=drawn.figures,
         rows=len(answers),
+        **furniture(templates, "report.script.html.jinja"),
     )
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-class Drawn:
-    """The figures of the page, in the order in which they were added."""
-
-    def __init__(self) -> None:
-        self.figures: list[dict[str, Any]] = []
-
-    def add(self, figure: Any) -> dict[str, Any]:
-        """Keep the figure; return its place in the list, its title (which the page sets as text) and its height."""
-        data = json.loads(figure.to_json())
-        title = data["layout"].pop("title")["text"]
-        data["layout"]["margin"]["t"] = 8
-        data["layout"]["height"] -= 26
-        for trace in data["data"]:
-            if trace["type"] == "heatmap":
-                trace["showscale"] = False  # the page draws one scale for all
-        self.figures.append(data)
-        return {"at": len(self.figures) - 1, "title": Markup(title).unescape(), "height": data["layout"]["height"]}
 
 
 def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn: Drawn) -> dict[str, Any]:
@@ -153,11 +92,6 @@ def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn:
         "panels": panels,
         "legend": [(figures.label(a), style) for a, style in look.items() if a in present],
     }
-
-
-def percent(value: float | None) -> str:
-    """Return a share as a reader wants it: "87.3 %", "100 %"; a dash where there is none."""
-    return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "\u202f%"
 
 
 def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from nextstate.agents.agent import Prediction, Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.training import TrainConfig, train_tokenizer
+from nextstate.envs.contrast import pieces
 from nextstate.envs.games import make_game
 
 BATCH = 16
@@ -31,15 +32,8 @@ def one_forward_a_question(agent: LanguageModel, prompts: Sequence[Prompt]) -> l
     """Return, for each prompt, the summed log-probability of each choice and the greedy choice (-1: none)."""
     rows: list[tuple[int, int, list[int], list[int]]] = []  # prompt, choice (-1: all of one token), head, tail
     for i, prompt in enumerate(prompts):
-        episode, t, _ = prompt
-        head = list(agent.encoder.opening(episode.opening))
-        for step in episode.steps[:t]:
-            head += agent.encoder.piece(step.narration)
-            if episode.game.feedback == "inline":
-                for asked in step.questions:
-                    for text in (asked.stem, asked.choices[asked.truth], asked.closing):
-                        head += agent.encoder.piece(text)
-        head += agent.encoder.piece(episode.steps[t].narration) + agent.encoder.piece(prompt.asked.stem)
+        opening, *rest = pieces(*prompt)
+        head = [*agent.encoder.opening(opening), *(token for text in rest for token in agent.encoder.piece(text))]
         rows.append((i, -1, head, []))
         tails = [list(agent.encoder.piece(c)) for c in prompt.asked.choices]
         rows += [(i, c, head + tail[:-1], tail) for c, tail in enumerate(tails) if len(tail) > 1]

@@ -322,10 +322,11 @@ def _write_transcripts(out: Path, setting: Setting) -> None:
     if path.exists():
         return
     episodes = episodes_of(setting.game, setting.seeds, setting.steps, setting.ask)
-    write_parquet(path, pl.DataFrame([_transcript(e) for e in episodes], schema=TRANSCRIPTS))
+    write_parquet(path, pl.DataFrame([transcript(e) for e in episodes], schema=TRANSCRIPTS))
 
 
-def _transcript(episode: Episode) -> dict[str, Any]:
+def transcript(episode: Episode) -> dict[str, Any]:
+    """Return the row of `transcripts/*.parquet` for an episode."""
     return {
         "episode": episode.seed,
         "opening": episode.opening,

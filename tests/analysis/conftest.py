@@ -14,6 +14,7 @@ import pytest
 from nextstate.analysis.tables import ROWS
 from nextstate.envs.game import Distribution, Episode, Game, Question, score, unroll
 from nextstate.envs.games import GAMES, make_game
+from nextstate.experiment import transcript
 
 MODEL = "nextstate/tiny"
 EVIL = "</script><img src=x onerror=\"document.title='owned'\">"
@@ -84,17 +85,6 @@ def episode_rows(
             yield row(
                 agent, episode.game, slug, variant, episode.seed, t, i, question, belief, ideals[t][i], rng, greedy
             )
-
-
-def transcript(episode: Episode) -> dict[str, Any]:
-    return {
-        "episode": episode.seed,
-        "opening": episode.opening,
-        "feedback": episode.game.feedback,
-        "told": list(episode.told),
-        "narrations": [s.narration for s in episode.steps],
-        "closing": [s.questions[0].closing for s in episode.steps],
-    }
 
 
 def make_run(

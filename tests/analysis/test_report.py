@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from nextstate.analysis import report, tables
+from nextstate.analysis.page import embed, percent, sha256
 from nextstate.analysis.tables import RunError
 from tests.analysis.conftest import EVIL, MODEL, SMALL, make_run
 
@@ -97,7 +98,7 @@ def test_policy_allows_just_the_two_scripts(run_path: Path) -> None:
     assert policy.startswith("default-src 'none'")
     for attrs, text in page.scripts:
         if not attrs:
-            assert f"'sha256-{report._sha256(text)}'" in policy
+            assert f"'sha256-{sha256(text)}'" in policy
 
 
 def test_every_cell_and_figure_is_there(run_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_headline_has_the_numbers(run_path: Path) -> None:
     totals = tables.pooled(tables.load(run_path).rows, ("agent", "game"))
     mine = totals.filter((pl.col("agent") == MODEL) & (pl.col("subset") == "determined"))
     for value in (mine["accuracy"].max(), mine["accuracy"].min()):
-        assert report.percent(value) in words  # type: ignore[arg-type]
+        assert percent(value) in words  # type: ignore[arg-type]
     assert "26 of its symbols are not one token" in words
 
 
@@ -176,7 +177,7 @@ def test_missing_transcripts_are_named(run_path: Path, tmp_path: Path) -> None:
 
 
 def test_json_cannot_leave_its_script() -> None:
-    text = str(report.embed({"a": EVIL + "\u2028\u2029&<!--", "b": [float("nan"), float("-inf"), 1.5]}))
+    text = str(embed({"a": EVIL + "\u2028\u2029&<!--", "b": [float("nan"), float("-inf"), 1.5]}))
     assert not set("<>&\u2028\u2029") & set(text)
     assert json.loads(text) == {"a": EVIL + "\u2028\u2029&<!--", "b": [None, None, 1.5]}
 
