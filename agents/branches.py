@@ -84,14 +84,14 @@ class Trunk:
         self._ends = [self.tree.grow(-1, encoder.opening(episode.opening))]  # node at which each step begins
 
     def _told(self, step: int, questions: int | None = None) -> int:
-        """Grow the narration of `step`, and inline questions with answers before number `questions`; return the end."""
+        """Grow `step` up to question number `questions`, by default the whole step; return the node it ends in."""
         now, piece = self.episode.steps[step], self.encoder.piece
         node = self.tree.grow(self._begin(step), piece(now.narration))
         if self.episode.game.feedback == "inline":
             for q in now.questions[:questions]:
                 for text in (q.stem, q.choices[q.truth], q.closing):
                     node = self.tree.grow(node, piece(text))
-        return node
+        return self.tree.grow(node, piece(now.outcome)) if questions is None else node
 
     def _begin(self, step: int) -> int:
         while len(self._ends) <= step:

@@ -233,7 +233,8 @@ def _episode(
         after = closing[step - 1] if step <= len(closing) else ""
         # A step of which nothing was asked (grid=cells) is told whole, with the answers that stay in the transcript.
         words = story["told" if asked is None else "narrations"][step - 1]
-        steps.append({"step": step, "told": words, "closing": after, "asked": questions})
+        outcome = "" if asked is None else (story.get("outcomes") or [""] * step)[step - 1]
+        steps.append({"step": step, "told": words, "closing": after, "asked": questions, "outcome": outcome})
     return {"id": seed, "opening": story["opening"], "inline": story["feedback"] == "inline", "steps": steps}
 
 

@@ -81,8 +81,8 @@ class Pair:
 def pieces(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ...]:
     """Return the pieces whose concatenation is `episode.prompt(step, question)`, cut where an agent cuts them.
 
-    They are the opening; for each earlier step its narration and, where feedback is inline, stem, answer and closing
-    of each question; then narration and earlier questions of the step itself, and at last the stem. Some are empty.
+    They are the opening; for each earlier step its narration, where feedback is inline stem, answer and closing of each
+    question, and the outcome where the step has one; then narration and earlier questions of the step itself, and at last the stem. Some are empty.
     """
     step = range(len(episode.steps))[step]
     inline = episode.game.feedback == "inline"
@@ -92,13 +92,15 @@ def pieces(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ..
         if inline:
             for q in now.questions[: question if i == step else None]:
                 out += (q.stem, q.choices[q.truth], q.closing)
+        if now.outcome and i < step:
+            out.append(now.outcome)
     return (*out, episode.steps[step].questions[question].stem)
 
 
 def piece_of(episode: Episode, step: int, part: Part) -> int:
     """Return the number of the piece that tells `part` (of question 0) of `step` in the prompt of the last step."""
     inline = episode.game.feedback == "inline"
-    before = sum(1 + 3 * len(s.questions) * inline for s in episode.steps[: range(len(episode.steps))[step]])
+    before = sum(1 + 3 * len(s.questions) * inline + bool(s.outcome) for s in episode.steps[: range(len(episode.steps))[step]])
     return 1 + before + _PARTS.index(part)
 
 
@@ -203,6 +205,7 @@ def tell(game: Game, start: State, actions: Sequence[Action], variable: str = ""
         asked = game.questions(state, action, after)
         if variable:
             asked = tuple(q for q in asked if q.variable == variable and i == len(actions) - 1)
-        steps.append(Step(state, action, after, game.narrate(state, action, after), asked))
+        words = game.narrate(state, action, after)
+        steps.append(Step(state, action, after, words, asked, game.outcome(state, action, after)))
         state = after
     return Episode(game, seed, start, game.opening(start), tuple(steps))

@@ -237,7 +237,7 @@ def tell(game: Game, state: State, action: Action, after: State) -> str:
     words = game.narrate(state, action, after)
     if game.feedback == "inline":
         words += "".join(q.stem + q.choices[q.truth] + q.closing for q in game.questions(state, action, after))
-    return words
+    return words + game.outcome(state, action, after)
 
 
 def draw_goal(game: Game, start: State, steps: int, rng: np.random.Generator) -> tuple[tuple[str, str], str]:

@@ -91,13 +91,14 @@ class Question(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One transition, its words, and the questions asked after it."""
+    """One transition, its words, and the questions asked about it, after the narration and before the outcome."""
 
     state: State
     action: Action
     next_state: State
     narration: str
     questions: tuple[Question, ...]
+    outcome: str = ""
 
 
 @lru_cache(maxsize=65536)
@@ -116,7 +117,7 @@ class Reader(ABC):
 
     @abstractmethod
     def hear(self, action: Action) -> None:
-        """Take in the narration of `action`."""
+        """Take in the outcome of the step before, where it has one, and the narration of `action`."""
 
     def learn(self, answer: int) -> None:  # noqa: B027 - some have nothing to learn
         """Take in that the last question's answer was choice `answer` (inline feedback only)."""
@@ -193,6 +194,10 @@ class Game(ABC):
     def narrate(self, state: State, action: Action, next_state: State) -> str:
         """Return the words added when `action` is taken, before any question; never ones that give a question away."""
 
+    def outcome(self, state: State, action: Action, next_state: State) -> str:
+        """Return the words added after the questions of a step; "" where the narration has said it all."""
+        return ""
+
     @abstractmethod
     def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
         """Return every question that can be asked after the step, in a fixed order."""
@@ -209,7 +214,28 @@ class Game(ABC):
         if len(asked) > ask:
             asked = (asked[int(v * len(asked))],) if ask == 1 else _draw(asked, ask, v)
         # Half the price of Step(...), and this line runs once for every step of every experiment.
-        return tuple.__new__(Step, (state, action, after, self.narrate(state, action, after), asked))
+        words = self.narrate(state, action, after)
+        return tuple.__new__(Step, (state, action, after, words, asked, self.outcome(state, action, after)))
+
+    def objective(self, state: State) -> str:
+        """Return what a player who starts in `state` is told to do; "" where the game has no aim of its own."""
+        return ""
+
+    def points(self, state: State) -> int:
+        """Return the score of a player who has come to `state`, where the game has an aim."""
+        return 0
+
+    def most_points(self, state: State) -> int:
+        """Return the score of a player who reaches all there is to reach, where the game has an aim."""
+        return 0
+
+    def won(self, state: State) -> bool:
+        """Tell whether the game's own aim is reached."""
+        return False
+
+    def walkthrough(self, state: State) -> tuple[Action, ...]:
+        """Return actions that lead from a start to the game's own aim; () where it has none, or gives none."""
+        return ()
 
     @abstractmethod
     def reader(self, state: State) -> Reader:
@@ -267,14 +293,14 @@ class Episode:
 
     @property
     def told(self) -> tuple[str, ...]:
-        """The words each step adds to the transcript for good (with answers, where feedback is inline)."""
+        """The words each step adds to the transcript for good: narration, inline questions with answers, outcome."""
         if self.game.feedback == "branch":
-            return tuple(s.narration for s in self.steps)
+            return tuple([s.narration + s.outcome for s in self.steps])
         told = []
-        for _, _, _, words, asked in self.steps:
+        for _, _, _, words, asked, outcome in self.steps:
             for _, stem, choices, truth, _, closing in asked:
                 words = f"{words}{stem}{choices[truth]}{closing}"
-            told.append(words)
+            told.append(words + outcome)
         return tuple(told)
 
     @property
@@ -299,7 +325,7 @@ class Episode:
         hear, guess, learn = reader.hear, reader.guess, reader.learn
         inline = self.game.feedback == "inline"
         out: list[list[Distribution]] = []
-        for _, action, _, _, asked in self.steps:
+        for _, action, _, _, asked, _ in self.steps:
             hear(action)
             if not inline:
                 out.append([guess(name, question) for question in asked])

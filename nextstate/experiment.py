@@ -36,6 +36,7 @@ SCHEMA: dict[str, Any] = {
 TRANSCRIPTS: dict[str, Any] = {
     "episode": pl.Int64, "opening": pl.String, "feedback": pl.String,
     "told": pl.List(pl.String), "narrations": pl.List(pl.String), "closing": pl.List(pl.String),
+    "outcomes": pl.List(pl.String),
 }  # fmt: skip
 
 
@@ -334,4 +335,5 @@ def transcript(episode: Episode) -> dict[str, Any]:
         "told": list(episode.told),
         "narrations": [s.narration for s in episode.steps],
         "closing": [s.questions[-1].closing for s in episode.steps],
+        "outcomes": [s.outcome for s in episode.steps],
     }

@@ -179,7 +179,7 @@ class Box(Game):
         after = self.transition(state, action)
         which = int(v * len(after))  # only the question that is asked is looked up
         words = self._moves[action[0]][action[1]]
-        return tuple.__new__(Step, (state, action, after, words, self._alone[which][after[which]]))
+        return tuple.__new__(Step, (state, action, after, words, self._alone[which][after[which]], ""))
 
     def command(self, state: State, action: Action) -> str:
         move = _move(action)
