@@ -82,7 +82,8 @@ def pieces(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ..
     """Return the pieces whose concatenation is `episode.prompt(step, question)`, cut where an agent cuts them.
 
     They are the opening; for each earlier step its narration, where feedback is inline stem, answer and closing of each
-    question, and the outcome where the step has one; then narration and earlier questions of the step itself, and at last the stem. Some are empty.
+    question, and its outcome where it has one; then narration and earlier questions of the step itself, and at last
+    the stem. Some are empty.
     """
     step = range(len(episode.steps))[step]
     inline = episode.game.feedback == "inline"
@@ -100,7 +101,8 @@ def pieces(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ..
 def piece_of(episode: Episode, step: int, part: Part) -> int:
     """Return the number of the piece that tells `part` (of question 0) of `step` in the prompt of the last step."""
     inline = episode.game.feedback == "inline"
-    before = sum(1 + 3 * len(s.questions) * inline + bool(s.outcome) for s in episode.steps[: range(len(episode.steps))[step]])
+    earlier = episode.steps[: range(len(episode.steps))[step]]
+    before = sum(1 + 3 * len(s.questions) * inline + bool(s.outcome) for s in earlier)
     return 1 + before + _PARTS.index(part)
 
 
