@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Literal
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.error import ResetNeeded
 
-from nextstate.envs.game import Action, Episode, Game, Question, State, check_steps, require, score, unroll
+from nextstate.envs.aims import NOTHING, Aim, positions, refuse, take, words
+from nextstate.envs.game import Action, Episode, Game, Question, State, Step, check_steps, require, score, unroll
 from nextstate.envs.games import make_game
 
 PRINTABLE = frozenset(map(chr, range(32, 127)))
@@ -46,12 +45,6 @@ def answer_space(game: Game, answer: str) -> gym.Space[Any]:
     if answer == "choice":
         return gym.spaces.Discrete(game.max_choices)
     return gym.spaces.Text(MAX_ANSWER, min_length=0, charset=PRINTABLE)
-
-
-@lru_cache(maxsize=4096)
-def positions(choices: tuple[str, ...]) -> dict[str, int]:
-    """Return the index of each choice by its words, without surrounding white space."""
-    return {choice.strip(): i for i, choice in enumerate(choices)}
 
 
 def ceilings(episode: Episode) -> list[float]:
@@ -161,18 +154,21 @@ class PredictionEnv(gym.Env[str, Any]):
 
 
 class PlayEnv(gym.Env[str, str]):
-    """Play a game in words, towards a goal that is told at the start.
+    """Play a game in words, towards an aim that is told at the start.
 
-    Observation: at reset the goal, an empty line, and the game's opening; after a command the words it adds to the
+    Observation: at reset the aim, an empty line, and the game's opening; after a command the words it adds to the
     transcript, with each question and its answer where feedback is inline (" Nothing happens." where it is illegal).
     Action: one of `info["admissible_commands"]`; case and extra white space do not count. Anything else leaves the
     state as it is, is marked `info["illegal"]`, and counts as a step.
-    Goal: a walk of `steps` steps by the game's own policy is drawn and hidden; the goal is a random one of the values
-    that differ from the start's at its end, or, where none does, at the last of its states where one does. (Where
-    nothing differs on the whole walk it is the present value of a random variable, reached by the first command.)
-    Reward: 1 where the goal is reached, else 0.
-    End: terminated when the goal is reached or no command is left; truncated after `steps` commands.
-    Info: `admissible_commands`, `state` (the value of each variable), `goal` (variable, value), `illegal`.
+    Aim: the game's own objective, where it has one. Else a goal is drawn: a walk of `steps` steps by the game's own
+    policy is drawn and hidden; the goal is a random one of the values that differ from the start's at its end, or,
+    where none does, at the last of its states where one does. (Where nothing differs on the whole walk it is the
+    present value of a random variable, reached by the first command.)
+    Reward: with the game's own objective the points that the command brings; else 1 where the goal is reached, else 0.
+    End: terminated when the aim is reached or no command is left; truncated after `steps` commands.
+    Info: `admissible_commands`, `state` (the value of each variable), `goal` ((variable, value); ("", objective) where
+    it is the game's own), `illegal`, `score` (the sum of all rewards so far), `max_score` (the most there is; 1 where
+    a goal is drawn), `won` (the aim is reached).
 
     Args:
         game: name in the registry of games.
@@ -189,82 +185,68 @@ class PlayEnv(gym.Env[str, str]):
         self.observation_space: gym.Space[str] = text_space(self.steps)
         self.action_space: gym.Space[str] = gym.spaces.Text(MAX_ANSWER, min_length=0, charset=PRINTABLE)
         self.state: State = None
+        self.aim: Aim | None = None
         self._open, self._shown = False, ""
 
+    @property
+    def episode(self) -> Episode:
+        """What has been told so far: an opening with the aim, and a step for each command, with no question to come.
+
+        `seed` is that of the last reset, or -1 where it was given none.
+        """
+        if self.aim is None:
+            raise ResetNeeded("no episode has begun: call reset()")
+        return Episode(self.game, self._seed, self.aim.start, self._opening, tuple(self._told))
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Draw a start and a goal, and tell both; options are not used."""
+        """Draw a start, and a goal where the game has no objective, and tell both; options are not used."""
         super().reset(seed=seed)
         self.state = self.game.initial(self.np_random)
-        self.goal, sentence = draw_goal(self.game, self.state, self.steps, self.np_random)
-        self._done, self._open = 0, True
-        self._shown = f"Goal: {sentence}\n\n{self.game.opening(self.state)}"
-        return self._shown, self._info(illegal=False)
+        self.aim = Aim.draw(self.game, self.state, self.steps, self.np_random)
+        self._seed = -1 if seed is None else seed
+        self._told: list[Step] = []
+        self._open, self._score = True, 0.0
+        self._shown = self._opening = f"{self.aim.words}\n\n{self.game.opening(self.state)}"
+        return self._shown, self._info(self.aim, illegal=False, won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take a command; raises `ResetNeeded` where no episode is open."""
-        if not self._open:
+        if not self._open or self.aim is None:
             raise ResetNeeded("no episode is open: call reset()")
         chosen = self._commands.get(_plain(action)) if isinstance(action, str) else None
-        self._done += 1
+        reward, won = 0.0, False
         if chosen is None:
-            self._shown = " Nothing happens."
+            self._told.append(refuse(self.state, " ".join(str(action)[:MAX_ANSWER].split())))
+            self._shown = NOTHING
         else:
-            after = self.game.transition(self.state, chosen)
-            self._shown = tell(self.game, self.state, chosen, after)
-            self.state = after
-        info = self._info(illegal=chosen is None)
-        variable, value = self.goal
-        reached = chosen is not None and info["state"].get(variable) == value
-        terminated = reached or not info["admissible_commands"]
-        truncated = not terminated and self._done >= self.steps
+            now = take(self.game, self.state, chosen)
+            reward, won = self.aim.reward(self.state, now.next_state), self.aim.reached(now.next_state)
+            self._told.append(now)
+            self.state, self._shown = now.next_state, words(now)
+        self._score += reward
+        info = self._info(self.aim, illegal=chosen is None, won=won)
+        terminated = won or not info["admissible_commands"]
+        truncated = not terminated and len(self._told) >= self.steps
         self._open = not (terminated or truncated)
-        return self._shown, float(reached), terminated, truncated, info
+        return self._shown, reward, terminated, truncated, info
 
     def render(self) -> str | None:
         """Return the text last shown where `render_mode="ansi"`, else None."""
         return self._shown if self.render_mode == "ansi" else None
 
-    def _info(self, illegal: bool) -> dict[str, Any]:
+    def _info(self, aim: Aim, illegal: bool, won: bool) -> dict[str, Any]:
         legal = self.game.actions(self.state)
         commands = [self.game.command(self.state, action) for action in legal]
         self._commands: dict[str, Action] = dict(zip(map(_plain, commands), legal, strict=True))
-        state = dict(self.game.values(self.state))
-        return {"admissible_commands": commands, "state": state, "goal": self.goal, "illegal": illegal}
-
-
-def tell(game: Game, state: State, action: Action, after: State) -> str:
-    """Return all that a player reads of one transition."""
-    words = game.narrate(state, action, after)
-    if game.feedback == "inline":
-        words += "".join(q.stem + q.choices[q.truth] + q.closing for q in game.questions(state, action, after))
-    return words + game.outcome(state, action, after)
-
-
-def draw_goal(game: Game, start: State, steps: int, rng: np.random.Generator) -> tuple[tuple[str, str], str]:
-    """Draw a (variable, value) that a walk from `start` reaches, and say it in the words of the game's own question."""
-    walk = [start]
-    for u in rng.random(steps).tolist():
-        if not game.actions(walk[-1]):
-            break
-        walk.append(game.transition(walk[-1], game.policy(walk[-1], u)))
-    now = game.values(start)
-    new: list[tuple[str, str]] = []
-    while len(walk) > 1 and not new:
-        new = [item for item in game.values(walk.pop()).items() if now.get(item[0]) != item[1]]
-    new = new or list(now.items())
-    goal = new[int(rng.integers(len(new)))]
-    return goal, _sentence(game, start, goal)
-
-
-def _sentence(game: Game, start: State, goal: tuple[str, str]) -> str:
-    """Fill the blank of a question about the goal's variable; a game may ask it only after some of the first steps."""
-    variable, value = goal
-    for action in game.actions(start):
-        for question in game.questions(start, action, game.transition(start, action)):
-            index = positions(question.choices).get(value)
-            if question.variable == variable and index is not None:
-                return f"{question.stem}{question.choices[index]}{question.closing}".strip()
-    return f"{variable}: {value}"
+        return {
+            "admissible_commands": commands,
+            "state": dict(self.game.values(self.state)),
+            "goal": aim.goal,
+            "illegal": illegal,
+            "score": self._score,
+            "max_score": aim.most,
+            "won": won,
+        }
 
 
 def _plain(command: str) -> str:

@@ -217,6 +217,10 @@ class Game(ABC):
         words = self.narrate(state, action, after)
         return tuple.__new__(Step, (state, action, after, words, asked, self.outcome(state, action, after)))
 
+    def size_of(self, state: State) -> int | None:
+        """Return |Q|, the number of states an episode that starts in `state` can come to; None where it is not known."""
+        return None
+
     def objective(self, state: State) -> str:
         """Return what a player who starts in `state` is told to do; "" where the game has no aim of its own."""
         return ""

@@ -13,7 +13,8 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from nextstate.envs.environments import answer_space, ceilings, positions, set_up, text_space
+from nextstate.envs.aims import positions
+from nextstate.envs.environments import answer_space, ceilings, set_up, text_space
 from nextstate.envs.game import Episode, Question, State, require, require_whole, unroll
 
 Arrays = dict[str, Any]  # NumPy arrays of length `num_envs`, masks under `_key`, and nested such dicts

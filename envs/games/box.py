@@ -181,6 +181,9 @@ class Box(Game):
         words = self._moves[action[0]][action[1]]
         return tuple.__new__(Step, (state, action, after, words, self._alone[which][after[which]], ""))
 
+    def size_of(self, state: State) -> int:
+        return int(self.boxes ** len(self._nouns))
+
     def command(self, state: State, action: Action) -> str:
         move = _move(action)
         return f"move the {self._nouns[move[0]]} into Box {LETTERS[move[1]]}"

@@ -91,6 +91,9 @@ class Cycle(Game):
         pattern, at = _phase(next_state)
         return ASKED[pattern[at]]
 
+    def size_of(self, state: State) -> int:
+        return self.period
+
     def command(self, state: State, action: Action) -> str:
         return "next"
 

@@ -256,6 +256,9 @@ class DFA(Game):
             step = machine.taken[key] = super().step(state, u, v, ask)
         return step
 
+    def size_of(self, state: State) -> int:
+        return self.states
+
     def command(self, state: State, action: Action) -> str:
         return f"take action {_place(state).machine.actions[_index(action)]}"
 

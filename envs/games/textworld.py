@@ -1,0 +1,278 @@
+"""TextWorld adventures (Côté et al. 2018, arXiv 1806.11532) as finite-state systems with exact states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+
+import numpy as np
+
+from nextstate.envs.game import Action, Feedback, Game, Question, Reader, State, require, require_whole, split
+from nextstate.envs.textworld.reader import AdventureReader, Told
+from nextstate.envs.textworld.words import Sight
+from nextstate.envs.textworld.world import Command, World
+
+if TYPE_CHECKING:
+    from nextstate.envs.textworld.story import Story
+
+WORDS = ("logic", "inform7")
+_STORIES = 4  # processes of compiled games that are kept
+
+
+class _Situation(NamedTuple):
+    world: World
+    facts: int
+    done: int
+
+
+class Situation(_Situation):
+    """A state: which world, the facts that hold (as bits), and the quests that are done (see `World.settle`).
+
+    `past` are the commands so far, kept where the words are those of the compiled game, which is played along. Two
+    situations are the same whatever their past.
+    """
+
+    past: tuple[str, ...] = ()
+
+
+@final
+@dataclass(frozen=True)
+class TextWorld(Game):
+    """Text adventures made by TextWorld: rooms, doors, keys, containers and a quest, with exact states.
+
+    An episode plays one game of a pool; the pool is made once and cached. A state is which of the logical facts that can
+    change hold, and which quests are done; |Q| and |T| are those until the game ends. A step is a command. What it leads
+    to is asked about before the game says it: one question for each variable (where the player is, where each thing is,
+    open, closed or locked, eaten, cooked, cut, ...). The game's own walk never ends the game; it picks among the kinds of
+    commands that can be given (one kind is those that change nothing) and then among the commands of that kind.
+
+    Ideal reader: `nextstate.envs.textworld.reader.AdventureReader`.
+
+    Args:
+        rooms: number of rooms; by default 3 (cooking: 1, and 6, 9 and 12 are possible).
+        objects: number of things besides rooms and doors, at least those that the quest needs.
+        quest: number of commands that the quest takes.
+        breadth: number of sub-quests.
+        theme: "house" or "basic", the words for rooms and things.
+        challenge: "" or one of TextWorld's own: coin_collector, treasure_hunter, cooking, simple.
+        level: difficulty of coin_collector and treasure_hunter; number of ingredients in cooking.
+        skills: of cooking: some of cook, cut, open, joined by +.
+        file: path of a game of yours, .z8 or .json (both with TextWorld's metadata), instead of a pool.
+        games: number of games in the pool.
+        game_seed: decides which games these are.
+        states: about how many states each game has; rooms, objects and quest then vary.
+        transitions: about how many transitions.
+        words: "logic" (short sentences of our own over the same facts) or "inform7" (the compiled game's own words).
+    """
+
+    name: ClassVar[str] = "TextWorld"
+    size: ClassVar[str] = "objects"  # states, transitions or level where those are given
+    shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "stay")
+    feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch",)
+    styles: ClassVar[tuple[str, ...]] = ("plain",)
+
+    style: str = "plain"
+    rooms: int | None = None
+    objects: int = 5
+    quest: int = 4
+    breadth: int = 1
+    theme: str = "house"
+    challenge: str = ""
+    level: int | None = None
+    skills: str = ""
+    file: str = ""
+    games: int = 20
+    game_seed: int = 0
+    states: int | None = None
+    transitions: int | None = None
+    words: str = "logic"
+
+    def __post_init__(self) -> None:
+        from nextstate.envs.textworld.generate import Recipe
+
+        super().__post_init__()
+        require(self.words in WORDS, "words", self.words, " or ".join(WORDS))
+        require_whole("game_seed", self.game_seed, 0, 2**31 - 1)
+        for name in ("states", "transitions"):
+            if getattr(self, name) is not None:
+                require_whole(name, getattr(self, name), 2, 20_000)
+        recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
+        object.__setattr__(self, "rooms", recipe.rooms)
+        object.__setattr__(self, "level", recipe.level)
+        if self.file:
+            object.__setattr__(self, "games", 1)
+        require_whole("games", self.games, 1, 10_000)
+        object.__setattr__(self, "_recipe", recipe)
+        sizes = [name for name in ("states", "transitions", "level") if getattr(self, name) is not None]
+        object.__setattr__(self, "size", "games" if self.file else [*sizes, "objects"][0])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make this game again; JSON types only."""
+        return asdict(self)
+
+    @cached_property
+    def worlds(self) -> tuple[World, ...]:
+        """The pool; made, or read from the cache, when it is first asked for."""
+        from nextstate.envs.textworld.pool import pool
+
+        return pool(self._recipe, self.games, self.game_seed, self.states, self.transitions)  # type: ignore[attr-defined]
+
+    @cached_property
+    def max_choices(self) -> int:
+        return max(len(v.words) for world in self.worlds for v in world.variables)
+
+    def start(self, index: int = 0) -> Situation:
+        """Return the state in which game number `index` of the pool begins."""
+        require_whole("index", index, 0, self.games - 1)
+        return Situation(self.worlds[index], self.worlds[index].start, 0)
+
+    def initial(self, rng: np.random.Generator) -> Situation:
+        return self.start(int(rng.integers(len(self.worlds))))
+
+    def actions(self, state: State) -> Sequence[int]:
+        assert isinstance(state, Situation)
+        world, facts, done = state
+        return () if world.won(done) or world.lost(done) else world.legal(facts)
+
+    def transition(self, state: State, action: Action) -> Situation:
+        assert isinstance(state, Situation)
+        assert isinstance(action, int)
+        world, facts, done = state
+        after = world.after(facts, action)
+        then = Situation(world, after, done if after == facts else world.settle(after, done))
+        if self.words == "inform7":
+            then.past = (*state.past, world.commands[action].words)
+        return then
+
+    def policy(self, state: State, u: float) -> int:
+        assert isinstance(state, Situation)
+        kinds = _kinds(state.world, state.facts, state.done)
+        i, u = split(u, len(kinds))
+        return kinds[i][split(u, len(kinds[i]))[0]]
+
+    def values(self, state: State) -> Mapping[str, str]:
+        assert isinstance(state, Situation)
+        world, facts, _ = state
+        return {v.name: v.words[world.value(v, facts)] for v in world.variables}
+
+    def opening(self, state: State) -> str:
+        assert isinstance(state, Situation)
+        if self.words == "inform7":
+            before, room, after = _story(state.world).opening().partition("-= ")  # before it is what to do
+            return f"{room}{after}" if room else before
+        return _sight(state.world).opening(state.facts)
+
+    def narrate(self, state: State, action: Action, next_state: State) -> str:
+        return f"\n\n> {self.command(state, action)}\n"
+
+    def outcome(self, state: State, action: Action, next_state: State) -> str:
+        assert isinstance(state, Situation)
+        assert isinstance(next_state, Situation)
+        command = state.world.commands[_index(action)]
+        if self.words == "inform7":
+            return _story(state.world).say(state.past, command.words)
+        return _sight(state.world).outcome(command, next_state.facts)
+
+    def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
+        assert isinstance(next_state, Situation)
+        world, facts, _ = next_state
+        asked = _questions(world)
+        return tuple([own[world.value(v, facts)] for v, own in zip(world.variables, asked, strict=True)])
+
+    def command(self, state: State, action: Action) -> str:
+        assert isinstance(state, Situation)
+        return state.world.commands[_index(action)].words
+
+    def reader(self, state: State) -> Reader:
+        assert isinstance(state, Situation)
+        world = state.world
+        sight = _sight(world)
+        opening = Told(state.facts, sight.of_room(state.facts) | sight.inside.get("I", 0))
+        if self.words == "logic":
+            return AdventureReader(sight, opening, lambda facts, c: Told(facts, sight.of_step(c, facts)))
+        story, past = _story(world), list(state.past)
+
+        def tell(facts: int, command: Command) -> Told:
+            text = story.say(tuple(past), command.words)
+            past.append(command.words)
+            return Told(facts, sight.mentioned(sight.of_step(command, facts), facts, text))
+
+        start = Told(state.facts, sight.mentioned(sight.of_room(state.facts), state.facts, self.opening(state)))
+        return AdventureReader(sight, start, tell)
+
+    def size_of(self, state: State) -> int | None:
+        assert isinstance(state, Situation)
+        return state.world.n_states
+
+    def objective(self, state: State) -> str:
+        assert isinstance(state, Situation)
+        return " ".join(state.world.objective.split())
+
+    def points(self, state: State) -> int:
+        assert isinstance(state, Situation)
+        return state.world.points(state.done)
+
+    def most_points(self, state: State) -> int:
+        assert isinstance(state, Situation)
+        return state.world.most_points
+
+    def won(self, state: State) -> bool:
+        assert isinstance(state, Situation)
+        return state.world.won(state.done)
+
+    def walkthrough(self, state: State) -> tuple[int, ...]:
+        """Return the game's own way to win, as far as its commands can be given; () where it has none."""
+        assert isinstance(state, Situation)
+        out: list[int] = []
+        for words in state.world.walkthrough:
+            legal = [a for a in self.actions(state) if state.world.commands[a].words == words]
+            if not legal:
+                break
+            out.append(legal[0])
+            state = self.transition(state, legal[0])
+        return tuple(out)
+
+
+@lru_cache(maxsize=8192)
+def _kinds(world: World, facts: int, done: int) -> tuple[tuple[int, ...], ...]:
+    """Return the commands that do not end the game, by verb; those that change nothing are one kind."""
+    kinds: dict[str, list[int]] = {}
+    for i in world.legal(facts):
+        after = world.after(facts, i)
+        then = done if after == facts else world.settle(after, done)
+        if not (world.won(then) or world.lost(then)):
+            verb = "" if after == facts else world.commands[i].words.split()[0]
+            kinds.setdefault(verb, []).append(i)
+    return tuple(map(tuple, kinds.values()))
+
+
+@lru_cache(maxsize=4096)
+def _sight(world: World) -> Sight:
+    return Sight(world)
+
+
+@lru_cache(maxsize=4096)
+def _questions(world: World) -> tuple[tuple[Question, ...], ...]:
+    """Return for each variable and value the question that it answers."""
+    sight = _sight(world)
+    out = []
+    for v in world.variables:
+        choices = tuple([f" {w}" for w in v.words])
+        out.append(tuple([Question(v.name, sight.stem(v), choices, k, (k,)) for k in range(len(choices))]))
+    return tuple(out)
+
+
+@lru_cache(maxsize=_STORIES)
+def _story(world: World) -> Story:
+    from nextstate.envs.textworld.generate import Recipe
+    from nextstate.envs.textworld.story import Story, compile_story
+
+    return Story(compile_story(Recipe(**world.recipe), world.seed))
+
+
+def _index(action: Action) -> int:
+    assert isinstance(action, int)
+    return action
