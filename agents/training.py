@@ -36,6 +36,7 @@ from nextstate.envs.games import make_game
 BOS, PAD = "<|bos|>", "<|pad|>"
 # Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
 TRAINING_STREAM = 1
+TRAINING_GAMES = 777  # game_seed of the adventures trained on; experiments use others
 
 
 class ModelConfig(Strict):
@@ -97,6 +98,7 @@ class TrainConfig(Strict):
 
     name: str = "tiny"
     seed: int = 0
+    start: str = Field("", description="a model of the same shape to go on from; tokens that both know keep their place")
     model: ModelConfig = ModelConfig()
     rows: int = Field(16, ge=1)
     row_tokens: int = Field(256, ge=16)
@@ -150,7 +152,12 @@ def draw_game(stage: Stage, level: int, rng: np.random.Generator) -> Draw:
         return Draw(make_game(name, period=period), period * int(rng.integers(2, 5)), 1)
     if name == "FruitStore":
         return Draw(make_game(name, people=size), int(rng.integers(1, size)), 2)
-    raise ConfigError(f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore")
+    if name == "TextWorld":
+        rooms, objects = int(rng.integers(1, min(level, 4) + 1)), int(rng.integers(1, min(level, 8) + 1))
+        quest = min(4, 1 + objects // 2)
+        game = make_game(name, rooms=rooms, objects=objects, quest=quest, games=40, game_seed=TRAINING_GAMES)
+        return Draw(game, int(rng.integers(4, 15)), 3)
+    raise ConfigError(f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore, TextWorld")
 
 
 @dataclass(frozen=True)
@@ -294,6 +301,10 @@ def evaluation_cells(config: TrainConfig) -> dict[str, list[Episode]]:
         cells[f"DFA {n} states few actions"] = ("DFA", {"states": n, "actions_listed": n // 2 + 1}, 20)
     cells["Cycle 6"] = ("Cycle", {"period": 6}, 18)
     cells["FruitStore 5"] = ("FruitStore", {"people": 5}, 4)
+    for rooms, objects in ((1, 2), (2, 3), (3, 5), (4, 8)):
+        cells[f"TextWorld {rooms} rooms {objects} objects"] = ("TextWorld", {"rooms": rooms, "objects": objects}, 10)
+    played = {game for stage in config.stages for game in stage.mixture}
+    cells = {name: cell for name, cell in cells.items() if cell[0] in played}
     seeds = seeds_for(config.seed, config.evaluation_episodes, cell=999)
     return {name: episodes_of(make_game(game, **given), seeds, steps) for name, (game, given, steps) in cells.items()}
 
@@ -327,6 +338,28 @@ def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
         model_max_length=config.model.context,
         clean_up_tokenization_spaces=False,
     )
+
+
+def start_from(start: str, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return a model with the weights of another one; tokens that it does not have begin untrained.
+
+    Raises:
+        ConfigError: the other one has another shape.
+        AgentError: there is no such model.
+    """
+    other = LanguageModel(start, device="cpu", dtype="float32")
+    model = new_model(config, len(tokenizer))
+    weights = other.model.state_dict()
+    fresh = model.get_input_embeddings().weight
+    old, new = other.tokenizer.get_vocab(), tokenizer.get_vocab()
+    shared = [token for token in new if token in old]
+    try:
+        table = fresh.detach().clone()
+        table[[new[t] for t in shared]] = weights["model.embed_tokens.weight"][[old[t] for t in shared]]
+        model.load_state_dict(weights | {"model.embed_tokens.weight": table, "lm_head.weight": table})
+    except (RuntimeError, KeyError) as error:
+        raise ConfigError(f"start: {start} is not a model of the shape in `model`: {error}") from error
+    return model
 
 
 def new_model(config: ModelConfig, vocabulary: int) -> LlamaForCausalLM:
@@ -370,7 +403,9 @@ def train(config: TrainConfig, out: Path) -> Path:
     os.environ.setdefault("WANDB_PROJECT", "nextstate")
     callback = CellAccuracy(config, tokenizer)
     trainer = EpisodeTrainer(
-        model=new_model(config.model, len(tokenizer)),
+        model=start_from(config.start, config.model, tokenizer)
+        if config.start
+        else new_model(config.model, len(tokenizer)),
         args=TrainingArguments(
             output_dir=str(out / "checkpoints"),
             max_steps=config.steps,

@@ -168,11 +168,11 @@ def curve(
     curves: pl.DataFrame,
     game: str,
     variant: str,
-    axis: Literal["size", "step"],
+    axis: Literal["size", "step", "states"],
     look: Mapping[str, Style],
     axis_name: str = "",
 ) -> go.Figure:
-    """Draw accuracy against `axis` for every agent that played, from the table `tables.curves` makes.
+    """Draw accuracy against `axis` for every agent that played, from the table `tables.curves` or `states.curves` makes.
 
     Bands are 95 % intervals over episodes, for models. Ideal reader and chance are drawn at their expected accuracy.
     """
@@ -216,12 +216,15 @@ def curve(
         )  # fmt: skip
     at = sorted(part["at"].unique())
     ticks: dict[str, Any] = {"showgrid": False}
-    if axis == "size" and len(at) <= 12:
+    if axis == "states":
+        ticks |= {"type": "log", "dtick": 1, "minor": {"dtick": "D1", "ticks": "outside", "ticklen": 2}}
+    elif axis == "size" and len(at) <= 12:
         ticks |= {"tickvals": at}
     elif at:
         ticks |= {"range": [at[0] - 0.5, at[-1] + 0.5]} | ({"dtick": 1} if at[-1] <= 12 else {})
     upright = {"range": [-0.02, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
-    title = f"Accuracy against {name}" + (" (all steps)" if axis == "size" else " (all sizes)")
+    over = {"size": "all steps", "step": "all sizes", "states": "number of states, all steps"}[axis]
+    title = f"Accuracy against {name} ({over})"
     return go.Figure(traces, _layout(title, 300, name, "accuracy", xaxis=ticks, yaxis=upright))
 
 

@@ -1,7 +1,8 @@
-"""What a player is to reach: a goal drawn for the episode or the game's own objective; what leads there, how it is told."""
+"""What a player is to reach, a drawn goal or the game's own objective; what leads there, and how it is told."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,9 +10,9 @@ import numpy as np
 
 from nextstate.envs.game import Action, Game, GameError, State, Step, require_whole
 
-CUE = "\n>"  # before a command, as text adventures have it
+CUE = "\n\n>"  # before a command, as text adventures have it
 NOTHING = " Nothing happens."
-MAX_STATES = 10_000  # states that a search for a plan visits
+MAX_STATES = 20_000  # states that a search for a plan visits
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,13 @@ def words(step: Step) -> str:
     return step.narration + "".join(q.stem + q.choices[q.truth] + q.closing for q in step.questions) + step.outcome
 
 
+def reply(command: str, told: str) -> str:
+    """Return what a player reads who has typed `command`: without the command, where the first line tells it again."""
+    said = told.strip().removeprefix(CUE.strip()).strip()
+    again, _, rest = said.partition("\n")
+    return rest.strip() if again.strip().casefold() == command.casefold() else said
+
+
 def shortest(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...] | None:
     """Return as few actions as lead from the start to the aim, breadth first; None where none do.
 
@@ -108,16 +116,28 @@ def shortest(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...] | Non
 
 
 def plan(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...]:
-    """Return actions that lead to the aim: the game's own walkthrough where it gives one, else the fewest there are.
+    """Return actions that lead to the aim: the game's own walkthrough where it gives one that does, else the fewest.
 
     Raises:
         GameError: no actions lead there, or more than `max_states` states would have to be visited to find some.
     """
-    found = aim.game.walkthrough(aim.start) if aim.own else ()
-    found = found or shortest(aim, max_states) or ()
+    given = aim.game.walkthrough(aim.start) if aim.own else ()
+    found = given if leads(aim, given) else shortest(aim, max_states)
     if not found:
         raise GameError(f"no commands lead to {aim.words!r} in {aim.game.name} {aim.game.settings}")
     return found
+
+
+def leads(aim: Aim, actions: Sequence[Action]) -> bool:
+    """Tell whether some actions, all of them legal, lead from the start to the aim, and no fewer of them do."""
+    state = aim.start
+    for k, action in enumerate(actions, start=1):
+        if action not in aim.game.actions(state):
+            return False
+        state = aim.game.transition(state, action)
+        if aim.reached(state):
+            return k == len(actions)
+    return False
 
 
 def draw_goal(game: Game, start: State, steps: int, rng: np.random.Generator) -> tuple[tuple[str, str], str]:

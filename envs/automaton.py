@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
 
 from nextstate.envs.game import Action, Feedback, Game, GameError, Question, Reader, State, require_whole
 
+SEEDS = 10_000  # looked through for the episode that starts where an automaton does
 CHUNK = 4_000_000  # distances held at once while the diameter is sought: 32 MB
 
 
@@ -70,6 +73,47 @@ class Automaton(Game):
             legal.append(actions)
             targets.append(tuple(row))
         return cls(game=game, states=tuple(queue), legal=tuple(legal), targets=tuple(targets))
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON: the game's name and settings, a seed whose episode starts at state 0, the targets.
+
+        Raises:
+            GameError: no episode of the first 10,000 seeds starts at state 0.
+        """
+        game, first = self._game, self.states[0]
+        seeds = (seed for seed in range(SEEDS) if game.initial(np.random.default_rng(seed)) == first)
+        seed = next(seeds, None)
+        if seed is None:
+            raise GameError(f"{path}: no episode of {game.name} with a seed below {SEEDS:,} starts at {first!r}")
+        data = {"game": game.name, "settings": game.settings, "seed": seed, "targets": self.targets}
+        written = Path(path).with_name(f".{Path(path).name}.part")
+        written.write_text(json.dumps(data), encoding="utf-8")
+        written.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Automaton:
+        """Read what `save` wrote, without exploring again; states are made by walking the table once.
+
+        Raises:
+            GameError: there is no such file, or it does not fit its game.
+        """
+        from nextstate.envs.games import make_game
+
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            game, rows = make_game(data["game"], **data["settings"]), data["targets"]
+            states: dict[int, State] = {0: game.initial(np.random.default_rng(data["seed"]))}
+            legal = []
+            for i, row in enumerate(rows):  # each state is a target of an earlier one
+                actions = tuple(game.actions(states[i]))
+                legal.append(actions)
+                for action, target in zip(actions, row, strict=True):
+                    if target not in states:
+                        states[target] = game.transition(states[i], action)
+            ordered = tuple([states[i] for i in range(len(rows))])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GameError(f"{path} is no automaton, or not one of this version: {error}; explore it again") from error
+        return cls(game=game, states=ordered, legal=tuple(legal), targets=tuple(tuple(row) for row in rows))
 
     @property
     def _game(self) -> Game:
@@ -187,6 +231,27 @@ class Automaton(Game):
 
     def command(self, state: State, action: Action) -> str:
         return self._game.command(self.states[_at(state)], action)
+
+    def outcome(self, state: State, action: Action, next_state: State) -> str:
+        return self._game.outcome(self.states[_at(state)], action, self.states[_at(next_state)])
+
+    def size_of(self, state: State) -> int:
+        return self.n_states
+
+    def objective(self, state: State) -> str:
+        return self._game.objective(self.states[_at(state)])
+
+    def points(self, state: State) -> int:
+        return self._game.points(self.states[_at(state)])
+
+    def most_points(self, state: State) -> int:
+        return self._game.most_points(self.states[_at(state)])
+
+    def won(self, state: State) -> bool:
+        return self._game.won(self.states[_at(state)])
+
+    def walkthrough(self, state: State) -> tuple[Action, ...]:
+        return self._game.walkthrough(self.states[_at(state)])
 
     def reader(self, state: State) -> Reader:
         return self._game.reader(self.states[_at(state)])

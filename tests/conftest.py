@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # The models in tests are tiny: one thread is faster than two that wait for each other, and tests run side by side.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Games that take a while to make are kept beside what pytest keeps, not in the user's own folder.
+os.environ.setdefault("NEXTSTATE_CACHE", str(Path(__file__).parents[1] / ".pytest_cache" / "nextstate"))
 
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -10,12 +10,14 @@ from nextstate.envs.games.box import Box
 from nextstate.envs.games.cycle import Cycle
 from nextstate.envs.games.dfa import DFA
 from nextstate.envs.games.fruit import FruitStore
+from nextstate.envs.games.textworld import TextWorld
 
 GAMES: dict[str, type[Game]] = {
     "Box": Box,
     "DFA": DFA,
     "Cycle": Cycle,
     "FruitStore": FruitStore,
+    "TextWorld": TextWorld,
 }
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from nextstate.envs.game import Action, Feedback, Game, Question, Reader, State, require, require_whole, split
 from nextstate.envs.textworld.reader import AdventureReader, Told
 from nextstate.envs.textworld.words import Sight
-from nextstate.envs.textworld.world import Command, World
+from nextstate.envs.textworld.world import MOST_STATES, Command, World
 
 if TYPE_CHECKING:
     from nextstate.envs.textworld.story import Story
 
 WORDS = ("logic", "inform7")
+MOST_GAMES = 10_000  # of a pool
 _STORIES = 4  # processes of compiled games that are kept
 
 
@@ -51,15 +52,9 @@ class TextWorld(Game):
     Ideal reader: `nextstate.envs.textworld.reader.AdventureReader`.
 
     Args:
-        rooms: number of rooms; by default 3 (cooking: 1, and 6, 9 and 12 are possible).
-        objects: number of things besides rooms and doors, at least those that the quest needs.
-        quest: number of commands that the quest takes.
-        breadth: number of sub-quests.
-        theme: "house" or "basic", the words for rooms and things.
-        challenge: "" or one of TextWorld's own: coin_collector, treasure_hunter, cooking, simple.
-        level: difficulty of coin_collector and treasure_hunter; number of ingredients in cooking.
-        skills: of cooking: some of cook, cut, open, joined by +.
-        file: path of a game of yours, .z8 or .json (both with TextWorld's metadata), instead of a pool.
+        rooms, objects, quest, breadth, theme, challenge, level, skills, file: what the games are made of, as in
+            `nextstate.envs.textworld.generate.Recipe`; by default 3 rooms, 5 objects and a quest of 4 commands. `file`
+            is a game of yours, .z8 or .json (with TextWorld's metadata), instead of a pool.
         games: number of games in the pool.
         game_seed: decides which games these are.
         states: about how many states each game has; rooms, objects and quest then vary.
@@ -68,16 +63,16 @@ class TextWorld(Game):
     """
 
     name: ClassVar[str] = "TextWorld"
-    size: ClassVar[str] = "objects"  # states, transitions or level where those are given
+    size: ClassVar[str] = "objects"  # of an instance: the first of states, transitions, objects, level that it has
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch",)
     styles: ClassVar[tuple[str, ...]] = ("plain",)
 
     style: str = "plain"
     rooms: int | None = None
-    objects: int = 5
-    quest: int = 4
-    breadth: int = 1
+    objects: int | None = None
+    quest: int | None = None
+    breadth: int | None = None
     theme: str = "house"
     challenge: str = ""
     level: int | None = None
@@ -97,16 +92,16 @@ class TextWorld(Game):
         require_whole("game_seed", self.game_seed, 0, 2**31 - 1)
         for name in ("states", "transitions"):
             if getattr(self, name) is not None:
-                require_whole(name, getattr(self, name), 2, 20_000)
+                require_whole(name, getattr(self, name), 2, MOST_STATES)
         recipe = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
-        object.__setattr__(self, "rooms", recipe.rooms)
-        object.__setattr__(self, "level", recipe.level)
+        for f in fields(Recipe):
+            object.__setattr__(self, f.name, getattr(recipe, f.name))
         if self.file:
             object.__setattr__(self, "games", 1)
-        require_whole("games", self.games, 1, 10_000)
+        require_whole("games", self.games, 1, MOST_GAMES)
         object.__setattr__(self, "_recipe", recipe)
-        sizes = [name for name in ("states", "transitions", "level") if getattr(self, name) is not None]
-        object.__setattr__(self, "size", "games" if self.file else [*sizes, "objects"][0])
+        sizes = ("states", "transitions", "objects", "level", "games")
+        object.__setattr__(self, "size", next(name for name in sizes if getattr(self, name) is not None))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -78,9 +78,9 @@ class Quest(NamedTuple):
     optional: bool
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class World:
-    """One game. Made by `World.compile`, or `World.from_json` of what `to_json` gave.
+    """One game. Made by `World.compile`, or `World.from_json` of what `to_json` gave; equal by value.
 
     Args:
         names: the name of each entity by its id; "" where it has none.
@@ -111,6 +111,16 @@ class World:
     seed: int = 0
     recipe: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return World.from_json, (self.to_json(),)  # without what was worked out: hashes of text differ in other processes
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.facts, self.start, self.commands, self.seed))
 
     @classmethod
     def compile(cls, game: Any) -> Self:

@@ -7,6 +7,7 @@ from itertools import product
 
 from nextstate.envs import GAMES, Game, make_game
 
+SMALL: dict[str, dict[str, object]] = {"TextWorld": {"games": 3}}  # what keeps a game quick to make
 EXTRA = {"DFA": ({"kind": "state-state"},)}  # settings that change the words, beyond style and feedback
 
 
@@ -14,7 +15,7 @@ def variants(size: int) -> Iterator[Game]:
     """Yield every game in each of its wordings and ways of being asked, `size` large."""
     for name, cls in GAMES.items():
         for style, feedback, extra in product(cls.styles, cls.feedbacks, ({}, *EXTRA.get(name, ()))):
-            yield make_game(name, **{cls.size: size}, style=style, feedback=feedback, **extra)
+            yield make_game(name, **{cls.size: size}, style=style, feedback=feedback, **SMALL.get(name, {}), **extra)
 
 
 def label(game: Game) -> str:

@@ -13,11 +13,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from corridor import register
 from gymnasium.utils.env_checker import check_env
 
 import nextstate
 from nextstate.envs import GAMES, GameError, PlayEnv, PredictionEnv, make_game, register_environments, score, unroll
-from nextstate.envs.environments import draw_goal
+from nextstate.envs.aims import Aim, draw_goal, leads, plan, reply, shortest, words
 
 ROOT = Path(nextstate.__file__).parent.parent
 HEAVY = ("torch", "transformers", "nnsight", "polars", "plotly", "wandb", "scipy", "sklearn")
@@ -214,7 +215,8 @@ def test_play_follows_the_game(name: str) -> None:
     for seed in range(5):
         shown, info = env.reset(seed=seed)
         state = env.state
-        assert shown.startswith("Goal: ")
+        own = env.game.objective(state)
+        assert shown.startswith(own or "Goal: ")
         assert shown.endswith("\n\n" + env.game.opening(state))
         for t in range(env.steps):
             legal = env.game.actions(state)
@@ -226,8 +228,12 @@ def test_play_follows_the_game(name: str) -> None:
             assert env.state == after
             assert shown.startswith(env.game.narrate(state, legal[i], after))
             assert not info["illegal"]
-            reached = env.game.values(after)[info["goal"][0]] == info["goal"][1]
-            assert reward == float(reached)
+            if own:
+                reached = env.game.won(after)
+                assert reward == env.game.points(after) - env.game.points(state)
+            else:
+                reached = env.game.values(after)[info["goal"][0]] == info["goal"][1]
+                assert reward == float(reached)
             assert terminated == (reached or not env.game.actions(after))
             assert truncated == (not terminated and t == env.steps - 1)
             state = after
@@ -261,6 +267,9 @@ def test_the_goal_can_be_reached_in_time_and_is_told(name: str) -> None:
         shown, info = env.reset(seed=seed)
         variable, value = info["goal"]
         assert value in shown.split("\n")[0]
+        if not variable:  # an aim of its own, which takes as long as it takes
+            assert leads(env.aim, plan(env.aim))
+            continue
         assert info["state"][variable] != value
         # Breadth first, but only as far as the episode goes.
         frontier, found = {env.state}, False
@@ -272,6 +281,87 @@ def test_the_goal_can_be_reached_in_time_and_is_told(name: str) -> None:
             if len(frontier) > 2000:
                 break
         assert found or len(frontier) > 2000
+
+
+def test_play_sums_up_what_it_scores(name: str) -> None:
+    env = play(name)
+    rng = np.random.default_rng(2)
+    for seed in range(4):
+        _, info = env.reset(seed=seed)
+        most = env.game.most_points(env.state) if env.game.objective(env.state) else 1.0
+        assert (info["score"], info["max_score"], info["won"]) == (0.0, most, False)
+        total, done = 0.0, False
+        while not done:
+            commands = info["admissible_commands"]
+            _, reward, terminated, truncated, info = env.step(commands[int(rng.integers(len(commands)))])
+            total, done = total + reward, terminated or truncated
+            assert info["score"] == total
+            assert info["won"] == (total == most)
+        told = "".join(words(step) for step in env.episode.steps)
+        assert env.episode.transcripts[-1] == env.episode.opening + told
+        assert env.episode.seed == seed
+
+
+def test_a_game_with_an_objective_is_played_for_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    env = PlayEnv("Corridor", steps=30, rooms=5)
+    with pytest.raises(gym.error.ResetNeeded):
+        _ = env.episode
+    shown, info = env.reset(seed=0)
+    start = env.state
+    assert shown == f"Take both treasures.\n\n{env.game.opening(start)}"
+    assert info["goal"] == ("", "Take both treasures.")
+    assert (info["score"], info["max_score"], info["won"]) == (0.0, 2.0, False)
+    scored = []
+    for action in plan(env.aim):
+        shown, reward, terminated, truncated, info = env.step(env.game.command(env.state, action))
+        assert (reward == 1) == (action == "take")
+        assert info["won"] == terminated == (not info["admissible_commands"])
+        assert not truncated
+        scored.append(reward)
+    assert (sum(scored), info["score"], info["won"]) == (2.0, 2.0, True)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step("go east")
+
+
+def test_a_game_with_an_objective_can_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    env = PlayEnv("Corridor", steps=30, rooms=3)
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        _, reward, terminated, _, info = env.step("go east")
+    assert (reward, info["score"], info["won"], info["admissible_commands"]) == (0.0, 0.0, False, [])
+
+
+def test_a_plan_is_as_short_as_can_be_and_only_a_walkthrough_that_wins_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    register(monkeypatch)
+    for rooms, helpful in ((5, False), (5, True)):
+        env = PlayEnv("Corridor", rooms=rooms, helpful=helpful)
+        for seed in range(6):
+            env.reset(seed=seed)
+            fewest = shortest(env.aim)
+            at = env.aim.start.at
+            assert len(fewest) == 4 + min(abs(at - 1), abs(at - 3))  # to the nearer treasure, then to the other
+            found = plan(env.aim)
+            assert leads(env.aim, found)
+            assert len(found) == (at + 5 if helpful else len(fewest))
+            assert not leads(env.aim, found[:-1])
+            assert not leads(env.aim, (*found, "west"))
+            assert not leads(env.aim, ("take", *found))
+    nowhere = Aim(env.game, env.aim.start, ("player", "Z"), "Goal: room Z")
+    assert shortest(nowhere) is None
+    with pytest.raises(GameError, match="no commands lead to 'Goal: room Z'"):
+        plan(nowhere)
+
+
+def test_a_reply_is_without_the_command_that_it_repeats() -> None:
+    assert reply("take whisk", "\n\n> take whisk\nTaken.") == "Taken."
+    assert reply("take whisk", "\n\n> Take whisk\n") == ""
+    assert reply("next", " next door") == "next door"
+    assert reply("take whisk", " Take whisk twice.") == "Take whisk twice."
 
 
 def test_goals_are_in_the_games_own_words() -> None:

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from every_game import label, variants
+from every_game import SMALL, label, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +25,7 @@ def any_game(draw: st.DrawFn) -> Game:
     name = draw(st.sampled_from(sorted(GAMES)))
     cls = GAMES[name]
     size, style = draw(st.integers(2, 12)), draw(st.sampled_from(cls.styles))
-    more = {}
+    more = dict(SMALL.get(name, {}))
     if name == "DFA":
         kinds, densities = ["state-action", "state-state"], ["min", "middle", "max"]
         more = {"kind": draw(st.sampled_from(kinds)), "density": draw(st.sampled_from(densities))}
@@ -136,7 +136,7 @@ def test_all_reachable_states_keep_the_laws(small: Game) -> None:
     assert len(set(automaton.states)) == automaton.n_states
     for state, legal, targets in zip(automaton.states, automaton.legal, automaton.targets, strict=True):
         assert tuple(small.actions(state)) == legal  # the same order each time
-        assert bool(legal) or small.max_steps is not None
+        assert bool(legal) or small.max_steps is not None or small.objective(state)
         assert len(set(legal)) == len(legal)
         commands = [small.command(state, action) for action in legal]
         assert len({c.casefold() for c in commands}) == len(commands)

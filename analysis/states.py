@@ -1,0 +1,131 @@
+"""States as a whole: accuracy against the exact number of states, and answers put together to states and differences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from nextstate.analysis import tables
+from nextstate.analysis.tables import Run
+
+PER_DECADE = 2  # bins of |Q|
+FORMS = {"state": "full state", "difference": "state difference"}
+_KEY = ("setting", "episode")
+
+
+def sizes(run: Run) -> pl.DataFrame:
+    """Return |Q| of each episode's system (setting, episode, states), where it is known; from `transcripts/`."""
+    frames = []
+    for path in sorted((run.path / "transcripts").glob("*.parquet")):
+        if "states" in pl.read_parquet_schema(path):
+            frame = pl.read_parquet(path, columns=["episode", "states"]).drop_nulls()
+            frames.append(frame.with_columns(setting=pl.lit(path.stem)))
+    return (
+        pl.concat(frames)
+        if frames
+        else pl.DataFrame(schema={"episode": pl.Int64, "states": pl.Int64, "setting": pl.String})
+    )
+
+
+def curves(run: Run, answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
+    """Return accuracy against |Q|, in bins of half a decade, for games whose size says something else than |Q|.
+
+    Columns as in `tables.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin. Empty
+    where there is no such game.
+    """
+    known = sizes(run).join(answers.select(*_KEY, "size").unique(), on=_KEY)
+    other = known.filter(pl.col("states") != pl.col("size")).select("setting").unique()
+    known = known.join(other, on="setting", how="semi").with_columns(
+        bin=(pl.col("states").log10() * PER_DECADE).floor().cast(pl.Int64)
+    )
+    joined = answers.join(known.select(*_KEY, "states", "bin"), on=_KEY)
+    if joined.is_empty():
+        return pl.DataFrame()
+    at = joined.group_by("game", "bin").agg(at=pl.col("states").log().mean().exp().round().cast(pl.Int64))
+    table = tables.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"), rng)
+    return table.with_columns(axis=pl.lit("states"))
+
+
+def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
+    """Put the answers of each step together: to a full state, and to what changed since the step before.
+
+    Only settings in which everything is asked after every step count, and only steps that have one before. What an agent
+    says is a state is its greedy answer about each variable; what it says has changed is where that differs from its
+    answer one step earlier: one fact became false, another true. A row a (agent, game, variant, form), with
+    - exact: share of steps with the whole state, or the whole difference, right;
+    - by_fact: share of variables right, or F1 of the facts said to have become true or false;
+    - ceiling, chance: of exact, for the full state, as if guesses were independent; null for differences (the ideal
+      reader's own row says what it gets);
+    - n steps, episodes, and 95 % intervals `*_low`, `*_high` by bootstrap over episodes.
+    """
+    rng = np.random.default_rng(0) if rng is None else rng
+    wanted = [
+        "agent",
+        "game",
+        "variant",
+        *tables.QUESTION,
+        "variable",
+        "truth",
+        "greedy",
+        "greedy_correct",
+        "ceiling",
+        "chance",
+    ]
+    asked = run.rows.group_by(*_KEY, "agent", "step").agg(n=pl.len(), kinds=pl.col("variable").n_unique())
+    complete = asked.group_by("setting").agg(
+        least=pl.col("n").min(), most=pl.col("n").max(), same=(pl.col("n") == pl.col("kinds")).all()
+    )
+    everything = _asked_all(run, complete.filter((pl.col("least") > 1) & pl.col("same")).select("setting"))
+    rows = run.rows.select(wanted).join(everything.lazy(), on="setting", how="semi").collect()
+    if rows.is_empty():
+        return pl.DataFrame()
+    order = ["agent", "setting", "episode", "variable", "step"]
+    before = [pl.col(c).shift(1).over(order[:-1]).alias(f"old_{c}") for c in ("truth", "greedy", "step")]
+    rows = rows.sort(order).with_columns(before).filter(pl.col("old_step") == pl.col("step") - 1)
+    changed, said = pl.col("truth") != pl.col("old_truth"), pl.col("greedy") != pl.col("old_greedy")
+    rows = rows.with_columns(
+        true=2 * changed.cast(pl.Int64),
+        said=2 * said.cast(pl.Int64),
+        hit=(changed & said & pl.col("greedy_correct")).cast(pl.Int64)
+        + (changed & said & (pl.col("old_greedy") == pl.col("old_truth"))).cast(pl.Int64),
+        same=(changed == said)
+        & (~changed | (pl.col("greedy_correct") & (pl.col("old_greedy") == pl.col("old_truth")))),
+    )
+    steps = rows.group_by("agent", "game", "variant", *_KEY, "step").agg(
+        state=pl.col("greedy_correct").all(), right=pl.col("greedy_correct").sum(), asked=pl.len(),
+        ceiling=pl.col("ceiling").product(), chance=pl.col("chance").product(),
+        difference=pl.col("same").all(), hit=pl.col("hit").sum(), facts=(pl.col("true") + pl.col("said")).sum(),
+    )  # fmt: skip
+    sums = steps.group_by("agent", "game", "variant", *_KEY).agg(
+        n=pl.len(), state=pl.col("state").sum(), right=pl.col("right").sum(), asked=pl.col("asked").sum(),
+        ceiling=pl.col("ceiling").sum(), chance=pl.col("chance").sum(), difference=pl.col("difference").sum(),
+        hit=2 * pl.col("hit").sum(), facts=pl.col("facts").sum(),
+    ).sort("agent", "game", "variant", *_KEY)  # fmt: skip
+    out: list[dict[str, Any]] = []
+    for (agent, game, variant), part in sums.group_by("agent", "game", "variant", maintain_order=True):
+        for form, exact, top, bottom in (
+            ("state", "state", "right", "asked"),
+            ("difference", "difference", "hit", "facts"),
+        ):
+            totals = part.select("n", exact, top, bottom).to_numpy().astype(np.float64)
+            draws = tables.resample(totals[:, None, :], rng)[:, 0]
+            row: dict[str, Any] = {"agent": agent, "game": game, "variant": variant, "form": form}
+            for name, a, b in (("exact", 1, 0), ("by_fact", 2, 3)):
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    ratios = draws[:, a] / draws[:, b]
+                    low, high = np.nanquantile(ratios, [(1 - tables.LEVEL) / 2, (1 + tables.LEVEL) / 2])
+                    row |= {name: totals[:, a].sum() / totals[:, b].sum(), f"{name}_low": low, f"{name}_high": high}
+            known = form == "state"
+            row |= {name: part[name].sum() / part["n"].sum() if known else None for name in ("ceiling", "chance")}
+            out.append(row | {"n": int(part["n"].sum()), "episodes": len(part)})
+    return pl.DataFrame(out).fill_nan(None)
+
+
+def _asked_all(run: Run, candidates: pl.LazyFrame) -> pl.DataFrame:
+    """Return the candidates of which the config says that everything is asked."""
+    config = run.info.get("config", {})
+    games = {g["game"] for g in config.get("games", []) if g.get("ask") == "all"}
+    named = [s["slug"] for s in run.info["settings"] if s["game"] in games]
+    return candidates.filter(pl.col("setting").is_in(named)).collect()
