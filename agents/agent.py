@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from nextstate.envs.game import Distribution, Episode, Question, score
 
+WRITTEN = 32  # tokens of an answer that is written, at most
+
 
 class AgentError(RuntimeError):
     """An agent cannot be loaded or cannot answer; the message says which, why and what to do."""
@@ -23,6 +25,10 @@ class ContextError(AgentError):
         self.prompts = prompts
 
 
+class OutOfMemory(AgentError):
+    """Episodes side by side need more memory than there is; fewer of them may fit."""
+
+
 class Prompt(NamedTuple):
     """One question in its episode; the agent sees the transcript up to it, `episode.prompt(step, question)`."""
 
@@ -32,7 +38,7 @@ class Prompt(NamedTuple):
 
     @property
     def asked(self) -> Question:
-        """The question itself."""
+        """The question itself; one without choices is answered by writing, up to the end of the line."""
         return self.episode.steps[self.step].questions[self.question]
 
 
@@ -53,6 +59,7 @@ class Agent(ABC):
     """Predicts the answers to questions. `name` is how a config and a table call it."""
 
     name: str
+    batch_size: int = 64  # most episodes that it reads side by side
 
     @abstractmethod
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:

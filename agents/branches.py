@@ -43,6 +43,12 @@ class Tree:
             parent = node
         return parent
 
+    def cut(self, nodes: int) -> None:
+        """Keep the first `nodes` nodes alone."""
+        for child in zip(self.parents[nodes:], self.tokens[nodes:], strict=True):
+            del self._child[child]
+        del self.tokens[nodes:], self.parents[nodes:], self.depths[nodes:]
+
     def path(self, node: int) -> list[int]:
         """Return the nodes from the beginning to `node`."""
         out = []
@@ -97,6 +103,16 @@ class Trunk:
         while len(self._ends) <= step:
             self._ends.append(self._told(len(self._ends) - 1))
         return self._ends[step]
+
+    def leads_to(self, episode: Episode) -> bool:
+        """Tell whether `episode` has the steps that this trunk has told, and one more at least."""
+        told = len(self._ends) - 1
+        return len(episode.steps) > told and episode.steps[:told] == self.episode.steps[:told]
+
+    def go_on(self, episode: Episode) -> None:
+        """Tell `episode` from now on, which this trunk leads to; all that was planted on the last step is cut off."""
+        self.tree.cut(self._ends[-1] + 1)
+        self.episode = episode
 
     def plant(self, step: int, question: int) -> Planted:
         """Grow the prompt of a question and all choices; every token that no other path needs is left out."""
@@ -204,6 +220,21 @@ class Reading:
     start: tuple[int, ...]
     columns: tuple[Sequence[int], ...] = ()
     width: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        trunks: Sequence[Trunk],
+        asked: Sequence[tuple[int, int, Planted]],
+        prompts: Sequence[Prompt],
+        start: Sequence[int] | None = None,
+        columns: Sequence[Sequence[int]] = (),
+        width: int = 0,
+    ) -> Reading:
+        """Return what is read where `asked` has row, index of the prompt, and place in the tree of each question."""
+        first = (0,) * len(trunks) if start is None else tuple(start)
+        questions = tuple([Asked(row, q.node - first[row], prompts[i]) for row, i, q in asked])
+        return cls(tuple(trunks), questions, first, tuple(columns), width)
 
     @property
     def live(self) -> bool:

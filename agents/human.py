@@ -1,4 +1,4 @@
-"""A person as an agent: sees the story in the terminal, answers, is told the truth."""
+"""A person as an agent and as a player: sees the story in the terminal, answers or gives commands."""
 
 from __future__ import annotations
 
@@ -8,11 +8,22 @@ from rich.console import Console
 from rich.text import Text
 
 from nextstate.agents.agent import Agent, Prediction, Prompt, from_belief
+from nextstate.agents.play import Player, View
 from nextstate.envs.game import point
+
+STOP = ("quit", "exit")
+_NAMED = 5  # commands that a question lists; of more it says how many there are
+
+
+class GivenUp(Exception):
+    """A person wants to stop."""
 
 
 class Human(Agent):
-    """Asks a person. An answer that is none of the choices is asked again; its first letter in any case will do."""
+    """Asks a person, who may give a part of the answer that no other has; case does not count.
+
+    An answer that is none of the choices is asked again; "quit" raises `GivenUp`.
+    """
 
     name = "human"
 
@@ -28,7 +39,56 @@ class Human(Agent):
         folded = [w.casefold() for w in words]
         while True:
             said = self.ask(f"{question.stem.strip() or 'Next'} … ").strip()
-            if said.casefold() in folded:
-                index = folded.index(said.casefold())
-                return from_belief(point(len(words), index), question, 0.0)
+            meant = said.casefold()
+            found = [i for i, w in enumerate(folded) if w == meant] or [i for i, w in enumerate(folded) if meant in w]
+            if len(found) == 1:
+                return from_belief(point(len(words), found[0]), question, 0.0)
+            if meant in STOP:
+                raise GivenUp
             self.console.print(Text(f"{said!r} is none of: {', '.join(words)}", style="yellow"))
+
+
+class HumanPlayer(Player):
+    """Asks a person for commands: in words, as the beginning of one command alone, or by number.
+
+    "?" lists the commands, "quit" raises `GivenUp`. What is no command is asked again, and costs nothing.
+    """
+
+    name = "human"
+
+    def __init__(self, console: Console, ask: Callable[[str], str]) -> None:
+        self.console, self.ask = console, ask
+
+    def choose(self, views: Sequence[View]) -> list[str]:
+        return [self._command(v.commands) for v in views]
+
+    def _command(self, commands: Sequence[str]) -> str:
+        while True:
+            said = " ".join(self.ask("> ").split()).casefold()
+            if said in STOP:
+                raise GivenUp
+            found = meant(said, commands)
+            if len(found) == 1:
+                return found[0]
+            if said == "?":
+                width = len(str(len(commands)))
+                for number, command in enumerate(commands, start=1):
+                    self.console.print(Text(f"{number:>{width}}  {command}", style="cyan"))
+            elif found and said:
+                few = ", ".join(found[:_NAMED]) + (f" or {len(found) - _NAMED} others" if len(found) > _NAMED else "")
+                self.console.print(Text(f"Which one: {few}?", style="yellow"))
+            else:
+                self.console.print(Text("That is no command here. ? lists what is, quit stops.", style="yellow"))
+
+
+def meant(said: str, commands: Sequence[str]) -> list[str]:
+    """Return the commands that `said` may mean: that one, the one of that number (from 1), or all that begin so.
+
+    >>> meant("take w", ["take whisk", "take fork", "go west"])
+    ['take whisk']
+    """
+    said = said.casefold()
+    exact = [c for c in commands if c.casefold() == said]
+    if not exact and said.isdecimal() and 0 < int(said) <= len(commands):
+        return [commands[int(said) - 1]]
+    return exact or [c for c in commands if c.casefold().startswith(said)]

@@ -191,7 +191,7 @@ class Intervened(Agent):
     def __init__(self, model: LanguageModel, intervention: Intervention) -> None:
         intervention.check(model.sites)
         self.model, self.intervention = model, intervention
-        self.name = intervention.named(model.name)
+        self.name, self.batch_size = intervention.named(model.name), model.batch_size
         self._puts = _Puts(model, intervention)
         self._reader: Agent = model
 

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
-from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
-from nextstate.agents.branches import Asked, Batch, Planted, Reading, Trunk, pack
+from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
+from nextstate.agents.branches import Batch, Planted, Reading, Trunk, pack
 from nextstate.agents.sites import Edit, Site, Sites
 from nextstate.agents.text import Encoder
 from nextstate.envs.contrast import pieces
@@ -149,13 +149,17 @@ class LanguageModel(Agent):
         )
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+        if not all(p.asked.choices for p in prompts):  # to be written, a token a forward pass
+            return self.live().predict(prompts)
         trunks, planted = self.plant(prompts)
         out: list[Prediction | None] = [None] * len(prompts)
         for episodes in self._batches(trunks):
             self._halving(trunks, planted, episodes, prompts, out)
         return [p for p in out if p is not None]
 
-    def live(self) -> Session:
+    def live(self) -> Agent:
+        from nextstate.agents.session import Session  # it reads with this module
+
         return Session(self)
 
     def plant(
@@ -180,7 +184,7 @@ class LanguageModel(Agent):
         for key, questions in planted.items():
             depths = trunks[key].tree.depths
             for i, q in questions:
-                tokens = 1 + max(depths[c.nodes[-1]] for c in q.choices)
+                tokens = 1 + max((depths[c.nodes[-1]] for c in q.choices), default=depths[q.node] + WRITTEN)
                 if tokens > self.context:
                     long[i] = tokens
         if long:
@@ -216,7 +220,7 @@ class LanguageModel(Agent):
         try:
             batch = pack([trunks[k].tree for k in episodes], self.pad)
             asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
-            reading = _reading([trunks[k] for k in episodes], asked, prompts)
+            reading = Reading.of([trunks[k] for k in episodes], asked, prompts)
             for i, prediction in self.score(batch, asked, prompts, reading):
                 out[i] = prediction
             return
@@ -258,17 +262,29 @@ class LanguageModel(Agent):
                     wanted.setdefault((row, node), {}).setdefault(token, len(wanted[row, node]))
         where = list(wanted)
         places = [(r, n - reading.start[r]) for r, n in where]
-        self._reading = reading
-        try:
-            scores = self.forward(batch, places, [list(t) for t in wanted.values()], cache=cache)
-        finally:
-            self._reading = None
-        for done in self._done:
-            done(reading)
+        scores = self.read(batch, places, [list(t) for t in wanted.values()], reading, cache)
         index = {key: k for k, key in enumerate(where)}
         for row, i, question in asked:
             length = reading.trunks[row].tree.depths[question.node] + 1
             yield i, self._prediction(row, question, prompts[i], wanted, index, scores, length)
+
+    def read(
+        self,
+        batch: Batch,
+        where: Sequence[tuple[int, int]],
+        tokens: Sequence[Sequence[int]],
+        reading: Reading,
+        cache: DynamicCache | None = None,
+    ) -> Scores:
+        """Run a batch as `forward` does, while hooks are told what is read."""
+        self._reading = reading
+        try:
+            scores = self.forward(batch, where, tokens, cache=cache)
+        finally:
+            self._reading = None
+        for done in self._done:
+            done(reading)
+        return scores
 
     def _prediction(
         self,
@@ -348,55 +364,6 @@ class LanguageModel(Agent):
             )
         ends = np.cumsum([len(t) for t in tokens])[:-1]
         return Scores(torch.cat(argmax).cpu().numpy(), np.split(logprobs, ends))
-
-
-class Session(Agent):
-    """A language model that reads episodes step by step and keeps keys and values between steps.
-
-    The first call fixes the episodes; each later one goes on with some of them.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.model, self.name = model, model.name
-        self.cache = DynamicCache()
-        self.trunks: dict[int, Trunk] = {}
-        self.columns: dict[int, list[int]] = {}
-        self.width = 0
-        self._episodes: list[Episode] = []  # kept alive, since their ids are our keys
-
-    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
-        unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
-        if unknown and self.trunks:
-            raise AgentError(f"this session reads {len(self.trunks)} episodes; begin a new one for other episodes")
-        self.trunks, planted = self.model.plant(prompts, self.trunks)
-        if unknown:
-            self._episodes = [t.episode for t in self.trunks.values()]
-            self.columns = {key: [] for key in self.trunks}
-        keys = list(self.trunks)
-        trees = [self.trunks[k].tree for k in keys]
-        columns = [self.columns[k] for k in keys]
-        start = [len(c) for c in columns]
-        batch = pack(trees, self.model.pad, start, columns, self.width)
-        asked = [(r, i, q) for r, k in enumerate(keys) for i, q in planted.get(k, [])]
-        reading = _reading(list(self.trunks.values()), asked, prompts, start, [list(c) for c in columns], self.width)
-        found = dict(self.model.score(batch, asked, prompts, reading, self.cache))
-        for tree, own in zip(trees, columns, strict=True):
-            own.extend(range(self.width, self.width + len(tree) - len(own)))
-        self.width += batch.tokens.shape[1]
-        return [found[i] for i in range(len(prompts))]
-
-
-def _reading(
-    trunks: Sequence[Trunk],
-    asked: Sequence[tuple[int, int, Planted]],
-    prompts: Sequence[Prompt],
-    start: Sequence[int] | None = None,
-    columns: Sequence[Sequence[int]] = (),
-    width: int = 0,
-) -> Reading:
-    first = (0,) * len(trunks) if start is None else tuple(start)
-    questions = tuple([Asked(row, q.node - first[row], prompts[i]) for row, i, q in asked])
-    return Reading(tuple(trunks), questions, first, tuple(columns), width)
 
 
 def _load(name: str, device: torch.device, dtype: str | None, revision: str | None) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import polars as pl
 
-from nextstate.analysis import figures, tables
+from nextstate.analysis import figures, plays, tables
 from nextstate.analysis.tables import Run
 
 Mode = Literal["offline", "online", "disabled"]
@@ -91,13 +91,15 @@ class Log:
             return
         try:
             loaded = run if isinstance(run, Run) else tables.load(run)
-            answers = tables.narrow(loaded.rows)
-            cells = tables.cells(answers)
-            totals = tables.pooled(answers, ("agent", "game", "variant"))
-            self._send(_summary(totals))
-            self._steps(cells)
-            self._send(_tables(loaded, cells))
-            drawn = figures.every(loaded, answers, cells, totals)
+            answers, played = tables.narrow(loaded.rows), plays.load(loaded)
+            drawn = plays.every(loaded, played)
+            if len(answers):
+                cells = tables.cells(answers)
+                totals = tables.pooled(answers, ("agent", "game", "variant"))
+                self._send(_summary(totals))
+                self._steps(cells)
+                self._send(_tables(loaded, cells))
+                drawn |= figures.every(loaded, answers, cells, totals)
             self._send({f"figures/{_slug(key)}": figure for key, figure in drawn.items()})
         finally:
             self._try(self._sink.finish)
@@ -134,8 +136,6 @@ def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> 
 
     Names are like `DFA/states=6/density=min/nextstate-tiny/accuracy`; also determined_accuracy, ceiling, chance.
     """
-    size = f"{setting.get('size_name', 'size')}={setting['size']}"
-    head = "/".join(filter(None, map(_slug, [setting["game"], size, setting["variant"], agent])))
     means = {
         "accuracy": rows["greedy_correct"].mean(),
         "choice_accuracy": rows["choice_correct"].mean(),
@@ -143,7 +143,14 @@ def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> 
         "ceiling": rows["ceiling"].mean(),
         "chance": rows["chance"].mean(),
     }
-    return {f"{head}/{key}": None if value is None else float(value) for key, value in means.items()}  # type: ignore[arg-type]
+    named = head(setting, agent)
+    return {f"{named}/{key}": None if value is None else float(value) for key, value in means.items()}  # type: ignore[arg-type]
+
+
+def head(setting: Mapping[str, Any], agent: str) -> str:
+    """Return what the names of a cell's metrics begin with."""
+    size = f"{setting.get('size_name', 'size')}={setting['size']}"
+    return "/".join(filter(None, map(_slug, [setting["game"], size, setting["variant"], agent])))
 
 
 def _slug(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from nextstate.analysis import figures, tables
+from nextstate.analysis import figures, plays, states, tables
 from nextstate.analysis.page import Drawn, environment, furniture, replace
 from nextstate.analysis.tables import Run, RunError
 
@@ -41,8 +41,11 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
     totals = tables.pooled(answers, ("agent", "game", "variant"))
     by_game = tables.pooled(answers, ("agent", "game"))
     by_size = tables.pooled(answers, ("agent", "game", "size"))
-    curves, hard = tables.curves(answers), tables.on_hard(answers)
+    by_states = states.curves(run, answers)
+    curves = pl.concat([tables.curves(answers), *([by_states] if len(by_states) else [])])
+    hard = tables.on_hard(answers)
     drawn, look = Drawn(), figures.styles(run)
+    asked = [a for a in run.focus if len(answers)]
     return templates.get_template("report.html.jinja").render(
         run=run,
         info=run.info,
@@ -50,10 +53,13 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
         games=[
             _game(run, name, cells, curves, drawn) for name in dict.fromkeys(s["game"] for s in run.info["settings"])
         ],
-        determined=[drawn.add(figures.determined(totals, a, look[a])) for a in run.focus],
-        hard=[drawn.add(figures.hard(hard, totals, a, look[a])) for a in run.focus if len(hard)],
+        determined=[drawn.add(figures.determined(totals, a, look[a])) for a in asked],
+        hard=[drawn.add(figures.hard(hard, totals, a, look[a])) for a in asked if len(hard)],
+        plays=plays.section(run, plays.load(run), curves, drawn),
         never_wrong=_never_wrong(hard),
         without=without(run, answers),
+        whole=states.whole(run).rows(named=True),
+        forms=states.FORMS,
         scale=", ".join(f"{colour} {100 * at:g}%" for at, colour in figures.SCALE),
         cells=_cell_data(cells, run),
         episodes=sample(run),
@@ -79,6 +85,9 @@ def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn:
             drawn.add(figures.curve(curves, game, variant, "size", look, size_name)),
             drawn.add(figures.curve(curves, game, variant, "step", look)),
         ]
+        exact = (pl.col("game") == game) & (pl.col("variant") == variant) & (pl.col("axis") == "states")
+        if curves.filter(exact)["at"].n_unique() > 1:
+            lines.append(drawn.add(figures.curve(curves, game, variant, "states", look, "|Q|")))
         for panel in panels:
             if panel["variant"] == variant:
                 panel["curves"] = lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,9 @@ def load(run: Path) -> Run:
     run = Path(run)
     info = _info(run)
     files = sorted(run.glob("rows/*/*.parquet"))
-    if not files:
+    if not files and not (info.get("plays") and any(run.glob("plays/*/*.parquet"))):
         raise RunError(f"{run} has no rows/*/*.parquet: the run has not got that far; run `{info['command']}` again")
-    rows = pl.concat([_scan(file, info["command"]) for file in files])
+    rows = pl.concat([pl.LazyFrame(schema=ROWS), *(scan(file, info["command"], ROWS) for file in files)])
     have = set(rows.select("agent", "setting").unique().collect().iter_rows())
     left_out = {(x["agent"], x["setting"]) for x in info["left_out"]}
     want = {(a["name"], s["slug"]) for a in info["agents"] for s in info["settings"] if not _optional(a["name"])}
@@ -145,16 +145,17 @@ def _info(run: Path) -> dict[str, Any]:
     return info
 
 
-def _scan(file: Path, command: str) -> pl.LazyFrame:
+def scan(file: Path, command: str, columns: Mapping[str, pl.DataType]) -> pl.LazyFrame:
+    """Scan the `columns` of a table of the run that `command` began; `RunError` where it has not got them."""
     frame = pl.scan_parquet(file)
     try:
         found = frame.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise RunError(f"{file} cannot be read ({error}): delete it and run `{command}` again") from error
-    for column in ROWS:
+    for column in columns:
         if column not in found:
             raise RunError(f"{file} has no column {column!r}: delete it and run `{command}` again")
-    return frame.select(pl.col(column).cast(kind) for column, kind in ROWS.items())
+    return frame.select(pl.col(column).cast(kind) for column, kind in columns.items())
 
 
 # --- intervals
@@ -204,13 +205,14 @@ def _bootstrap(sums: pl.DataFrame, by: Sequence[str], rng: np.random.Generator) 
             bottom = total[:, :, stats.index(over)]
             with np.errstate(invalid="ignore", divide="ignore"):
                 ratio = top / bottom
-            low, high = _quantiles(ratio)
+            low, high = quantiles(ratio)
             found = found.with_columns(pl.Series(f"{name}_low", low), pl.Series(f"{name}_high", high))
         out.append(found)
     return pl.concat(out)
 
 
-def _quantiles(draws: Float[np.ndarray, "draw group"]) -> Float[np.ndarray, "2 group"]:
+def quantiles(draws: Float[np.ndarray, "draw group"]) -> Float[np.ndarray, "2 group"]:
+    """Return the ends of the 95 % interval of each group's draws: low in row 0, high in row 1."""
     # A draw may hold none of a group's episodes (0/0): those draws do not count. NaN sorts last.
     draws = np.sort(draws, axis=0)
     valid = np.maximum((~np.isnan(draws)).sum(axis=0), 1)
@@ -348,7 +350,7 @@ def paired(
             total = np.zeros((DRAWS, 1, 2))
             for stratum in sums.partition_by("stratum", maintain_order=True):
                 total += resample(stratum.select("gap", "n").to_numpy().astype(np.float64)[:, None, :], rng)
-            low, high = _quantiles(total[:, :, 0] / total[:, :, 1])[:, 0]
+            low, high = quantiles(total[:, :, 0] / total[:, :, 1])[:, 0]
             if agent != other and high - low < 1e-9:  # every draw agrees: Wilson's for what was not seen in any episode
                 unseen = float(wilson(np.zeros(1), np.array([float(len(sums))]))[1, 0])
                 low, high = max(-1.0, low - unseen), min(1.0, high + unseen)

@@ -1,4 +1,4 @@
-"""The command line: `nextstate run | patch | report | play | train | list`."""
+"""The command line: `nextstate run | patch | response | report | play | train | list`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(
     read = read_config(config, overrides or [], experiment.Config)
     folder = out or Path("runs") / read.name
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("questions"),
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"),
         TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
     )  # fmt: skip
     with Bar(*columns, console=console) as bar:
@@ -131,9 +131,10 @@ def _heads(folder: Path) -> None:
 
 
 def _summary(folder: Path) -> None:
-    from nextstate.analysis import tables
+    from nextstate.analysis import plays, tables
 
-    summary = tables.pooled(tables.load(folder).rows, ("game", "agent")).filter(subset="all")
+    loaded = tables.load(folder)
+    summary = tables.pooled(loaded.rows, ("game", "agent")).filter(subset="all")
     for (game,), rows in summary.group_by("game", maintain_order=True):
         table = Table(str(game), "questions", "accuracy", "95 %", "ceiling", "chance", box=box.SIMPLE_HEAD)
         for row in rows.sort("accuracy", descending=True).iter_rows(named=True):
@@ -141,6 +142,47 @@ def _summary(folder: Path) -> None:
             numbers = (f"{row[k]:.3f}" for k in ("ceiling", "chance"))
             table.add_row(escape(row["agent"]), f"{row['n']:,}", f"{row['accuracy']:.3f}", interval, *numbers)
         console.print(table)
+    for (game,), rows in plays.table(plays.load(loaded), ("game", "agent")).group_by("game", maintain_order=True):
+        table = Table(f"{game}, played", "episodes", "won", "95 %", "over fewest", "illegal", box=box.SIMPLE_HEAD)
+        for row in rows.sort("success", descending=True).iter_rows(named=True):
+            interval = f"{row['success_low']:.3f}-{row['success_high']:.3f}"
+            over = "–" if row["over"] is None else f"{row['over']:.2f}"
+            played = (f"{row['episodes']:,}", f"{row['success']:.3f}", interval, over, f"{row['illegal']:.2f}")
+            table.add_row(escape(row["agent"]), *played)
+        console.print(table)
+
+
+@app.command(epilog="Example:  nextstate response configs/response/quickstart.yaml prompts=8 --out runs/response")
+def response(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
+) -> None:
+    """Push single tokens weakly and see what answers: window, induction, games; the same command again resumes it."""
+    from nextstate import responding
+    from nextstate.agents.config import read_config
+
+    read = read_config(config, overrides or [], responding.ResponseConfig)
+    folder = out or Path("runs") / read.name
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=console) as bar:
+        page = responding.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
+    _windows(folder)
+    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+
+
+def _windows(folder: Path) -> None:
+    from nextstate.analysis import response_report, response_tables
+
+    told = response_report.headline(response_tables.load(folder))
+    table = Table("precision", "window", "layers", box=box.SIMPLE_HEAD)
+    for x in told["windows"]:
+        edges = "none" if x["low"] is None else f"{x['low']:.2g} to {x['high']:.2g}"
+        table.add_row(x["dtype"], edges, f"{x['layers']} of {x['of']}")
+    console.print(table)
 
 
 @app.command(epilog="Example:  nextstate report runs/quickstart")
@@ -150,6 +192,10 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metav
         from nextstate.analysis import heads_report
 
         written = heads_report.write(folder)
+    elif (folder / "response").is_dir():
+        from nextstate.analysis import response_report
+
+        written = response_report.write(folder)
     else:
         from nextstate.analysis import report as page
 
@@ -157,64 +203,59 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metav
     console.print(f"Report: [bold]{escape(str(written))}[/]", soft_wrap=True)
 
 
-@app.command(epilog="Examples:  nextstate play Box   |   nextstate play DFA states=3 --steps 20 --agent nextstate/tiny")
+@app.command(
+    epilog="Examples:  nextstate play Box   |   nextstate play DFA states=3 --commands --questions   |   "
+    "nextstate play DFA --agent walkthrough"
+)
 def play(
     game: Annotated[str, typer.Argument(help="A game (see `nextstate list games`).")],
     settings: Annotated[list[str] | None, typer.Argument(help="Its settings.", metavar="[KEY=VALUE]...")] = None,
-    agent: Annotated[str, typer.Option(help="human, ideal, chance, shortcut:NAME, or a language model.")] = "human",
-    steps: Annotated[int | None, typer.Option(help="Number of questions; by default at most 10.")] = None,
+    agent: Annotated[
+        str,
+        typer.Option(
+            help="human or a language model; predicting also ideal, chance, shortcut:NAME; commanding also random, "
+            "walkthrough."
+        ),
+    ] = "human",
+    steps: Annotated[int | None, typer.Option(help="Number of questions, or of commands at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="Which episode; by default a new one each time.")] = None,
+    commands: Annotated[
+        bool | None,
+        typer.Option(
+            "--commands/--predictions",
+            help="Give the commands, or predict what comes next; by default commands where the game has an objective.",
+        ),
+    ] = None,
+    questions: Annotated[bool, typer.Option("--questions", help="Give commands; be asked what they lead to.")] = False,
 ) -> None:
-    """Play a game of predictions: read the story, answer, be told the truth, get a score."""
+    """Play a game: predict what comes next, or give the commands; or watch an agent do so."""
     import secrets
 
     import yaml
 
-    from nextstate.agents.agent import Agent, Prompt
-    from nextstate.agents.human import Human
-    from nextstate.agents.reference import SHORTCUT, Reference
-    from nextstate.envs.game import GameError, score, unroll
+    from nextstate import terminal
+    from nextstate.agents.human import GivenUp
     from nextstate.envs.games import make_game
 
     given = dict(s.partition("=")[::2] for s in settings or [])
     made = make_game(game, **{k: yaml.safe_load(v) for k, v in given.items()})
-    length = steps if steps is not None else min(10, made.max_steps or 10)
-    episode = unroll(made, secrets.randbelow(10**6) if seed is None else seed, length)
-    player: Agent
-    if agent == "human":
-        player = Human(console, lambda stem: console.input(Text(stem, style="bold")))
-    elif agent in ("ideal", "chance") or agent.startswith(SHORTCUT):
-        if agent.startswith(SHORTCUT) and agent.removeprefix(SHORTCUT) not in made.shortcuts:
-            raise GameError(
-                f"{made.name} has no {agent!r}: expected one of {', '.join(SHORTCUT + s for s in made.shortcuts)}"
-            )
-        player = Reference(agent)
-    else:
-        from nextstate.agents.language import LanguageModel
-
-        player = LanguageModel(agent)
-    ideal = episode.beliefs("ideal")
-    reader = player.live()
-    right, ceiling = 0, 0.0
-    console.print(Text(episode.opening))
+    chosen = secrets.randbelow(10**6) if seed is None else seed
+    if questions and commands is False:
+        raise typer.BadParameter("--questions are asked beside commands; leave out --predictions")
+    if commands is None:
+        commands = questions or agent in terminal.PLAYERS or terminal.has_objective(made, chosen)
+    here = terminal.Terminal(console)
     try:
-        for t, step in enumerate(episode.steps):
-            question = step.questions[0]
-            if step.narration.strip():
-                console.print(Text(step.narration.strip()))
-            answer = reader.predict([Prompt(episode, t)])[0]
-            ok = answer.greedy in question.accepted
-            right, ceiling = right + ok, ceiling + score(ideal[t][0], question.accepted)
-            if agent != "human":
-                console.print(Text(f"{question.stem.strip() or 'Next'} … {answer.answer}", style="bold"))
-            truth = " or ".join(question.choices[i].strip() for i in question.accepted)
-            console.print(Text(f"  {'✓ right' if ok else f'✗ no: {truth}'}", style="green" if ok else "red"))
-    except (EOFError, KeyboardInterrupt):
+        if commands:
+            length = terminal.command(here, made, agent, steps, chosen, questions)
+        else:
+            length = terminal.predict(here, made, agent, steps, chosen)
+    except (EOFError, KeyboardInterrupt, GivenUp):
         console.print("\nStopped.")
         raise typer.Exit(130) from None
-    again = " ".join(["nextstate play", game, *(settings or []), f"--steps {length} --seed {episode.seed}"])
-    console.print(f"Score: [bold]{right} of {length}[/]; the best possible reader expects {ceiling:.1f}.")
-    console.print(Text(f"The same episode again: {again}"), soft_wrap=True)
+    how = (["--commands"] if commands else []) + (["--questions"] if questions else [])
+    again = " ".join(["nextstate play", game, *(settings or []), *how, f"--steps {length} --seed {chosen}"])
+    here.say(f"The same episode again: {again}")
 
 
 @app.command(epilog="Example:  nextstate train configs/train/tiny.yaml --out checkpoints/tiny")

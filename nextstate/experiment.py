@@ -1,11 +1,10 @@
-"""An experiment: a grid of games, some agents, and a folder in which every question asked is a row."""
+"""An experiment: a grid of games, some agents, and a folder in which each question and each episode played is a row."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,11 +14,13 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from nextstate.agents.agent import Agent, AgentError
 from nextstate.agents.config import Strict
+from nextstate.agents.play import Player
 from nextstate.agents.reference import SHORTCUT, Reference
 from nextstate.agents.rollout import Grid, Road, episodes_of, live, replay, seeds_for
-from nextstate.envs.game import Episode, Game, check_steps
-from nextstate.envs.games import make_game
+from nextstate.envs.game import Episode, check_steps
 from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, slugify, write_json, write_parquet
+from nextstate.grid import GridConfig, Setting, games_of
+from nextstate.playing import PlayConfig, PlaySetting, play_cell, play_settings, plays_path, reference
 
 REFERENCES = ("ideal", "chance")
 _CHUNK = 64  # episodes whose trees are in memory at a time; fixed, so that rows do not depend on the batch size
@@ -36,7 +37,7 @@ SCHEMA: dict[str, Any] = {
 TRANSCRIPTS: dict[str, Any] = {
     "episode": pl.Int64, "opening": pl.String, "feedback": pl.String,
     "told": pl.List(pl.String), "narrations": pl.List(pl.String), "closing": pl.List(pl.String),
-    "outcomes": pl.List(pl.String),
+    "outcomes": pl.List(pl.String), "states": pl.Int64,
 }  # fmt: skip
 
 
@@ -51,12 +52,9 @@ class AgentConfig(Strict):
     batch_tokens: int | None = Field(default=None, ge=1)
 
 
-class GameConfig(Strict):
-    """A game over a grid of settings."""
+class GameConfig(GridConfig):
+    """A game that questions are asked about, over a grid of settings."""
 
-    game: str
-    over: dict[str, list[Any]] = {}
-    settings: dict[str, Any] = {}
     steps: int | list[int] = Field(10, description="at most so many; a list only with grid=cells")
     episodes: int = Field(50, ge=1, le=1_000_000)
     ask: int | Literal["all"] = 1
@@ -78,13 +76,17 @@ class Config(RunConfig):
     """Everything that decides the rows of a run."""
 
     agents: list[str | AgentConfig] = Field(min_length=1)
-    games: list[GameConfig] = Field(min_length=1)
+    games: list[GameConfig] = []
+    play: list[PlayConfig] = []
+    players: list[Literal["random", "walkthrough"]] = Field(["random", "walkthrough"], description="beside the models")
     grid: Grid = "episodes"
     road: Road = "replay"
     intervene: InterveneConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        if not self.games and not self.play:
+            raise ValueError("`games` and `play` are both empty: give at least one game to ask about or to play")
         for game in self.games:
             if isinstance(game.steps, list) != (self.grid == "cells"):
                 raise ValueError(
@@ -98,29 +100,6 @@ class Config(RunConfig):
         return self
 
 
-class Setting(NamedTuple):
-    """One cell of the grid: a game, how long it is played, and how it is called."""
-
-    slug: str
-    game: Game
-    variant: str
-    steps: int
-    ask: int | Literal["all"]
-    seeds: range
-
-    @property
-    def size(self) -> int:
-        """The value of the setting that says how large the state space is."""
-        return int(getattr(self.game, self.game.size))
-
-    def describe(self) -> dict[str, Any]:
-        """Return what `run.json` says of it."""
-        return {
-            "slug": self.slug, "game": self.game.name, "settings": self.game.settings, "size_name": self.game.size,
-            "size": self.size, "variant": self.variant, "steps": self.steps, "episodes": len(self.seeds),
-        }  # fmt: skip
-
-
 def settings_of(config: Config) -> list[Setting]:
     """Return the cells of the grid, in order.
 
@@ -130,45 +109,50 @@ def settings_of(config: Config) -> list[Setting]:
     """
     out: list[Setting] = []
     for entry in config.games:
-        for values in product(*entry.over.values()):
-            given = entry.settings | dict(zip(entry.over, values, strict=True))
-            game = make_game(entry.game, **given)
-            named = ", ".join(f"{k}={v}" for k, v in sorted(given.items()) if k != game.size)
+        for name, game, variant in games_of(entry):
             for steps in entry.steps if isinstance(entry.steps, list) else [entry.steps]:
                 most = min(steps, game.max_steps or steps)
                 check_steps(game, most)
-                slug = "-".join([entry.game, *(f"{k}={v}" for k, v in given.items())])
-                if config.grid == "cells":
-                    slug += f"-steps={most}"
-                slug = re.sub(r"[^A-Za-z0-9=._-]+", "_", slug)
+                slug = f"{name}-steps={most}" if config.grid == "cells" else name
                 if config.grid == "cells" and out and out[-1].slug == slug:
                     continue  # beyond the longest episode of this game there is nothing new
                 # Cells are drawn independently; settings that differ in size alone share seeds otherwise.
                 seeds = seeds_for(config.seed, entry.episodes, len(out) if config.grid == "cells" else 0)
-                out.append(Setting(slug, game, named, most, entry.ask, seeds))
+                out.append(Setting(slug, game, variant, most, entry.ask, seeds))
     if len({s.slug for s in out}) < len(out):
         raise ExperimentError("two entries of `games` have the same settings; give each setting once")
     return out
 
 
-def agents_for(config: Config, settings: list[Setting]) -> Iterator[tuple[str, Callable[[], Agent], list[Setting]]]:
-    """Yield each agent's name, how to make it, and the settings it is asked about; "shortcuts" stands for all."""
+class Entrant(NamedTuple):
+    """An agent or player of a run: how to make it, the settings it is asked about, and what it plays."""
+
+    name: str
+    load: Callable[[], Agent | Player]
+    asked: list[Setting]
+    plays: list[PlaySetting]
+
+
+def entrants(config: Config, settings: list[Setting], plays: list[PlaySetting]) -> Iterator[Entrant]:
+    """Yield who takes part, in order; "shortcuts" stands for all. Language models play, and so do `players`."""
     for entry in config.agents:
         if entry == "shortcuts":
             for name in dict.fromkeys(s for setting in settings for s in setting.game.shortcuts):
                 mine = [s for s in settings if name in s.game.shortcuts]
-                yield SHORTCUT + name, lambda name=name: Reference(SHORTCUT + name), mine  # type: ignore[misc]
-        elif isinstance(entry, str) and (entry in REFERENCES or entry.startswith(SHORTCUT)):
+                yield Entrant(SHORTCUT + name, partial(Reference, SHORTCUT + name), mine, [])
+        elif isinstance(entry, str) and _is_reference(entry):
             mine = [s for s in settings if entry in REFERENCES or entry.removeprefix(SHORTCUT) in s.game.shortcuts]
-            if not mine:
+            if not mine and settings:
                 known = sorted({s for setting in settings for s in setting.game.shortcuts})
                 raise ExperimentError(f"no game of this run has {entry!r}: expected one of {', '.join(known)}")
-            yield entry, lambda name=entry: Reference(name), mine  # type: ignore[misc]
+            yield Entrant(entry, partial(Reference, entry), mine, [])
         else:
             model = AgentConfig(name=entry) if isinstance(entry, str) else entry
-            yield (*_model(model), settings)
+            yield Entrant(*_model(model), settings, plays)
             if config.intervene:
-                yield (*_intervened(model, config.intervene), settings)
+                yield Entrant(*_intervened(model, config.intervene), settings, plays)
+    for name in config.players if plays else []:
+        yield Entrant(name, partial(reference, name, plays), [], plays)
 
 
 def _model(entry: AgentConfig) -> tuple[str, Callable[[], Agent]]:
@@ -208,11 +192,13 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
 
     progress = progress or Progress()
     settings = settings_of(config)
-    todo = list(agents_for(config, settings))
+    plays = play_settings(config.play, config.seed)
+    todo = list(entrants(config, settings, plays))
     record = begin(config, [s.describe() for s in settings], out, command)
+    record["plays"] = [p.describe() for p in plays]
     began = time.monotonic()
     before = float(record["seconds"])
-    progress.begin(sum(_questions(s, config.grid) for _, _, mine in todo for s in mine))
+    progress.begin(sum(task.cost for e in todo for task in _tasks(e, config, out, progress)))
     mirror = log.Log(config.wandb)
     mirror.start(out, config.name, config.model_dump())
 
@@ -222,37 +208,37 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
 
     for setting in settings:
         _write_transcripts(out, setting)
-    for name, load, mine in todo:
-        agent: Agent | None = None
-        for setting in mine:
-            progress.on(f"{name} on {setting.slug}")
-            path = rows_path(out, name, setting)
-            if not path.exists():
+    for entrant in todo:
+        name, agent, tasks = entrant.name, None, _tasks(entrant, config, out, progress)
+        for task in tasks:
+            progress.on(f"{name} on {task.label}")
+            if not task.path.exists():
                 try:
                     if agent is None:
-                        agent = load()
-                        note(agents=[a for a in record["agents"] if a["name"] != name] + [agent.describe()])
-                    remark = agent.remark(episodes_of(setting.game, setting.seeds[:1], setting.steps)[0])
+                        agent = entrant.load()
+                        if isinstance(agent, Agent):
+                            note(agents=[a for a in record["agents"] if a["name"] != name] + [agent.describe()])
+                    remark = task.remark(agent)
                     if remark and remark not in record["remarks"]:
                         progress.warn(remark)
                         note(remarks=[*record["remarks"], remark])
-                    frame, left_out = _ask(agent, setting, config, progress)
+                    frame, left_out = task.do(agent)
                 except AgentError as error:
                     frame, left_out = None, str(error)
                 if left_out:
                     progress.warn(left_out)
-                    affected = mine if agent is None else [setting]  # it cannot be loaded: the same for every setting
+                    affected = tasks if agent is None else [task]  # it cannot be loaded: the same for every setting
                     note(left_out=_noted(record["left_out"], name, affected, left_out))
                 if frame is None:
-                    progress.advance(sum(_questions(s, config.grid) for s in affected))
+                    progress.advance(sum(t.cost for t in affected))
                     if agent is None:
                         break
                     continue
-                write_parquet(path, frame)
+                write_parquet(task.path, frame)
             else:
-                frame = pl.read_parquet(path)
-                progress.advance(_questions(setting, config.grid))
-            mirror.cell(log.cell_metrics(setting.describe(), name, frame))
+                frame = pl.read_parquet(task.path)
+                progress.advance(task.cost)
+            mirror.cell(task.metrics(frame))
     progress.on("report")
     note(finished=now())
     page = report.write(out)
@@ -260,8 +246,44 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
     return page
 
 
-def _noted(old: list[dict[str, str]], agent: str, settings: list[Setting], reason: str) -> list[dict[str, str]]:
-    slugs = {s.slug for s in settings}
+class Task(NamedTuple):
+    """A cell of a run and an agent or player: what is to be done, and which file has it once it is done."""
+
+    label: str
+    path: Path
+    cost: int  # questions asked, or commands given
+    remark: Callable[[Any], str]
+    do: Callable[[Any], tuple[pl.DataFrame | None, str]]
+    metrics: Callable[[pl.DataFrame], dict[str, float | None]]
+
+
+def _tasks(entrant: Entrant, config: Config, out: Path, progress: Progress) -> list[Task]:
+    from nextstate.analysis import log, plays
+
+    name = entrant.name
+    asked = [
+        Task(
+            s.slug, rows_path(out, name, s), _questions(s, config.grid), partial(_remark, s),
+            partial(_ask, s, config, progress), partial(log.cell_metrics, s.describe(), name),
+        )
+        for s in entrant.asked
+    ]  # fmt: skip
+    played = [
+        Task(
+            p.label, plays_path(out, name, p), len(p.setting.seeds) * p.setting.steps, lambda agent: "",
+            partial(play_cell, p, progress.advance), partial(plays.cell_metrics, p.describe(), name),
+        )
+        for p in entrant.plays
+    ]  # fmt: skip
+    return asked + played
+
+
+def _remark(setting: Setting, agent: Agent) -> str:
+    return agent.remark(episodes_of(setting.game, setting.seeds[:1], setting.steps)[0])
+
+
+def _noted(old: list[dict[str, str]], agent: str, tasks: list[Task], reason: str) -> list[dict[str, str]]:
+    slugs = {t.label for t in tasks}
     kept = [x for x in old if x["agent"] != agent or x["setting"] not in slugs]
     return kept + [{"agent": agent, "setting": slug, "reason": reason} for slug in sorted(slugs)]
 
@@ -276,7 +298,7 @@ def _questions(setting: Setting, grid: Grid) -> int:
     return len(setting.seeds) * per_step * (1 if grid == "cells" else setting.steps)
 
 
-def _ask(agent: Agent, setting: Setting, config: Config, progress: Progress) -> tuple[pl.DataFrame | None, str]:
+def _ask(setting: Setting, config: Config, progress: Progress, agent: Agent) -> tuple[pl.DataFrame | None, str]:
     rows: list[dict[str, Any]] = []
     said: list[str] = []
     seeds = setting.seeds
@@ -292,14 +314,7 @@ def _ask(agent: Agent, setting: Setting, config: Config, progress: Progress) -> 
         progress.advance(round(planned * len(chunk)))
     if not rows:
         return None, said[0] if said else "no questions"
-    constant = {
-        "agent": agent.name,
-        "game": setting.game.name,
-        "setting": setting.slug,
-        "size": setting.size,
-        "variant": setting.variant,
-    }
-    return frame_of(rows, constant), said[0] if said else ""
+    return frame_of(rows, {"agent": agent.name, **setting.columns}), said[0] if said else ""
 
 
 def frame_of(rows: list[dict[str, Any]], constant: dict[str, Any]) -> pl.DataFrame:
@@ -336,4 +351,5 @@ def transcript(episode: Episode) -> dict[str, Any]:
         "narrations": [s.narration for s in episode.steps],
         "closing": [s.questions[-1].closing for s in episode.steps],
         "outcomes": [s.outcome for s in episode.steps],
+        "states": episode.game.size_of(episode.start),
     }

@@ -151,5 +151,5 @@ def left_out(out: Path) -> list[dict[str, str]]:
 
 
 def answered(out: Path, agent: str) -> bool:
-    """Tell whether an agent answered anything in a run."""
-    return any((out / "rows" / slugify(agent)).glob("*.parquet"))
+    """Tell whether an agent answered or played anything in a run."""
+    return any(any((out / part / slugify(agent)).glob("*.parquet")) for part in ("rows", "plays"))

@@ -39,6 +39,44 @@ def test_the_ideal_reader_plays_without_a_mistake() -> None:
     assert "Score: 2 of 2" in out
 
 
+def test_a_person_gives_commands_and_is_asked_what_they_lead_to() -> None:
+    typed = "?\nmove\n5\nC\nmove the hat\nmove the hat into box a\nB\nquit\n"
+    code, out, err = nextstate("play", "Box", "boxes=3", "--questions", "--seed", "8", stdin=typed)
+    assert code == 0, err
+    assert out.startswith("Goal: ")
+    assert "1  move the " in out
+    assert "Which one: move the " in out
+    assert out.count("✓ right") + out.count("✗ no") == out.count("Move the ") > 0
+    assert "Stopped after" in out or "Won after" in out
+    assert "; it takes 1 at least." in out
+    assert "the best possible reader expects" in out
+    assert "nextstate play Box boxes=3 --commands --questions --steps 10 --seed 8" in out
+
+
+def test_a_person_may_win() -> None:
+    code, out, _ = nextstate("play", "Cycle", "period=3", "--commands", "--seed", "1", stdin="\nn\nnext\n")
+    assert code == 0
+    assert "Won after" in out
+    assert "Score: 1 of 1." in out
+
+
+@pytest.mark.parametrize(("agent", "won"), [("walkthrough", True), ("random", False)])
+def test_players_are_watched(agent: str, won: bool) -> None:
+    code, out, _ = nextstate("play", "Box", "boxes=20", "--agent", agent, "--seed", "5")
+    assert code == 0
+    assert ("Won after 1 command; it takes 1 at least." in out) == won
+    assert ("Out of time after 10 commands; it takes 1 at least." in out) != won
+    assert out.count("> move the ") == (1 if won else 10)
+
+
+def test_a_model_plays_and_answers() -> None:
+    arguments = ("DFA", "states=4", "--agent", "nextstate/tiny", "--questions", "--steps", "4", "--seed", "1")
+    code, out, err = nextstate("play", *arguments)
+    assert code == 0, err
+    assert out.count("> take action ") == out.count("✓ right") + out.count("✗ no") >= 1
+    assert "Questions: " in out
+
+
 @pytest.mark.parametrize("what", ["games", "models", "configs"])
 def test_lists(what: str) -> None:
     code, out, _ = nextstate("list", what)
@@ -55,6 +93,9 @@ def test_lists(what: str) -> None:
         (["play", "DFA", "states=27"], "states=27 is not possible: expected a whole number from 2 to 26"),
         (["play", "Box", "--agent", "shortcut:guess"], "expected one of shortcut:last_mention"),
         (["play", "Box", "--agent", "./nowhere"], "is no model"),
+        (["play", "Box", "--agent", "ideal", "--commands"], "ideal answers questions and gives no commands"),
+        (["play", "Box", "--agent", "random", "--predictions"], "random gives commands and answers no questions"),
+        (["play", "Box", "--agent", "random", "--questions"], "leave out --questions"),
         (["run", "configs/quickstrat.yaml"], "did you mean 'configs/quickstart.yaml'?"),
         (["run", "quickstart", "sed=3"], "unknown key 'sed'"),
         (["report", "nowhere"], "nowhere"),

@@ -101,8 +101,9 @@ class Recipe:
         object.__setattr__(self, "skills", "+".join(sorted(given)))
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings that this kind of game takes."""
-        return {k: v for k, v in asdict(self).items() if v not in (None, "")}
+        """Return the settings that this kind of game takes; `Recipe(**described)` is the recipe again."""
+        own = {k: v for k, v in asdict(self).items() if v not in (None, "")}
+        return {k: v for k, v in own.items() if k != "theme" or not (self.challenge or self.file)}
 
 
 def make(recipe: Recipe, seed: int) -> Any:

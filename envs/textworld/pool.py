@@ -10,7 +10,8 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,9 @@ class _Arm:
 
     recipe: Recipe
     at: tuple[int, ...]
+    far: int  # steps on the grid from where the search begins
     hits: float = 0.0
     misses: float = 0.0
-    far: int = field(default=0)  # steps on the grid from where the search begins
 
     @property
     def promise(self) -> float:
@@ -265,7 +266,7 @@ def _arms(recipe: Recipe) -> list[_Arm]:
     for at in itertools.product(*(range(len(values)) for values in grid.values())):
         changed: dict[str, Any] = {name: values[k] for (name, values), k in zip(grid.items(), at, strict=True)}
         far = sum(abs(k - s) for k, s in zip(at, start, strict=True))
-        out.append(_Arm(replace(recipe, **changed), at or (0,), far=far))
+        out.append(_Arm(replace(recipe, **changed), at or (0,), far))
     return sorted(out, key=lambda arm: arm.far)
 
 
@@ -276,9 +277,14 @@ def cache_folder() -> Path:
 
 def cache_path(kind: str, key: Mapping[str, Any], suffix: str) -> Path:
     """Return where what `key` decides is kept; another version of TextWorld or of our format is another place."""
-    full = {**key, "kind": kind, "format": FORMAT, "textworld": importlib.metadata.version("textworld")}
+    full = {**key, "kind": kind, "format": FORMAT, "textworld": _version()}
     digest = hashlib.sha256(json.dumps(full, sort_keys=True).encode()).hexdigest()
     return cache_folder() / f"{kind}-{digest[:32]}{suffix}"
+
+
+@lru_cache(maxsize=1)
+def _version() -> str:
+    return importlib.metadata.version("textworld")
 
 
 def keep(path: Path, data: bytes) -> None:

@@ -13,6 +13,7 @@ import pytest
 from nextstate.envs import Automaton, make_game, unroll
 from nextstate.envs.game import Reader
 from nextstate.envs.textworld.generate import GenerationError, Recipe, make
+from nextstate.envs.textworld.story import compile_story
 from nextstate.envs.textworld.world import Fact, World
 
 FIXED = (  # small enough to walk through by hand
@@ -97,6 +98,52 @@ def test_a_hundred_random_games_have_textworlds_own_facts_and_commands() -> None
     rng = np.random.default_rng(2)
     for game in games(seed=1, count=100):
         walk_beside(game, 50, rng)
+
+
+def walk_beside_the_compiled_game(recipe: Recipe, seed: int, steps: int, rng: np.random.Generator) -> None:
+    """Give the same random commands to a compiled world and to the Z-machine, whose facts TextWorld tracks."""
+    import textworld
+
+    game = make(recipe, seed)
+    story, world = compile_story(recipe, seed), World.compile(game)
+    game.save(str(story.with_suffix(".json")))  # TextWorld looks for its metadata there
+    env = textworld.start(str(story), textworld.EnvInfos(facts=True, admissible_commands=True, score=True))
+    try:
+        state, facts, done = env.reset(), world.start, 0
+        for _ in range(steps):
+            assert plain(state["_facts"]) == facts_of(world, facts)
+            legal = world.legal(facts)
+            assert sorted({world.commands[i].words for i in legal}) == state["admissible_commands"]
+            chosen = legal[int(rng.integers(len(legal)))]
+            state, score, over = env.step(world.commands[chosen].words)
+            facts = world.after(facts, chosen)
+            done = world.settle(facts, done)
+            assert (score, over) == (world.points(done), world.won(done) or world.lost(done)), world.commands[chosen]
+            if over:
+                break
+        assert plain(state["_facts"]) == facts_of(world, facts)
+    finally:
+        env.close()
+
+
+def test_the_compiled_game_has_the_same_facts_commands_and_score() -> None:
+    rng = np.random.default_rng(3)
+    for recipe in (Recipe(rooms=2, objects=3, quest=2), Recipe(challenge="cooking", rooms=1, level=1)):
+        walk_beside_the_compiled_game(recipe, 1, 50, rng)
+
+
+@pytest.mark.slow
+def test_a_hundred_compiled_games_have_the_same_facts_commands_and_score() -> None:
+    rng, made = np.random.default_rng(4), 0
+    for recipe, seed in recipes(np.random.default_rng(5)):
+        try:
+            make(recipe, seed)
+        except GenerationError:
+            continue
+        walk_beside_the_compiled_game(recipe, seed, 50, rng)
+        made += 1
+        if made == 100:
+            return
 
 
 def enumerate_by_hand(game: Any) -> tuple[int, int]:

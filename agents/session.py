@@ -1,0 +1,131 @@
+"""A language model that reads on: keys and values of what it has read stay, so that a step costs its own tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from nextstate.agents.agent import WRITTEN, Agent, AgentError, OutOfMemory, Prediction, Prompt
+from nextstate.agents.branches import Batch, Planted, Reading, Trunk, pack
+from nextstate.envs.game import Episode
+
+if TYPE_CHECKING:
+    from nextstate.agents.language import LanguageModel
+
+
+class Session(Agent):
+    """A language model that reads episodes step by step and keeps keys and values between steps.
+
+    The first call fixes the episodes; each later one goes on with some of them. Where what comes next depends on the
+    answers, an episode is given anew at each call, with the same seed and opening and with what has happened in place
+    of its last step. It then takes the place of the one that it continues; what was asked of that last step is
+    forgotten, and so are the episodes that are asked nothing any more.
+
+    A question without choices is answered by writing: greedily, up to the end of the line or 32 tokens.
+
+    Raises:
+        AgentError: an episode that this session does not read, a question that it has answered already, or a forward
+            pass that failed.
+        OutOfMemory: the episodes need more memory than there is.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model, self.name = model, model.name
+        self.cache = DynamicCache()
+        self.trunks: dict[int, Trunk] = {}  # by the id of its episode, which the trunk keeps alive
+        self.columns: dict[int, list[int]] = {}
+        self.width = 0
+
+    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+        self._go_on([p.episode for p in prompts])
+        unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
+        if unknown and self.trunks:
+            raise AgentError(f"this session reads {len(self.trunks)} episodes; begin a new one for other episodes")
+        self.trunks, planted = self.model.plant(prompts, self.trunks)
+        asked = [(r, i, q) for r, key in enumerate(self.trunks) for i, q in planted.get(key, [])]
+        if any(q.node < len(self.columns.get(id(prompts[i].episode), ())) for _, i, q in asked):
+            raise AgentError("this session has answered that question already; give it the episode as it went on")
+        if not all(p.asked.choices for p in prompts):
+            return self._write(asked, prompts)
+        batch, reading = self._next(asked, prompts)
+        with self._guarded():
+            found = dict(self.model.score(batch, asked, prompts, reading, self.cache))
+        self._keep(batch)
+        return [found[i] for i in range(len(prompts))]
+
+    def _write(self, asked: Sequence[tuple[int, int, Planted]], prompts: Sequence[Prompt]) -> list[Prediction]:
+        tokenizer, trees = self.model.tokenizer, [t.tree for t in self.trunks.values()]
+        written: dict[int, list[int]] = {i: [] for _, i, _ in asked}
+        lines = dict.fromkeys(written, "")
+        lengths = {i: trees[row].depths[q.node] + 1 for row, i, q in asked}
+        while asked:
+            batch, reading = self._next(asked, prompts)
+            places = [(row, q.node - reading.start[row]) for row, _, q in asked]
+            with self._guarded():
+                scores = self.model.read(batch, places, [[self.model.pad]] * len(places), reading, self.cache)
+            self._keep(batch)
+            going = []
+            for (row, i, q), token in zip(asked, scores.argmax.tolist(), strict=True):
+                if token != tokenizer.eos_token_id:
+                    written[i].append(token)
+                    lines[i] = tokenizer.decode(written[i])
+                    if "\n" not in lines[i] and len(written[i]) < WRITTEN:
+                        going.append((row, i, Planted(trees[row].grow(q.node, (token,)), ())))
+            asked = going
+        answers = [lines[i].partition("\n")[0].strip() for i in range(len(prompts))]
+        return [Prediction(answer, -1, -1, -1, -1, (), lengths[i]) for i, answer in enumerate(answers)]
+
+    def _go_on(self, episodes: Sequence[Episode]) -> None:
+        """Let episodes that have gone on take the places of those that they continue."""
+        known = {(t.episode.seed, t.episode.opening): key for key, t in self.trunks.items()}
+        new = {known.get((e.seed, e.opening)): e for e in episodes if id(e) not in self.trunks}
+        new = {key: e for key, e in new.items() if key is not None and self.trunks[key].leads_to(e)}
+        if not new:
+            return
+        asked = {id(e) for e in episodes}
+        rows = [row for row, key in enumerate(self.trunks) if key in new or key in asked]
+        trunks, columns = {}, {}
+        for key, trunk in self.trunks.items():
+            if key in new:
+                trunk.go_on(new[key])
+            if key in new or key in asked:
+                trunks[id(trunk.episode)] = trunk
+                columns[id(trunk.episode)] = self.columns.get(key, [])[: len(trunk.tree)]
+        if len(rows) < len(self.trunks):
+            self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+        width = max((own[-1] + 1 for own in columns.values() if own), default=0)
+        self.cache.crop(width - self.width)  # what is negative is cut off the end
+        self.trunks, self.columns, self.width = trunks, columns, width
+
+    def _next(self, asked: Sequence[tuple[int, int, Planted]], prompts: Sequence[Prompt]) -> tuple[Batch, Reading]:
+        """Return what is new since the last forward pass."""
+        trunks = list(self.trunks.values())
+        columns = [self.columns.setdefault(key, []) for key in self.trunks]
+        start = [len(own) for own in columns]
+        batch = pack([t.tree for t in trunks], self.model.pad, start, columns, self.width)
+        return batch, Reading.of(trunks, asked, prompts, start, [list(own) for own in columns], self.width)
+
+    def _keep(self, batch: Batch) -> None:
+        for key, trunk in self.trunks.items():
+            own = self.columns[key]
+            own.extend(range(self.width, self.width + len(trunk.tree) - len(own)))
+        self.width += batch.tokens.shape[1]
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Turn what torch raises in a forward pass into an `AgentError`."""
+        from nextstate.agents.language import out_of_memory  # it makes sessions
+
+        try:
+            yield
+        except AgentError:
+            raise
+        except (RuntimeError, MemoryError) as error:
+            where = f"on {self.model.device}, with {len(self.trunks)} episodes side by side of {self.width:,} tokens"
+            if out_of_memory(error):
+                raise OutOfMemory(f"{self.name} runs out of memory {where}") from error
+            raise AgentError(f"{self.name} failed {where}: {error}") from error

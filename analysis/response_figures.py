@@ -1,0 +1,259 @@
+"""Figures of a response run: windows, response matrices with a slider over layers, signature, heads, bridge.
+
+As in `nextstate.analysis.figures`, backgrounds are transparent and nothing depends on the theme's colours but what the
+page sets by `meta`. Only what was measured within a layer's window is drawn, but for the figures of the windows
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+from plotly.colors import sample_colorscale
+
+from nextstate.analysis.figures import SCALE, _layout, _plain, _rgba
+from nextstate.analysis.heads_figures import LIGHT, _numbers
+from nextstate.analysis.recovery import Recovery
+from nextstate.analysis.response_tables import Signature
+from nextstate.analysis.response_window import Window
+
+DEEP = 6  # layers that a figure of windows draws
+BARS = 8  # layers that a figure of the bridge draws
+RAMP = [[0.0, "#56b4e9"], [0.5, "#7b6fb8"], [1.0, "#b3412f"]]  # from the first layer to the last
+LINES = {  # condition and column: name, colour, dash
+    ("repeated", 0): ("B − 1, repeated", "#0072b2", "solid"),
+    ("repeated", 1): ("B, repeated", "#d55e00", "solid"),
+    ("repeated", 2): ("other offsets, repeated", "#8c8c8c", "solid"),
+    ("control", 0): ("B − 1, control", "#0072b2", "dot"),
+    ("control", 1): ("B, control", "#d55e00", "dot"),
+}
+ROLES = {
+    "state": "#0072b2",
+    "action": "#d55e00",
+    "match": "#009e73",
+    "distractor": "#aa4499",
+    "others": "#8c8c8c",
+}
+
+
+def _spread(layers: Sequence[int], most: int) -> list[int]:
+    """Return at most so many places among the layers, evenly spread, both ends included."""
+    return sorted({round(x) for x in np.linspace(0, len(layers) - 1, min(most, len(layers)))})
+
+
+def _colours(n: int) -> list[str]:
+    return list(sample_colorscale(RAMP, [k / max(1, n - 1) for k in range(n)]))
+
+
+def _log(strengths: Sequence[float]) -> dict[str, Any]:
+    ends = [10 ** np.floor(np.log10(strengths[0])), 10 ** np.ceil(np.log10(strengths[-1]))]
+    ticks = [float(10.0**k) for k in range(round(np.log10(ends[0])), round(np.log10(ends[1])) + 1)]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks], "showgrid": False}
+
+
+def scale(
+    windows: Mapping[str, Window], limit: Mapping[int, float | None], title: str, cosine: bool = False
+) -> go.Figure:
+    """Draw the response over its limit of no strength, or the cosine to the next strength, against the strength.
+
+    Args:
+        windows: by precision, all in the same kind of direction; the first is solid, its common window shaded.
+        limit: for each layer the norm of the exact product.
+        title: of the figure.
+        cosine: draw this instead.
+    """
+    first = next(iter(windows.values()))
+    shown = [k for k in range(len(first.layers)) if limit.get(first.layers[k])]
+    shown = [shown[k] for k in _spread(shown, DEEP)] if shown else []
+    colours, traces, dashes = _colours(len(shown)), list[Any](), ("solid", "dash", "dot")
+    for (dtype, edges), dash in zip(windows.items(), dashes, strict=False):
+        for colour, k in zip(colours, shown, strict=True):
+            layer = edges.layers[k]
+            bound = limit[layer] or 1.0
+            if cosine:
+                x = [float(np.sqrt(a * b)) for a, b in zip(edges.strengths, edges.strengths[1:], strict=False)]
+                y = edges.cosine[k]
+            else:
+                x, y = list(edges.strengths), edges.level[k] / bound
+            name = f"after layer {layer}, {dtype}"
+            traces.append(
+                go.Scatter(
+                    x=x, y=_numbers(y), name=name, mode="lines+markers", marker={"size": 4},
+                    line={"color": colour, "width": 1.8, "dash": dash},
+                    hovertemplate=f"{name}<br>strength %{{x:.2g}}: %{{y:.4f}}<extra></extra>",
+                )
+            )  # fmt: skip
+    upright: dict[str, Any] = {"range": [0, 1.04]} if cosine else {"range": [0, _top(traces)]}
+    words = "cosine to next strength" if cosine else "response / limit"
+    figure = go.Figure(traces, _layout(title, 300, "strength", words, xaxis=_log(first.strengths), yaxis=upright))
+    if first.common:
+        figure.add_vrect(x0=first.common[0], x1=first.common[-1], fillcolor="rgba(0,158,115,0.13)", line_width=0,
+                         layer="below")  # fmt: skip
+    return figure
+
+
+def _top(traces: Sequence[Any]) -> float:
+    """Return where an axis of shares ends: noise far above is cut off."""
+    values = [y for trace in traces for y in trace.y if y is not None]
+    return float(min(3.0, max(1.6, 1.05 * max(values, default=1.0))))
+
+
+def matrices(rows: pl.DataFrame, layers: Sequence[int], words: Sequence[str], title: str) -> go.Figure:
+    """Draw the response of each token (up) to a push on each token (right), one layer at a time, under a slider.
+
+    Args:
+        rows: as `nextstate.analysis.response_tables.matrix_rows` makes them.
+        layers: those to draw.
+        words: what stands at each position.
+        title: of the figure.
+    """
+    grids = {
+        layer: np.array([[np.nan if x is None else x for x in line] for line in rows.filter(layer=layer)["response"]]).T
+        for layer in layers
+    }
+    every = np.concatenate([g[np.isfinite(g) & (g > 0)] for g in grids.values()])
+    low, high = (float(np.log10(x)) for x in np.quantile(every, (0.02, 0.995)))
+    with np.errstate(divide="ignore"):
+        shown = {layer: [_numbers(line) for line in np.log10(grid)] for layer, grid in grids.items()}
+    labels = [f"{i}: {_plain(word)}" for i, word in enumerate(words)]
+    trace = go.Heatmap(
+        x=labels, y=labels, z=shown[layers[-1]], zmin=low, zmax=high, colorscale=SCALE, hoverongaps=False,
+        hovertemplate="push on %{x}<br>response at %{y}<br>10 to the %{z:.2f}<extra></extra>",
+    )  # fmt: skip
+    steps = [{"label": str(layer), "method": "restyle", "args": [{"z": [shown[layer]]}]} for layer in layers]
+    slider = {
+        "active": len(layers) - 1, "steps": steps, "currentvalue": {"prefix": "after layer "}, "pad": {"t": 34},
+        "x": 0, "len": 1, "bgcolor": "rgba(128,128,128,0.35)", "activebgcolor": "#0072b2", "borderwidth": 0,
+        "ticklen": 3, "tickcolor": "#8c8c8c",
+    }  # fmt: skip
+    ticks = list(range(0, len(words), max(1, len(words) // 12)))
+    axis = {"showgrid": False, "tickvals": [labels[i] for i in ticks], "ticktext": [str(i) for i in ticks]}
+    layout = _layout(title, 560, "pushed token", "responding token", xaxis=axis,
+                     yaxis=axis | {"autorange": "reversed"})  # fmt: skip
+    layout["margin"] = layout["margin"] | {"b": 110}
+    return go.Figure([trace], layout | {"sliders": [slider]})
+
+
+def _band(x: Sequence[float], low: Sequence[float | None], high: Sequence[float | None], colour: str) -> go.Scatter:
+    edge = [*high, *list(low)[::-1]]
+    return go.Scatter(x=[*x, *list(x)[::-1]], y=edge, mode="lines", fill="toself", fillcolor=_rgba(colour, 0.18),
+                      line={"width": 0}, hoverinfo="skip")  # fmt: skip
+
+
+def _valid(values: Any, valid: Sequence[bool]) -> list[float | None]:
+    return [v if ok else None for v, ok in zip(_numbers(values), valid, strict=True)]
+
+
+def depth(found: Signature, title: str, words: str = "response") -> go.Figure:
+    """Draw the response at offsets B - 1, B and all others against the layer, with 95 % intervals over prompts."""
+    traces: list[Any] = []
+    kept = [k for k, ok in enumerate(found.valid) if ok]
+    x = [found.layers[k] for k in kept]
+    for (condition, column), (name, colour, dash) in LINES.items():
+        one: Recovery = found.lines[condition]
+        value, low, high = (_numbers(a[kept, 0, column]) for a in (one.value, one.low, one.high))
+        if condition == "repeated":
+            traces.append(_band(x, low, high, colour))
+        traces.append(
+            go.Scatter(
+                x=x, y=value, name=name, mode="lines+markers", marker={"size": 6 if dash == "solid" else 4},
+                line={"color": colour, "dash": dash, "width": 2.2 if dash == "solid" else 1.6},
+                customdata=list(zip(low, high, strict=True)),
+                hovertemplate=f"offset {name}, after layer %{{x}}<br>%{{y:.3f}} (95 %: %{{customdata[0]:.3f}} to "
+                "%{customdata[1]:.3f})<extra></extra>",
+            )
+        )  # fmt: skip
+    ticks: dict[str, Any] = {"dtick": 1 if len(found.layers) <= 16 else 4, "showgrid": False}
+    ticks["range"] = [found.layers[0] - 0.3, found.layers[-1] + 0.3]
+    return go.Figure(traces, _layout(title, 310, "after layer", words, xaxis=ticks, yaxis={"rangemode": "tozero"}))
+
+
+def stripes(found: Signature, title: str) -> go.Figure:
+    """Draw by how much repetition raises the response, for each layer (up) and offset (right)."""
+    added = (found.offsets["repeated"] - found.offsets["control"]).mean(0)
+    grid = [_valid(column, found.valid) for column in added.T]
+    rows = [list(line) for line in zip(*grid, strict=True)]
+    shown = np.abs(added[list(found.valid)])
+    reach = float(np.quantile(shown, 0.99)) if shown.size and shown.max() > 0 else 1.0
+    x = [str(o) for o in range(1, 2 * found.block)]
+    trace = go.Heatmap(
+        x=x, y=list(found.layers), z=rows, zmin=-reach, zmax=reach, colorscale=LIGHT, meta="diverging",
+        hoverongaps=False, xgap=1 if len(x) <= 60 else 0, ygap=1 if len(rows) <= 30 else 0,
+        hovertemplate="offset %{x}, after layer %{y}<br>repeated minus control %{z:.3f}<extra></extra>",
+    )  # fmt: skip
+    marks = [str(found.block - 1), str(found.block)]
+    axis = {"type": "category", "showgrid": False, "tickvals": ["1", *marks, x[-1]],
+            "ticktext": ["1", "B−1", "", str(2 * found.block - 1)]}  # fmt: skip
+    pitch = 26 if len(rows) <= 12 else 14 if len(rows) <= 26 else 9
+    up = {"dtick": 1 if len(rows) <= 16 else 4, "showgrid": False}
+    return go.Figure([trace], _layout(title, pitch * len(rows) + 110, "offset", "after layer", xaxis=axis, yaxis=up))
+
+
+def heads(table: pl.DataFrame, title: str) -> go.Figure:
+    """Draw the share of the signature that is lost without a head (up) against its prefix-matching score (right)."""
+    traces = []
+    for carries, colour in ((False, "#8c8c8c"), (True, "#0072b2")):
+        rows = table.filter(pl.col("carries") == carries)
+        names = [f"{a}.{b}" for a, b in rows.select("layer", "head").iter_rows()]
+        told = [
+            [name, *(round(r[k], 3) for k in ("low", "high", "copying"))]
+            for name, r in zip(names, rows.iter_rows(named=True), strict=True)
+        ]
+        named = [n if carries and abs(v) >= 0.05 else "" for n, v in zip(names, rows["lost"], strict=True)]
+        bars = {"type": "data", "array": _numbers((rows["high"] - rows["lost"]).clip(0, None)), "thickness": 1,
+                "arrayminus": _numbers((rows["lost"] - rows["low"]).clip(0, None)), "width": 0, "visible": carries,
+                "color": _rgba(colour, 0.5)}  # fmt: skip
+        traces.append(
+            go.Scatter(
+                x=_numbers(rows["prefix"]), y=_numbers(rows["lost"]), customdata=told, text=named,
+                mode="markers+text" if carries else "markers", textposition="top center", textfont={"size": 11},
+                marker={"color": colour, "size": 9 if carries else 6}, error_y=bars,
+                hovertemplate="head %{customdata[0]}<br>lost %{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f})"
+                "<br>prefix matching %{x:.3f}, copying %{customdata[3]:.3f}<extra></extra>",
+            )
+        )  # fmt: skip
+    axes = {"zeroline": True}
+    return go.Figure(traces, _layout(title, 400, "prefix-matching score", "share of the signature lost", xaxis=axes,
+                                     yaxis=axes))  # fmt: skip
+
+
+def bridge(rows: pl.DataFrame, title: str) -> go.Figure:
+    """Draw the response of the answering token to pushes on each role, a group of bars a layer, with 95 % intervals."""
+    layers = rows["layer"].unique(maintain_order=True).to_list()
+    chosen = [layers[k] for k in _spread(layers, BARS)]
+    part = rows.filter(pl.col("layer").is_in(chosen) & pl.col("valid"))
+    traces = []
+    for role, colour in ROLES.items():
+        mine = part.filter(role=role)
+        if not len(mine):
+            continue
+        bars = {"type": "data", "array": _numbers((mine["high"] - mine["response"]).clip(0, None)), "thickness": 1.2,
+                "arrayminus": _numbers((mine["response"] - mine["low"]).clip(0, None)), "width": 2,
+                "color": "#8c8c8c"}  # fmt: skip
+        traces.append(
+            go.Bar(
+                x=[str(layer) for layer in mine["layer"]], y=_numbers(mine["response"]), name=role, error_y=bars,
+                marker={"color": colour}, customdata=[[n] for n in mine["transcripts"]],
+                hovertemplate=f"{role}, after layer %{{x}}: %{{y:.3f}}<br>n %{{customdata[0]}}<extra></extra>",
+            )
+        )  # fmt: skip
+    axis = {"type": "category", "categoryorder": "array", "categoryarray": [str(layer) for layer in chosen],
+            "showgrid": False}  # fmt: skip
+    layout = _layout(title, 300, "after layer", "response", xaxis=axis, yaxis={"rangemode": "tozero"})
+    return go.Figure(traces, layout | {"barmode": "group", "bargap": 0.25})
+
+
+def side_by_side(patched: Sequence[float], responded: Sequence[float], names: Sequence[str], title: str,
+                 colour: str) -> go.Figure:  # fmt: skip
+    """Draw what is lost of the response without a head (up) against its recovery by patching (right)."""
+    points = go.Scatter(
+        x=_numbers(patched), y=_numbers(responded), mode="markers+text", text=list(names), textposition="top center",
+        textfont={"size": 11}, marker={"color": colour, "size": 8},
+        hovertemplate="head %{text}<br>recovery %{x:.3f}, response lost %{y:.3f}<extra></extra>",
+    )  # fmt: skip
+    axes = {"zeroline": True}
+    return go.Figure([points], _layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes))

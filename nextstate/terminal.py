@@ -1,0 +1,219 @@
+"""Games in the terminal: predicting what comes next, or giving the commands; oneself, or watching an agent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from nextstate.agents.agent import Agent, AgentError, Prompt
+from nextstate.agents.human import GivenUp, Human, HumanPlayer
+from nextstate.agents.play import AgentPlayer, Player, Playing, RandomPlayer, WalkthroughPlayer
+from nextstate.agents.reference import SHORTCUT, Reference
+from nextstate.envs.aims import Aim, reply, shortest
+from nextstate.envs.environments import DEFAULT_STEPS, PlayEnv
+from nextstate.envs.game import Episode, Game, GameError, Reader, score, unroll
+
+PLAYERS: dict[str, Callable[[], Player]] = {"random": RandomPlayer, "walkthrough": WalkthroughPlayer}
+LONG = 100  # commands that somebody has, at most, in a game with an objective
+ENDS = {
+    "won": "Won",
+    "lost": "Lost: no command is left",
+    "steps": "Out of time",
+    "": "Stopped",
+}
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where somebody plays: what is written to, and how a line is asked for."""
+
+    console: Console
+
+    def ask(self, prompt: str) -> str:
+        """Ask for a line; raises `EOFError` where there is none."""
+        return self.console.input(Text(prompt, style="bold"))
+
+    def say(self, text: str, style: str = "") -> None:
+        """Write what is no markup, whatever it holds."""
+        self.console.print(Text(text, style=style), soft_wrap=not style)
+
+
+def has_objective(game: Game, seed: int) -> bool:
+    """Tell whether the game of this seed has an aim of its own."""
+    return bool(game.objective(game.initial(np.random.default_rng(seed))))
+
+
+def agent_named(name: str, game: Game, terminal: Terminal) -> Agent:
+    """Return who answers questions: "human", "ideal", "chance", "shortcut:NAME", or a language model.
+
+    Raises:
+        GameError: the game has no such shortcut.
+        AgentError: there is no such model.
+    """
+    if name == "human":
+        return Human(terminal.console, terminal.ask)
+    if name.startswith(SHORTCUT) and name.removeprefix(SHORTCUT) not in game.shortcuts:
+        known = ", ".join(SHORTCUT + s for s in game.shortcuts)
+        raise GameError(f"{game.name} has no {name!r}: expected one of {known}")
+    if name in ("ideal", "chance") or name.startswith(SHORTCUT):
+        return Reference(name)
+    from nextstate.agents.language import LanguageModel
+
+    return LanguageModel(name)
+
+
+def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed: int) -> int:
+    """Play a game of predictions: read the story, answer, be told the truth, get a score; return the questions."""
+    if agent in PLAYERS:
+        raise AgentError(f"{agent} gives commands and answers no questions: play with --commands")
+    length = steps if steps is not None else min(DEFAULT_STEPS, game.max_steps or DEFAULT_STEPS)
+    episode = unroll(game, seed, length)
+    ideal = episode.beliefs("ideal")
+    reader = agent_named(agent, game, terminal).live()
+    tally = Tally()
+    terminal.say(episode.opening)
+    for t, step in enumerate(episode.steps):
+        if step.narration.strip():
+            terminal.say(step.narration.strip())
+        answered(terminal, reader, episode, t, tally, score(ideal[t][0], step.questions[0].accepted))
+        if step.outcome.strip():
+            terminal.say(step.outcome.strip())
+    terminal.console.print(
+        f"Score: [bold]{tally.right} of {length}[/]; the best possible reader expects {tally.ceiling:.1f}."
+    )
+    return length
+
+
+@dataclass
+class Tally:
+    """How many questions were asked and answered right, and what the ideal reader expects."""
+
+    asked: int = 0
+    right: int = 0
+    ceiling: float = 0.0
+
+
+def answered(terminal: Terminal, reader: Agent, episode: Episode, t: int, tally: Tally, ceiling: float) -> None:
+    """Ask the first question of step `t`, tell the truth, and count."""
+    question = episode.steps[t].questions[0]
+    answer = reader.predict([Prompt(episode, t)])[0]
+    ok = answer.greedy in question.accepted
+    tally.asked, tally.right, tally.ceiling = tally.asked + 1, tally.right + ok, tally.ceiling + ceiling
+    if not isinstance(reader, Human):
+        terminal.say(f"{question.stem.strip() or 'Next'} … {answer.answer}", "bold")
+    truth = " or ".join(question.choices[i].strip() for i in question.accepted)
+    terminal.say(f"  {'✓ right' if ok else f'✗ no: {truth}'}", "green" if ok else "red")
+
+
+class Examiner:
+    """Asks a question after each command, before the game tells what came of it, and knows what could be known.
+
+    Args:
+        terminal: where it asks.
+        reader: who answers.
+        playing: the episode, from its beginning.
+        rng: draws which of a step's questions is asked.
+    """
+
+    def __init__(self, terminal: Terminal, reader: Agent, playing: Playing, rng: np.random.Generator) -> None:
+        self.terminal, self.reader, self.rng, self.tally = terminal, reader, rng, Tally()
+        self.game = playing.env.game
+        self.ideal: Reader = self.game.reader(playing.view.aim.start)
+
+    def ask(self, episode: Episode) -> None:
+        """Ask about the last step of what was played so far."""
+        step, game = episode.steps[-1], self.game
+        self.ideal.hear(step.action)
+        asked = game.questions(step.state, step.action, step.next_state)
+        inline = game.feedback == "inline"
+        if asked:
+            # Where answers stay in the transcript, those before the one that is asked would be told by it.
+            question = asked[0 if inline else int(self.rng.integers(len(asked)))]
+            ceiling = score(self.ideal.guess("ideal", question), question.accepted)
+            steps = (*episode.steps[:-1], step._replace(questions=(question,)))
+            answered(self.terminal, self.reader, replace(episode, steps=steps), len(steps) - 1, self.tally, ceiling)
+        for question in asked if inline else ():
+            self.ideal.learn(question.truth)
+
+
+def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed: int, questions: bool) -> int:
+    """Play by giving commands, or watch an agent do so; return the commands that there were at most.
+
+    Raises:
+        AgentError: the agent cannot play, or cannot answer questions.
+    """
+    own = has_objective(game, seed)
+    length = steps if steps is not None else min(LONG if own else DEFAULT_STEPS, game.max_steps or LONG)
+    playing = Playing(PlayEnv(game.name, length, **game.settings), seed)
+    reader = agent_named(agent, game, terminal) if agent not in PLAYERS else None
+    if questions and reader is None:
+        raise AgentError(f"{agent} gives commands and answers no questions: leave out --questions")
+    if agent == "human":
+        player: Player = HumanPlayer(terminal.console, terminal.ask)
+    elif reader is None:
+        player = PLAYERS[agent]()
+    elif isinstance(reader, Reference):
+        raise AgentError(
+            f"{agent} answers questions and gives no commands: expected human, {', '.join(PLAYERS)} or a model"
+        )
+    else:
+        player = AgentPlayer(reader).begin()
+    examiner = Examiner(terminal, reader, playing, np.random.default_rng([seed, 1])) if questions and reader else None
+    terminal.say(playing.opening)
+    if agent == "human":
+        terminal.say("Give commands; their beginning or number will do. ? lists them, quit stops.", "dim")
+    with suppress(GivenUp):
+        while not playing.ended:
+            given = player.choose([playing.view])[0]
+            if agent != "human":
+                terminal.say(f"> {given}", "bold")
+            playing.take(given)
+            _tell(terminal, playing, given, examiner)
+    _sum_up(terminal, playing, examiner)
+    return length
+
+
+def _tell(terminal: Terminal, playing: Playing, given: str, examiner: Examiner | None) -> None:
+    """Tell what came of a command; where there are questions, ask in between."""
+    episode = playing.view.episode
+    if examiner is None or not playing.legal[-1]:
+        said = reply(given, playing.observations[-1])
+        terminal.say(said if said else "Done.")
+        return
+    step = episode.steps[-1]
+    before = reply(given, step.narration)
+    if before:
+        terminal.say(before)
+    examiner.ask(episode)
+    rest = playing.observations[-1].removeprefix(step.narration).strip()
+    if rest:
+        terminal.say(rest)
+
+
+def _sum_up(terminal: Terminal, playing: Playing, examiner: Examiner | None) -> None:
+    aim, taken = playing.view.aim, len(playing.commands)
+    fewest = _fewest(aim)
+    terminal.console.print(
+        f"[bold]{ENDS[playing.ended]}[/] after {taken} command{'' if taken == 1 else 's'}"
+        + (f"; it takes {fewest} at least." if fewest is not None else ".")
+    )
+    terminal.console.print(f"Score: [bold]{playing.info['score']:g} of {playing.info['max_score']:g}[/].")
+    if examiner is not None and examiner.tally.asked:
+        tally = examiner.tally
+        terminal.console.print(
+            f"Questions: [bold]{tally.right} of {tally.asked}[/] right; "
+            f"the best possible reader expects {tally.ceiling:.1f}."
+        )
+
+
+def _fewest(aim: Aim) -> int | None:
+    try:
+        found = shortest(aim)
+    except GameError:  # too many states to look at: it is not known
+        return None
+    return None if found is None else len(found)
