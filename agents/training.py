@@ -98,7 +98,9 @@ class TrainConfig(Strict):
 
     name: str = "tiny"
     seed: int = 0
-    start: str = Field("", description="a model of the same shape to go on from; tokens that both know keep their place")
+    start: str = Field(
+        "", description="a model of the same shape to go on from; tokens that both know keep their place"
+    )
     model: ModelConfig = ModelConfig()
     rows: int = Field(16, ge=1)
     row_tokens: int = Field(256, ge=16)
@@ -157,7 +159,9 @@ def draw_game(stage: Stage, level: int, rng: np.random.Generator) -> Draw:
         quest = min(4, 1 + objects // 2)
         game = make_game(name, rooms=rooms, objects=objects, quest=quest, games=40, game_seed=TRAINING_GAMES)
         return Draw(game, int(rng.integers(4, 15)), 3)
-    raise ConfigError(f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore, TextWorld")
+    raise ConfigError(
+        f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore, TextWorld"
+    )
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def curve(
     look: Mapping[str, Style],
     axis_name: str = "",
 ) -> go.Figure:
-    """Draw accuracy against `axis` for every agent that played, from the table `tables.curves` or `states.curves` makes.
+    """Draw accuracy against `axis` for every agent that played, from what `tables.curves` or `states.curves` makes.
 
     Bands are 95 % intervals over episodes, for models. Ideal reader and chance are drawn at their expected accuracy.
     """

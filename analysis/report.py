@@ -40,7 +40,7 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
     templates = environment(label=figures.label)
     totals = tables.pooled(answers, ("agent", "game", "variant"))
     by_game = tables.pooled(answers, ("agent", "game"))
-    by_size = tables.pooled(answers, ("agent", "game", "size"))
+    by_size = tables.pooled(alike(run, answers), ("agent", "game", "size"))
     by_states = states.curves(run, answers)
     curves = pl.concat([tables.curves(answers), *([by_states] if len(by_states) else [])])
     hard = tables.on_hard(answers)
@@ -71,11 +71,11 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
 
 def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn: Drawn) -> dict[str, Any]:
     mine = [s for s in run.info["settings"] if s["game"] == game]
-    size_name = mine[0].get("size_name", "size")
+    size_names = {s["variant"]: s.get("size_name", "size") for s in mine}
     look = figures.styles(run)
     here = cells.filter(pl.col("game") == game)
     panels = []
-    for variant in dict.fromkeys(s["variant"] for s in mine):
+    for variant, size_name in size_names.items():
         for agent in run.focus:
             if here.filter((pl.col("variant") == variant) & (pl.col("agent") == agent)).is_empty():
                 continue
@@ -94,13 +94,24 @@ def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn:
     present = set(here["agent"])
     return {
         "name": game,
-        "size_name": size_name,
-        "sizes": sorted({s["size"] for s in mine}),
+        "sizes": {
+            name: sorted({s["size"] for s in mine if size_names[s["variant"]] == name})
+            for name in dict.fromkeys(size_names.values())
+        },
         "steps": here["step"].max(),
         "episodes": max(s["episodes"] for s in mine),
         "panels": panels,
         "legend": [(figures.label(a), style) for a, style in look.items() if a in present],
     }
+
+
+def alike(run: Run, answers: pl.DataFrame) -> pl.DataFrame:
+    """Return the answers in settings whose size is that of the game's first setting, so that sizes can be compared."""
+    first: dict[str, str] = {}
+    for s in run.info["settings"]:
+        first.setdefault(s["game"], s.get("size_name", "size"))
+    slugs = [s["slug"] for s in run.info["settings"] if s.get("size_name", "size") == first[s["game"]]]
+    return answers.filter(pl.col("setting").is_in(slugs))
 
 
 def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dict[str, Any]]:
@@ -110,7 +121,7 @@ def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dic
     """
     out = []
     for agent in run.focus:
-        for game, size_name in {s["game"]: s.get("size_name", "size") for s in run.info["settings"]}.items():
+        for game, size_name in {s["game"]: s.get("size_name", "size") for s in reversed(run.info["settings"])}.items():
             mine = (pl.col("agent") == agent) & (pl.col("game") == game)
             subsets = {row["subset"]: row for row in by_game.filter(mine).iter_rows(named=True)}
             ends = by_size.filter(mine & (pl.col("subset") == "determined")).sort("size").rows(named=True)

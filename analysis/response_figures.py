@@ -52,7 +52,8 @@ def _colours(n: int) -> list[str]:
 def _log(strengths: Sequence[float]) -> dict[str, Any]:
     ends = [10 ** np.floor(np.log10(strengths[0])), 10 ** np.ceil(np.log10(strengths[-1]))]
     ticks = [float(10.0**k) for k in range(round(np.log10(ends[0])), round(np.log10(ends[1])) + 1)]
-    return {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks], "showgrid": False}
+    reach = [float(np.log10(strengths[0])) - 0.2, float(np.log10(strengths[-1])) + 0.2]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{t:g}" for t in ticks], "showgrid": False, "range": reach}
 
 
 def scale(

@@ -14,7 +14,6 @@ from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, agr
 from nextstate.analysis.response_window import KINDS, Window
 
 ROWS = 3000  # of the table of heads
-LEAST = 0.02  # a share lost below it is no finding, however narrow its band
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -74,12 +73,13 @@ def headline(run: ResponseRun) -> dict[str, Any]:
             n = 0 if edges.middle is None else len(edges.holds(edges.middle))
             ends = (edges.common[0], edges.common[-1]) if edges.common else (None, None)
             out["windows"].append({"dtype": dtype, "low": ends[0], "high": ends[1], "layers": n,
-                                   "of": len(edges.layers), "strength": edges.middle})  # fmt: skip
+                                   "of": len(edges.layers), "strength": edges.middle,
+                                   "open": (ends[0] == edges.strengths[0], ends[1] == edges.strengths[-1])})  # fmt: skip
     found = run.signature()
     if found is not None and any(found.valid):
         out["signature"] = _told(found)
     if run.heads is not None:
-        rows = run.heads.filter(pl.col("carries") & (pl.col("lost") >= LEAST)).sort("lost", descending=True)
+        rows = run.heads.filter(pl.col("carries") & (pl.col("lost") > 0)).sort("lost", descending=True)
         out["heads"] = {"of": len(run.heads), "rows": rows.rows(named=True)}
     for name, rows in run.bridge.items():
         last = rows.filter(pl.col("valid") & (pl.col("layer") == rows["layer"].max()))

@@ -15,6 +15,7 @@ import polars as pl
 from jaxtyping import Float
 from scipy.stats import spearmanr
 
+from nextstate.analysis.heads import carriers
 from nextstate.analysis.recovery import Recovery
 from nextstate.analysis.response import Response
 from nextstate.analysis.response_induction import excess, lost, means
@@ -183,7 +184,7 @@ class ResponseRun:
         ends = {name: getattr(gone, name).ravel() for name in ("value", "low", "high", "band_low", "band_high")}
         return (
             table.drop("left").with_columns(**{("lost" if k == "value" else k): v for k, v in ends.items()})
-            .with_columns(carries=pl.Series(gone.carries.ravel() & np.isfinite(ends["low"])))
+            .with_columns(carries=pl.Series(carriers(gone).ravel() & np.isfinite(ends["low"])))
             .join(self.tables["scores"], on=["layer", "head"], how="left")
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""States as a whole: accuracy against the exact number of states, and answers put together to states and differences."""
+"""States as a whole: accuracy against the exact number of states, and answers put together to whole states."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from nextstate.analysis import tables
-from nextstate.analysis.tables import Run
+from nextstate.analysis.tables import Run, RunError
 
 PER_DECADE = 2  # bins of |Q|
 FORMS = {"state": "full state", "difference": "state difference"}
@@ -16,12 +16,21 @@ _KEY = ("setting", "episode")
 
 
 def sizes(run: Run) -> pl.DataFrame:
-    """Return |Q| of each episode's system (setting, episode, states), where it is known; from `transcripts/`."""
+    """Return |Q| of each episode's system (setting, episode, states), where it is known; from `transcripts/`.
+
+    Raises:
+        RunError: a file there cannot be read.
+    """
     frames = []
     for path in sorted((run.path / "transcripts").glob("*.parquet")):
-        if "states" in pl.read_parquet_schema(path):
+        try:
+            if "states" not in pl.read_parquet_schema(path):
+                continue
             frame = pl.read_parquet(path, columns=["episode", "states"]).drop_nulls()
-            frames.append(frame.with_columns(setting=pl.lit(path.stem)))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            again = f"delete it and run `{run.info['command']}` again"
+            raise RunError(f"{path} cannot be read ({error}): {again}") from error
+        frames.append(frame.with_columns(setting=pl.lit(path.stem)))
     return (
         pl.concat(frames)
         if frames
@@ -51,9 +60,9 @@ def curves(run: Run, answers: pl.DataFrame, rng: np.random.Generator | None = No
 def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Put the answers of each step together: to a full state, and to what changed since the step before.
 
-    Only settings in which everything is asked after every step count, and only steps that have one before. What an agent
-    says is a state is its greedy answer about each variable; what it says has changed is where that differs from its
-    answer one step earlier: one fact became false, another true. A row a (agent, game, variant, form), with
+    Only settings in which everything is asked after every step count, and only steps that have one before. The state
+    that an agent tells is made of its greedy answers; what it says has changed is where they differ from those one step
+    earlier: one fact became false, another true. A row a (agent, game, variant, form), with
     - exact: share of steps with the whole state, or the whole difference, right;
     - by_fact: share of variables right, or F1 of the facts said to have become true or false;
     - ceiling, chance: of exact, for the full state, as if guesses were independent; null for differences (the ideal
@@ -118,7 +127,10 @@ def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
                     low, high = np.nanquantile(ratios, [(1 - tables.LEVEL) / 2, (1 + tables.LEVEL) / 2])
                     row |= {name: totals[:, a].sum() / totals[:, b].sum(), f"{name}_low": low, f"{name}_high": high}
             known = form == "state"
-            row |= {name: part[name].sum() / part["n"].sum() if known else None for name in ("ceiling", "chance")}
+            row |= {
+                name: part.select(pl.col(name).sum() / pl.col("n").sum()).item() if known else None
+                for name in ("ceiling", "chance")
+            }
             out.append(row | {"n": int(part["n"].sum()), "episodes": len(part)})
     return pl.DataFrame(out).fill_nan(None)
 

@@ -218,7 +218,7 @@ class Game(ABC):
         return tuple.__new__(Step, (state, action, after, words, asked, self.outcome(state, action, after)))
 
     def size_of(self, state: State) -> int | None:
-        """Return |Q|, the number of states an episode that starts in `state` can come to; None where it is not known."""
+        """Return |Q|, how many states an episode that starts in `state` can come to; None where it is not known."""
         return None
 
     def objective(self, state: State) -> str:

@@ -17,7 +17,7 @@ from nextstate.agents.config import Strict
 from nextstate.agents.play import Player
 from nextstate.agents.reference import SHORTCUT, Reference
 from nextstate.agents.rollout import Grid, Road, episodes_of, live, replay, seeds_for
-from nextstate.envs.game import Episode, check_steps
+from nextstate.envs.game import Episode, GameError, check_steps
 from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, slugify, write_json, write_parquet
 from nextstate.grid import GridConfig, Setting, games_of
 from nextstate.playing import PlayConfig, PlaySetting, play_cell, play_settings, plays_path, reference
@@ -186,7 +186,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
 
     Raises:
         ExperimentError: `out` belongs to another config.
-        GameError, AgentError: something asked for cannot be.
+        GameError: something asked for cannot be; where that shows only when a game is made, its cells are left out.
     """
     from nextstate.analysis import log, report, tables
 
@@ -206,10 +206,14 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
         record.update(changes, seconds=round(before + time.monotonic() - began, 1))
         write_json(out / "run.json", record)
 
-    for setting in settings:
-        _write_transcripts(out, setting)
+    broken = _tell_stories(settings, out, progress)
+    if broken and len(broken) == len(settings) and not plays:
+        raise GameError(next(iter(broken.values())))
     for entrant in todo:
         name, agent, tasks = entrant.name, None, _tasks(entrant, config, out, progress)
+        for task in [t for t in tasks if t.label in broken]:
+            note(left_out=_noted(record["left_out"], name, [task], broken[task.label]))
+        tasks = [t for t in tasks if t.label not in broken]
         for task in tasks:
             progress.on(f"{name} on {task.label}")
             if not task.path.exists():
@@ -223,7 +227,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
                         progress.warn(remark)
                         note(remarks=[*record["remarks"], remark])
                     frame, left_out = task.do(agent)
-                except AgentError as error:
+                except (AgentError, GameError) as error:  # a game may break down while it is played
                     frame, left_out = None, str(error)
                 if left_out:
                     progress.warn(left_out)
@@ -331,6 +335,19 @@ def frame_of(rows: list[dict[str, Any]], constant: dict[str, Any]) -> pl.DataFra
         else:
             columns[name] = pl.Series(name, [r[name] for r in rows], dtype=dtype)
     return pl.DataFrame(columns)
+
+
+def _tell_stories(settings: list[Setting], out: Path, progress: Progress) -> dict[str, str]:
+    """Write the transcripts of all settings; return, for each whose game cannot be made or played, why."""
+    broken = {}
+    for setting in settings:
+        progress.on(f"episodes of {setting.slug}")
+        try:
+            _write_transcripts(out, setting)
+        except GameError as error:
+            broken[setting.slug] = str(error)
+            progress.warn(str(error))
+    return broken
 
 
 def _write_transcripts(out: Path, setting: Setting) -> None:

@@ -288,6 +288,7 @@ class _Run:
                         self.model, tokens, strengths=(edges.middle,), along=kind == "along", layer=config.layer,
                         directions=None if kind == "along" else push, max_bytes=config.max_bytes,
                     )  # fmt: skip
+                    self.note(control=max(found.control, self.record.get("control", 0.0)))
                     both = [averaged(found, kind, relative) for relative in (False, True)]
                     offsets = [profile(value[:, :, given.sources], given) for value in both]
                     write_parquet(self.path(f"matrix-{condition}-{kind}"), matrix_rows(found.layers, both[0]))

@@ -23,6 +23,7 @@ from nextstate.envs.game import GameError
 from nextstate.experiment import Config
 from nextstate.folder import ExperimentError, answered, left_out
 from nextstate.patching import PatchConfig
+from nextstate.responding import ResponseConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -228,12 +229,14 @@ def test_yaml_never_makes_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", packaged_configs())
 def test_every_packaged_config_reads_and_names_its_command(name: str) -> None:
-    verbs: dict[str, tuple[str, Any]] = {"train": ("train", TrainConfig), "heads": ("patch", PatchConfig)}
+    verbs: dict[str, tuple[str, Any]] = {
+        "train": ("train", TrainConfig), "heads": ("patch", PatchConfig), "response": ("response", ResponseConfig),
+    }  # fmt: skip
     verb, kind = verbs.get(name.split("/")[1], ("run", Config))
     assert find_config(name).read_text().splitlines()[0] == f"# nextstate {verb} {name}"
     read = read_config(name, [], kind)
     if isinstance(read, Config):
-        assert experiment.settings_of(read)
+        assert experiment.settings_of(read) or read.play
     if isinstance(read, PatchConfig):
         assert patching.count_sweeps(read)
 
@@ -247,3 +250,30 @@ def test_a_config_that_is_not_there() -> None:
         find_config("configs/quickstrat.yaml")
     with pytest.raises(ConfigError, match="there is no config"):
         find_config("../pyproject")
+
+
+def test_a_game_that_cannot_be_made_leaves_out_its_cells_and_no_other(tmp_path: Path) -> None:
+    corrupt = tmp_path / "corrupt.json"
+    corrupt.write_text('{"version": 1, "KB": ')
+    out = tmp_path / "run"
+    config = Config(
+        name="broken", agents=["ideal", "chance"], wandb="disabled",
+        games=[
+            {"game": "TextWorld", "settings": {"file": str(corrupt)}, "steps": 3, "episodes": 2},
+            {"game": "Box", "steps": 3, "episodes": 2},
+        ],
+    )  # fmt: skip
+    page = experiment.run(config, out)
+    info = json.loads((out / "run.json").read_text())
+    assert {x["agent"] for x in info["left_out"]} == {"ideal", "chance"}
+    assert all("corrupt.json" in x["reason"] and "TextWorld" in x["setting"] for x in info["left_out"])
+    assert len(list(out.glob("rows/*/Box*.parquet"))) == 2
+    assert "corrupt.json" in page.read_text()
+    alone = Config(
+        name="broken",
+        agents=["ideal"],
+        wandb="disabled",
+        games=[{"game": "TextWorld", "settings": {"file": str(corrupt)}}],
+    )
+    with pytest.raises(GameError, match=r"corrupt\.json"):
+        experiment.run(alone, tmp_path / "alone")

@@ -43,11 +43,11 @@ class Situation(_Situation):
 class TextWorld(Game):
     """Text adventures made by TextWorld: rooms, doors, keys, containers and a quest, with exact states.
 
-    An episode plays one game of a pool; the pool is made once and cached. A state is which of the logical facts that can
-    change hold, and which quests are done; |Q| and |T| are those until the game ends. A step is a command. What it leads
-    to is asked about before the game says it: one question for each variable (where the player is, where each thing is,
-    open, closed or locked, eaten, cooked, cut, ...). The game's own walk never ends the game; it picks among the kinds of
-    commands that can be given (one kind is those that change nothing) and then among the commands of that kind.
+    An episode plays one game of a pool; the pool is made once and cached. A state is which of the logical facts that
+    can change hold, and which quests are done; |Q| and |T| are those until the game ends. A step is a command. What it
+    leads to is asked about before the game says it: one question for each variable (where the player is, where each
+    thing is, open, closed or locked, eaten, cooked, cut, ...). The game's own walk never ends the game; it picks among
+    the verbs of the commands that can be given (all that change nothing are as one verb), and then among the commands.
 
     Ideal reader: `nextstate.envs.textworld.reader.AdventureReader`.
 

@@ -9,6 +9,7 @@ from nextstate.envs.game import Action, Distribution, Question, Reader, point, u
 from nextstate.envs.textworld.words import Sight
 from nextstate.envs.textworld.world import OPPOSITE, Command, Variable
 
+
 class Told(NamedTuple):
     """What a piece of the transcript tells: the facts that hold then, and which of them it settles."""
 
@@ -21,10 +22,10 @@ class AdventureReader(Reader):
 
     It knows what every command does, that only commands that can be given are given, that nothing else moves or
     changes, and that what has been told stays so until a command changes it. What has not been told is uniform over the
-    values that nothing told rules out. A door seen from two rooms leads from one to the other. Where all ways of the game
-    go back as they came, and no two join the same rooms, it knows that too: a way not taken yet leads to a room not seen
-    yet, or to one that has the way back, which does not lead elsewhere. It does not use how TextWorld makes up its worlds
-    beyond this.
+    values that nothing told rules out. A door seen from two rooms leads from one to the other. Where all ways of the
+    game go back as they came, and no two join the same rooms, it knows that too: a way not taken yet leads to a room
+    not seen yet, or to one with a way back that does not lead elsewhere. It does not use how TextWorld makes up its
+    worlds beyond this.
 
     Args:
         sight: the world, and what its words settle.
@@ -164,4 +165,3 @@ class AdventureReader(Reader):
         if name == "action_only":
             return point(n, self.effect[variable.name]) if variable.name in self.effect else uniform(n)
         raise KeyError(name)
-

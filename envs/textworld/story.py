@@ -182,7 +182,7 @@ class _Process:
     """A running interpreter: it is asked a line, and answers a line for each text."""
 
     def __init__(self, path: Path) -> None:
-        self.owner = os.getpid()
+        self.owner, self.patience = os.getpid(), SECONDS
         self.done: tuple[str, ...] | None = None  # the commands it has played; None before it has begun
         folder = tempfile.TemporaryDirectory(prefix="nextstate-story-", ignore_cleanup_errors=True)
         with (Path(folder.name) / "errors").open("wb") as errors:
@@ -217,8 +217,8 @@ class _Process:
         with selectors.DefaultSelector() as ready:
             ready.register(self._process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
-                if not ready.select(SECONDS):
-                    raise _Gone(f"no answer came within {SECONDS:g} seconds")
+                if not ready.select(self.patience):
+                    raise _Gone(f"no answer came within {self.patience:g} seconds")
                 more = os.read(self._process.stdout.fileno(), 65536)
                 if not more:
                     raise _Gone(self._why("the process that plays it has died"))

@@ -116,7 +116,9 @@ class World:
         return self._hash
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return World.from_json, (self.to_json(),)  # without what was worked out: hashes of text differ in other processes
+        return World.from_json, (
+            self.to_json(),
+        )  # without what was worked out: hashes of text differ in other processes
 
     @cached_property
     def _hash(self) -> int:

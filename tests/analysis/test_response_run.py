@@ -150,7 +150,7 @@ def test_heads_stand_beside_those_of_a_patching_run(tmp_path: Path) -> None:
         "kinds": ["state", "action"], "directions": ["denoise"], "resamples": 100, "wandb": "disabled",
     }  # fmt: skip
     patching.run(PatchConfig(**narrow), tmp_path / "heads", model=made.agent)
-    bridge = [{"game": "DFA", "settings": settings, "kinds": ["state", "action"], "pairs": 3, "steps": 8}]
+    bridge = [{"game": "DFA", "settings": settings, "kinds": ["state", "action"], "pairs": 2, "steps": 8}]
     config = ResponseConfig(**NARROW | {"bridge": bridge, "patching": str(tmp_path / "heads")})
     page = responding.run(config, tmp_path / "run", model=made.agent).read_text(encoding="utf-8")
     assert "Beside patching" in page

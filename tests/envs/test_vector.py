@@ -104,7 +104,7 @@ def test_render_and_bad_input() -> None:
 def test_play_has_gymnasiums_own_vector_form(name: str) -> None:
     env = gym.make_vec(f"nextstate/{name}Play-v0", num_envs=3, steps=1)
     shown, info = env.reset(seed=0)
-    assert all(text.startswith("Goal: ") for text in shown)
+    assert all(text.startswith("Goal: ") or name == "TextWorld" for text in shown)  # which tells its own objective
     _, _, terminated, truncated, _ = env.step(tuple(commands[0] for commands in info["admissible_commands"]))
     assert (terminated | truncated).all()
     assert env.step(("", "", ""))[0] != shown
