@@ -11,8 +11,15 @@ from nextstate.analysis import tables
 from nextstate.analysis.tables import Run, RunError
 
 PER_DECADE = 2  # bins of |Q|
-FORMS = {"state": "full state", "difference": "state difference"}
+FORMS = {
+    "state": "full state",
+    "difference": "state difference",
+    "changed": "what the last action changed",
+    "unchanged": "what it did not change",
+}
 _KEY = ("setting", "episode")
+_OF_KIND = (("by_fact", "right"), ("ceiling", "ceiling"), ("chance", "chance"))
+_SUMS = (("right", "greedy_correct"), ("asked", "one"), ("ceiling", "ceiling"), ("chance", "chance"))
 
 
 def sizes(run: Run) -> pl.DataFrame:
@@ -63,10 +70,11 @@ def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
     Only settings in which everything is asked after every step count, and only steps that have one before. The state
     that an agent tells is made of its greedy answers; what it says has changed is where they differ from those one step
     earlier: one fact became false, another true. A row a (agent, game, variant, form), with
-    - exact: share of steps with the whole state, or the whole difference, right;
-    - by_fact: share of variables right, or F1 of the facts said to have become true or false;
-    - ceiling, chance: of exact, for the full state, as if guesses were independent; null for differences (the ideal
-      reader's own row says what it gets);
+    - exact: share of steps with the whole state, or the whole difference, right; null for the last two forms;
+    - by_fact: share of variables right (of all, or of those that changed, or of the others); of differences the F1 of
+      the facts said to have become true or false;
+    - ceiling, chance: of exact, for the full state, as if guesses were independent; of by_fact for the last two forms;
+      null for differences (the ideal reader's own row says what it gets);
     - n steps, episodes, and 95 % intervals `*_low`, `*_high` by bootstrap over episodes.
     """
     rng = np.random.default_rng(0) if rng is None else rng
@@ -102,37 +110,51 @@ def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
         same=(changed == said)
         & (~changed | (pl.col("greedy_correct") & (pl.col("old_greedy") == pl.col("old_truth")))),
     )
+    kinds = {"changed": pl.col("true") > 0, "unchanged": pl.col("true") == 0}
+    rows = rows.with_columns(one=pl.lit(1))
     steps = rows.group_by("agent", "game", "variant", *_KEY, "step").agg(
         state=pl.col("greedy_correct").all(), right=pl.col("greedy_correct").sum(), asked=pl.len(),
         ceiling=pl.col("ceiling").product(), chance=pl.col("chance").product(),
         difference=pl.col("same").all(), hit=pl.col("hit").sum(), facts=(pl.col("true") + pl.col("said")).sum(),
+        **{f"{name}_{form}": pl.col(of).filter(which).sum() for form, which in kinds.items() for name, of in _SUMS},
     )  # fmt: skip
     sums = steps.group_by("agent", "game", "variant", *_KEY).agg(
         n=pl.len(), state=pl.col("state").sum(), right=pl.col("right").sum(), asked=pl.col("asked").sum(),
         ceiling=pl.col("ceiling").sum(), chance=pl.col("chance").sum(), difference=pl.col("difference").sum(),
         hit=2 * pl.col("hit").sum(), facts=pl.col("facts").sum(),
+        **{f"{name}_{form}": pl.col(f"{name}_{form}").sum() for form in kinds for name, _ in _SUMS},
     ).sort("agent", "game", "variant", *_KEY)  # fmt: skip
-    out: list[dict[str, Any]] = []
-    for (agent, game, variant), part in sums.group_by("agent", "game", "variant", maintain_order=True):
-        for form, exact, top, bottom in (
-            ("state", "state", "right", "asked"),
-            ("difference", "difference", "hit", "facts"),
-        ):
-            totals = part.select("n", exact, top, bottom).to_numpy().astype(np.float64)
-            draws = tables.resample(totals[:, None, :], rng)[:, 0]
-            row: dict[str, Any] = {"agent": agent, "game": game, "variant": variant, "form": form}
-            for name, a, b in (("exact", 1, 0), ("by_fact", 2, 3)):
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    ratios = draws[:, a] / draws[:, b]
-                    low, high = np.nanquantile(ratios, [(1 - tables.LEVEL) / 2, (1 + tables.LEVEL) / 2])
-                    row |= {name: totals[:, a].sum() / totals[:, b].sum(), f"{name}_low": low, f"{name}_high": high}
-            known = form == "state"
-            row |= {
-                name: part.select(pl.col(name).sum() / pl.col("n").sum()).item() if known else None
-                for name in ("ceiling", "chance")
-            }
-            out.append(row | {"n": int(part["n"].sum()), "episodes": len(part)})
+    out = [
+        {"agent": agent, "game": game, "variant": variant, "form": form, **_row(part, form, rng)}
+        for (agent, game, variant), part in sums.group_by("agent", "game", "variant", maintain_order=True)
+        for form in FORMS
+    ]
     return pl.DataFrame(out).fill_nan(None)
+
+
+def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Return the numbers of one form; `part` has a row an episode."""
+    ratios = {
+        "state": {
+            "exact": ("state", "n"),
+            "by_fact": ("right", "asked"),
+            "ceiling": ("ceiling", "n"),
+            "chance": ("chance", "n"),
+        },
+        "difference": {"exact": ("difference", "n"), "by_fact": ("hit", "facts")},
+    }.get(form) or {name: (f"{top}_{form}", f"asked_{form}") for name, top in _OF_KIND}
+    names = sorted({column for pair in ratios.values() for column in pair})
+    totals = part.select(names).to_numpy().astype(np.float64)
+    draws = tables.resample(totals[:, None, :], rng)[:, 0]
+    row: dict[str, Any] = dict.fromkeys(("exact", "exact_low", "exact_high", "by_fact", "ceiling", "chance"))
+    for name, (top, bottom) in ratios.items():
+        a, b = names.index(top), names.index(bottom)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            row[name] = float(totals[:, a].sum() / totals[:, b].sum())
+            if name in ("exact", "by_fact"):
+                ends = np.nanquantile(draws[:, a] / draws[:, b], [(1 - tables.LEVEL) / 2, (1 + tables.LEVEL) / 2])
+                row |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
+    return row | {"n": int(part["n"].sum()), "episodes": len(part)}
 
 
 def _asked_all(run: Run, candidates: pl.LazyFrame) -> pl.DataFrame:
