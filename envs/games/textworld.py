@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
+from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Action, Feedback, Game, Question, Reader, State, require, require_whole, split
 from nextstate.envs.textworld.reader import AdventureReader, Told
 from nextstate.envs.textworld.words import Sight
@@ -67,6 +68,7 @@ class TextWorld(Game):
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch",)
     styles: ClassVar[tuple[str, ...]] = ("plain",)
+    contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = {"state": ("balanced",), "action": ("balanced",)}
 
     style: str = "plain"
     rooms: int | None = None
@@ -197,6 +199,11 @@ class TextWorld(Game):
 
         start = Told(state.facts, sight.mentioned(sight.of_room(state.facts), state.facts, self.opening(state)))
         return AdventureReader(sight, start, tell)
+
+    def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+        from nextstate.envs.textworld.pairs import draw_pair  # it builds on this module
+
+        return draw_pair(self, rng, kind, steps)
 
     def size_of(self, state: State) -> int | None:
         assert isinstance(state, Situation)
