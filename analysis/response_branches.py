@@ -28,7 +28,7 @@ from nextstate.analysis.sweep import _Held, _instead, _pass
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 LIMIT = (0.0,)  # the strengths of the exact product
-_CPU_TOKENS = 2048  # in one pass: more do not fit into a core's cache, and take longer each
+_CPU_TOKENS = 1024  # in one pass: more do not fit into a core's cache, and take longer each
 
 
 class ResponseError(ValueError):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
+from jaxtyping import Float
 from plotly.colors import sample_colorscale
 
 from nextstate.analysis.figures import SCALE, _layout, _plain, _rgba
@@ -103,7 +104,21 @@ def _top(traces: Sequence[Any]) -> float:
     return float(min(3.0, max(1.6, 1.05 * max(values, default=1.0))))
 
 
-def matrices(rows: pl.DataFrame, layers: Sequence[int], words: Sequence[str], title: str) -> go.Figure:
+def ends(tables: Sequence[pl.DataFrame], layers: Sequence[int]) -> tuple[float, float]:
+    """Return between which powers of ten the colours of response matrices run, those of all tables together."""
+    every = np.concatenate([_grid(rows, layer).ravel() for rows in tables for layer in layers])
+    low, high = np.quantile(every[np.isfinite(every) & (every > 0)], (0.02, 0.995))
+    return float(np.log10(low)), float(np.log10(high))
+
+
+def _grid(rows: pl.DataFrame, layer: int) -> Float[np.ndarray, "target position"]:
+    lines = rows.filter(layer=layer)["response"].to_list()
+    return np.array([[np.nan if x is None else x for x in line] for line in lines]).T
+
+
+def matrices(
+    rows: pl.DataFrame, layers: Sequence[int], words: Sequence[str], title: str, reach: tuple[float, float]
+) -> go.Figure:
     """Draw the response of each token (up) to a push on each token (right), one layer at a time, under a slider.
 
     Args:
@@ -111,18 +126,14 @@ def matrices(rows: pl.DataFrame, layers: Sequence[int], words: Sequence[str], ti
         layers: those to draw.
         words: what stands at each position.
         title: of the figure.
+        reach: powers of ten at the ends of the colours, from `ends`.
     """
-    grids = {
-        layer: np.array([[np.nan if x is None else x for x in line] for line in rows.filter(layer=layer)["response"]]).T
-        for layer in layers
-    }
-    every = np.concatenate([g[np.isfinite(g) & (g > 0)] for g in grids.values()])
-    low, high = (float(np.log10(x)) for x in np.quantile(every, (0.02, 0.995)))
+    grids = {layer: _grid(rows, layer) for layer in layers}
     with np.errstate(divide="ignore"):
         shown = {layer: [_numbers(line) for line in np.log10(grid)] for layer, grid in grids.items()}
     labels = [f"{i}: {_plain(word)}" for i, word in enumerate(words)]
     trace = go.Heatmap(
-        x=labels, y=labels, z=shown[layers[-1]], zmin=low, zmax=high, colorscale=SCALE, hoverongaps=False,
+        x=labels, y=labels, z=shown[layers[-1]], zmin=reach[0], zmax=reach[1], colorscale=SCALE, hoverongaps=False,
         hovertemplate="push on %{x}<br>response at %{y}<br>10 to the %{z:.2f}<extra></extra>",
     )  # fmt: skip
     steps = [{"label": str(layer), "method": "restyle", "args": [{"z": [shown[layer]]}]} for layer in layers]

@@ -60,7 +60,9 @@ def vocabulary_of(model: LanguageModel, alphabet: Sequence[str] = ()) -> list[in
             )
         return list(dict.fromkeys(tokens[0] for tokens in found))
     known = min(len(model.tokenizer), model.model.get_input_embeddings().weight.shape[0])
-    return sorted(set(range(known)) - set(model.tokenizer.all_special_ids))
+    added = model.tokenizer.added_tokens_decoder
+    special = {token for token, about in added.items() if about.special} | set(model.tokenizer.all_special_ids)
+    return sorted(set(range(known)) - special)
 
 
 def repeated(

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from nextstate.analysis import response_figures as figures
+from nextstate.analysis.figures import SCALE
 from nextstate.analysis.page import Drawn, environment, furniture, replace
 from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, agreement, load
 from nextstate.analysis.response_window import KINDS, Window
@@ -51,6 +52,7 @@ def render(run: ResponseRun) -> str:
         left=0 if table is None or shown is None else len(table) - len(shown),
         drawn=drawn.figures,
         roles=figures.ROLES,
+        ramp=", ".join(colour for _, colour in SCALE),
         **sections,
         **furniture(templates, "heads.script.html.jinja"),
     )
@@ -72,9 +74,10 @@ def headline(run: ResponseRun) -> dict[str, Any]:
             edges = run.windows[dtype, LAST]
             n = 0 if edges.middle is None else len(edges.holds(edges.middle))
             ends = (edges.common[0], edges.common[-1]) if edges.common else (None, None)
-            out["windows"].append({"dtype": dtype, "low": ends[0], "high": ends[1], "layers": n,
-                                   "of": len(edges.layers), "strength": edges.middle,
-                                   "open": (ends[0] == edges.strengths[0], ends[1] == edges.strengths[-1])})  # fmt: skip
+            out["windows"].append({
+                "dtype": dtype, "low": ends[0], "high": ends[1], "layers": n, "of": len(edges.layers),
+                "strength": edges.middle, "open": (ends[0] == edges.strengths[0], ends[1] == edges.strengths[-1]),
+            })  # fmt: skip
     found = run.signature()
     if found is not None and any(found.valid):
         out["signature"] = _told(found)
@@ -140,21 +143,17 @@ def _edges(run: ResponseRun) -> list[dict[str, Any]]:
     return out
 
 
-def _matrices(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
-    out = []
-    layers = list(run.holds(LAST))
-    for condition in ("repeated", "control"):
-        rows = run.tables.get(f"matrix-{condition}-{LAST}")
-        if rows is None or not layers:
-            continue
-        length, block, repeats = rows["position"].n_unique(), run.config["block"], run.config["repeats"]
-        lead = length - block * repeats
-        words = ["BOS"] * lead + [
-            f"block {1 + i // block}, token {1 + i % block}" for i in range(block * repeats)
-        ]  # fmt: skip
-        title = "A block, repeated" if condition == "repeated" else "Control: nothing is repeated"
-        out.append(drawn.add(figures.matrices(rows, layers, words, title)))
-    return out
+def _matrices(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
+    layers, block, repeats = list(run.holds(LAST)), run.config["block"], run.config["repeats"]
+    titles = {"repeated": "A block, repeated", "control": "Control: nothing is repeated"}
+    tables = {c: t for c in titles if (t := run.tables.get(f"matrix-{c}-{LAST}")) is not None}
+    if not tables or not layers:
+        return None
+    reach = figures.ends(list(tables.values()), layers)
+    words = ["BOS"] * (tables["repeated"]["position"].n_unique() - block * repeats)
+    words += [f"block {1 + i // block}, token {1 + i % block}" for i in range(block * repeats)]
+    shown = [drawn.add(figures.matrices(t, layers, words, titles[c], reach)) for c, t in tables.items()]
+    return {"figures": shown, "low": 10 ** reach[0], "high": 10 ** reach[1]}
 
 
 def _signatures(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
@@ -240,7 +239,8 @@ def mirrored(run: ResponseRun) -> dict[str, Any]:
     rows, layers = run.tables.get(f"matrix-repeated-{LAST}"), list(run.holds(LAST))
     if rows is not None and layers:
         words = [""] * rows["position"].n_unique()
-        out["figures/matrices"] = figures.matrices(rows, layers, words, "A block, repeated")
+        reach = figures.ends([rows], layers)
+        out["figures/matrices"] = figures.matrices(rows, layers, words, "A block, repeated", reach)
     if run.heads is not None:
         out["figures/heads"] = figures.heads(run.heads, "Each head, left out by itself")
         out["summary/heads"] = len(told["heads"]["rows"])

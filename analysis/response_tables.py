@@ -176,8 +176,8 @@ class ResponseRun:
         if found is None or len(parts) < layers or "scores" not in self.tables:
             return None
         table = pl.concat(parts).sort("layer", "head")
-        whole = excess(found.offsets["repeated"][:, -1], found.block)[0][:, 0]
-        left = np.array(table["left"].to_list()).T.reshape(len(whole), layers, -1)
+        left = np.array(table["left"].to_list()).T.reshape(-1, layers, len(table) // layers)
+        whole = excess(found.offsets["repeated"][: len(left), -1], found.block)[0][:, 0]
         gone = lost(whole, left, self._rng(), resamples=int(self.config["resamples"]))
         if gone is None:
             return None

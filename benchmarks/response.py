@@ -2,19 +2,23 @@
 
     python -m benchmarks.response [--quick]
 
-The peers are what one writes without branches: run the prompt, then once again for each position and strength with a
-PyTorch hook that pushes the embedding there, read the residual stream of every layer, and compare. One peer calls the
-model as it comes, which also computes the vocabulary; the other leaves the vocabulary out, as we do. All find the same
-responses, on the same weights (random ones; the time does not depend on them). A prompt has 64 tokens.
+The peers are what one writes without branches: run the prompt, then once again for each position and strength, push the
+embedding there, read the residual stream of every layer, and compare. One does it with an nnsight trace a push, one
+with PyTorch hooks, calling the model as it comes, which also computes the vocabulary; one leaves the vocabulary out, as
+we do. All find the same responses, on the same weights (random ones; the time does not depend on them). A prompt has 64
+tokens.
 
-Pushed copies differ from position j on alone, so half of all tokens are saved; the rest of the gain comes from passes
-of many tokens, and from the vocabulary where a peer computes it. In full, a peer needs 512 passes; it is timed on every
-fourth position, since all its passes cost the same, and scaled up. Times are CPU time of one thread.
+Pushed copies differ from position j on alone, so half of all tokens are saved, and no more can be: every later token
+changes in every layer. The rest of the gain comes from passes of many tokens, and from the vocabulary where a peer
+computes it. A peer needs 512 passes; in GPT-2 small's shape (and in `--quick`) it is timed on some of the positions,
+evenly spread, since all its passes cost the same, and scaled up. Times are CPU time of one thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import median
 from time import process_time
 from typing import Any
 
@@ -69,10 +73,70 @@ def one_forward_each(agent: LanguageModel, tokens: Found, positions: Sequence[in
     return out
 
 
+@torch.inference_mode()
+def one_trace_each(agent: LanguageModel, tokens: Found, positions: Sequence[int]) -> Found:
+    """Do the same with one nnsight trace a push."""
+    model, ids = agent.traced, torch.from_numpy(tokens)
+    blocks = model.transformer.h
+    out = np.full((len(STRENGTHS), len(blocks), len(positions), TOKENS), np.nan, dtype=np.float32)
+    with model.trace(ids):
+        plain = list().save()
+        start = blocks[0].input.save()
+        for block in blocks:
+            plain.append(block.output)
+    base, sizes = torch.stack(list(plain))[:, 0], start[0].norm(dim=-1)
+    for p, position in enumerate(positions):
+        for s, eps in enumerate(STRENGTHS):
+            with model.trace(ids):
+                blocks[0].input[:, position] *= 1 + eps
+                seen = list().save()
+                for block in blocks:
+                    seen.append(block.output)
+            moved = (torch.stack(list(seen))[:, 0] - base).norm(dim=-1) / (eps * float(sizes[position]))
+            out[s, :, p, position:] = moved[:, position:].numpy()
+    return out
+
+
 def difference(mine: Found, theirs: Found) -> float:
     """Return how far pushed streams are apart at most, as a share of the norm of what is pushed."""
     strengths = np.array(STRENGTHS)[:, None, None, None]
     return float(np.nanmax(np.abs(mine - theirs) * strengths))
+
+
+def compared(layers: int, heads: int, width: int, vocabulary: int, stride: int, repeats: int) -> list[Result]:
+    """Time one shape against all peers, in turn; these do every `stride`-th position, and count `stride` times."""
+    config = GPT2Config(
+        n_layer=layers, n_head=heads, n_embd=width, n_positions=1024, vocab_size=vocabulary, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    agent = LanguageModel("random GPT-2", loaded=(GPT2LMHeadModel(config).eval(), train_tokenizer(TrainConfig())))
+    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, TOKENS))
+    responses(agent, tokens, positions=[TOKENS - 2])  # warm up
+    one_forward_each(agent, tokens, [0], vocabulary=True)
+    one_trace_each(agent, tokens, [0])
+    peers: dict[str, Callable[[LanguageModel, Found, Sequence[int]], Found]] = {
+        "one nnsight trace each": one_trace_each,
+        "one forward each": partial(one_forward_each, vocabulary=True),
+        "one forward each without the vocabulary": partial(one_forward_each, vocabulary=False),
+    }
+    taken: list[float] = []
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    worst = dict.fromkeys(peers, 0.0)
+    for _ in range(repeats):
+        begun = process_time()
+        mine = ours(agent, tokens)
+        taken.append(process_time() - begun)
+        for name, peer in peers.items():
+            begun = process_time()
+            theirs = peer(agent, tokens, range(0, TOKENS, stride))
+            times[name].append((process_time() - begun) * stride)
+            worst[name] = max(worst[name], difference(mine[:, :, ::stride], theirs))
+    own, told = median(taken), f"{TOKENS} positions x {len(STRENGTHS)} strengths"
+    return [
+        Result(f"{told}, {name}, {layers} x {heads} x {width}", median(times[name]) / own, own, median(times[name]),
+               worst[name], repeats)
+        for name in peers
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -80,34 +144,11 @@ def main() -> None:
     args = parse(__doc__ or "")
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    shape = {"n_layer": 4, "n_head": 4, "n_embd": 256} if args.quick else {"n_layer": 12, "n_head": 12, "n_embd": 768}
-    vocabulary = 8000 if args.quick else 50257
-    model = GPT2LMHeadModel(GPT2Config(**shape, n_positions=1024, vocab_size=vocabulary)).eval()
-    agent = LanguageModel("random GPT-2", loaded=(model, train_tokenizer(TrainConfig())))
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, TOKENS))
-    stride = 1 if args.quick else 4
-    positions = range(0, TOKENS, stride)
-    told = f"{shape['n_layer']} x {shape['n_head']} x {shape['n_embd']}"
-    results, repeats = [], 3 if args.quick else 1
-    responses(agent, tokens, positions=[TOKENS - 2])  # warm up
-    one_forward_each(agent, tokens, [0], vocabulary=True)
-    for whole, name in ((True, "one forward each"), (False, "one forward each without the vocabulary")):
-        times: tuple[list[float], list[float]] = ([], [])
-        worst = 0.0
-        for _ in range(repeats):
-            begun = process_time()
-            mine = ours(agent, tokens)
-            middle = process_time()
-            theirs = one_forward_each(agent, tokens, positions, whole)
-            times[0].append(middle - begun)
-            times[1].append((process_time() - middle) * stride)
-            worst = max(worst, difference(mine[:, :, ::stride], theirs))
-        taken, peers = (float(np.median(t)) for t in times)
-        title = f"{TOKENS} positions x {len(STRENGTHS)} strengths, {name}, {told}"
-        results.append(Result(title, peers / taken, taken, peers, worst, repeats))
+    results = [] if args.quick else compared(12, 12, 768, 50257, stride=8, repeats=1)
+    results += compared(4, 4, 256, 8000, stride=4 if args.quick else 2, repeats=1 if args.quick else 3)
     rates = {"pushes per second": TOKENS * len(STRENGTHS) / results[0].ours_s}
     finish("Responses as branches against one forward pass a push (CPU, float32)", results,
-           ("torch", "transformers"), rates)  # fmt: skip
+           ("torch", "transformers", "nnsight"), rates)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ class ResponseConfig(RunConfig):
         description="shares of the norm of what is pushed, in rising order",
     )  # fmt: skip
     window_prompts: int = Field(2, ge=1, description="on which the windows are measured")
+    head_prompts: int = Field(8, ge=2, description="on which heads are left out, at most")
     flat: float = Field(0.05, gt=0, description="largest slope of log response against log strength in a window")
     alike: float = Field(0.99, gt=0, le=1, description="smallest cosine between neighbouring strengths in a window")
     ablation: Literal["mean", "zero"] = "mean"
@@ -213,6 +215,7 @@ class _Run:
         import torch
 
         from nextstate.agents.language import LanguageModel
+        from nextstate.agents.sites import Sites
         from nextstate.analysis.response import responses
         from nextstate.analysis.response_window import KINDS, restored, window
 
@@ -228,6 +231,7 @@ class _Run:
                 if dtype != own:
                     loaded = copy.deepcopy(self.model.model).to(kind)
                     twin = LanguageModel(self.model.name, loaded=(loaded, self.model.tokenizer))
+                    twin.sites = Sites.of(loaded, self.model.sites.names)
                     strengths = [s for s in strengths if s > float(torch.finfo(kind).eps)]
                     if len(strengths) < 3:
                         self.remark(f"{dtype} has no window: fewer than three strengths are above its rounding")
@@ -301,16 +305,18 @@ class _Run:
         from nextstate.analysis.response_induction import head_excess
         from nextstate.analysis.response_tables import left_rows, score_rows
 
-        config, push = self.config, self.directions("blocks", prompts=self.config.prompts)
+        config, n = self.config, self.config.head_prompts
+        few = replace(given, tokens=given.tokens[:n], control=given.control[:n])
+        push = self.directions("blocks", prompts=config.prompts)[:n]
         if not self.path("scores").exists():
-            scores = (f(self.model, given.tokens, given.block, given.lead) for f in (prefix_matching, copying))
+            scores = (f(self.model, few.tokens, few.block, few.lead) for f in (prefix_matching, copying))
             write_parquet(self.path("scores"), score_rows(*scores))
         for layer in range(self.model.sites.layers):
             self.progress.on(f"without each head of layer {layer}")
             path = self.path(f"left-{layer:03d}")
             if not path.exists():
                 left = head_excess(
-                    self.model, given, layer, strength=strength, directions=push, ablation=config.ablation,
+                    self.model, few, layer, strength=strength, directions=push, ablation=config.ablation,
                     injected=config.layer, max_bytes=config.max_bytes,
                 )  # fmt: skip
                 write_parquet(path, left_rows(layer, left))
