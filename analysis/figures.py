@@ -26,6 +26,7 @@ SCALE: list[tuple[float, str]] = [
     (0.0, "#fbf7d5"), (0.125, "#e6f2bd"), (0.25, "#c1e4b8"), (0.375, "#8dcfba"), (0.5, "#58b9c0"),
     (0.625, "#359cc0"), (0.75, "#2a79b3"), (0.875, "#2a569f"), (1.0, "#28378a"),
 ]  # fmt: skip
+WIDE = 20  # sizes that many times as large as the smallest are drawn on a logarithmic axis
 DARK, LIGHT, TURN = "#16181b", "#ffffff", 0.75  # ink on a cell, from which value on it is light: contrast over 4.5
 CELL = (
     "accuracy %{customdata[0]} (95 %: %{customdata[1]} to %{customdata[2]})<br>n %{customdata[3]}"
@@ -219,7 +220,8 @@ def curve(
     if axis == "states":
         ticks |= {"type": "log", "dtick": 1, "minor": {"dtick": "D1", "ticks": "outside", "ticklen": 2}}
     elif axis == "size" and len(at) <= 12:
-        ticks |= {"tickvals": at}
+        wide = at[-1] >= WIDE * max(at[0], 1)
+        ticks |= {"tickvals": at} | ({"type": "log", "ticktext": [f"{n:,}" for n in at]} if wide else {})
     elif at:
         ticks |= {"range": [at[0] - 0.5, at[-1] + 0.5]} | ({"dtick": 1} if at[-1] <= 12 else {})
     upright = {"range": [-0.02, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}

@@ -107,11 +107,17 @@ def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn:
 
 def alike(run: Run, answers: pl.DataFrame) -> pl.DataFrame:
     """Return the answers in settings whose size is that of the game's first setting, so that sizes can be compared."""
+    first = _size_names(run)
+    slugs = [s["slug"] for s in run.info["settings"] if s.get("size_name", "size") == first[s["game"]]]
+    return answers.filter(pl.col("setting").is_in(slugs))
+
+
+def _size_names(run: Run) -> dict[str, str]:
+    """Return what the size of each game's first setting is called."""
     first: dict[str, str] = {}
     for s in run.info["settings"]:
         first.setdefault(s["game"], s.get("size_name", "size"))
-    slugs = [s["slug"] for s in run.info["settings"] if s.get("size_name", "size") == first[s["game"]]]
-    return answers.filter(pl.col("setting").is_in(slugs))
+    return first
 
 
 def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dict[str, Any]]:
@@ -121,7 +127,7 @@ def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dic
     """
     out = []
     for agent in run.focus:
-        for game, size_name in {s["game"]: s.get("size_name", "size") for s in reversed(run.info["settings"])}.items():
+        for game, size_name in _size_names(run).items():
             mine = (pl.col("agent") == agent) & (pl.col("game") == game)
             subsets = {row["subset"]: row for row in by_game.filter(mine).iter_rows(named=True)}
             ends = by_size.filter(mine & (pl.col("subset") == "determined")).sort("size").rows(named=True)
