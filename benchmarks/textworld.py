@@ -66,7 +66,7 @@ def main() -> None:
     args = parse(__doc__ or "")
     warnings.filterwarnings("ignore")
     repeats, count = (1, 2) if args.quick else (5, 10)
-    game = make_game("TextWorld", rooms=3, objects=5, quest=4, games=1)
+    game = make_game("TextWorld", states=400, games=1)
     assert isinstance(game, TextWorld)
     world = game.worlds[0]
     automaton = Automaton.explore(game, start=game.start(0))
