@@ -92,8 +92,6 @@ def _spans(kind: str, side: Episode, subject: str) -> dict[str, Span]:
     narration = piece_of(side, -1, "narration")
     *_, word = parts[narration].split("\n")[-2].split() if kind == "state" else ("", _thing(side))
     found = {"action": spot(side, narration, word), "subject": spot(side, narration + 1, subject), "last": last(side)}
-    if kind == "state":
-        found["origin"] = spot(side, piece_of(side, -2, "narration"), _thing(side, -2))
     told = [
         (i, m) for i, text in enumerate(parts[:narration]) for m in re.finditer(rf"The {subject} is ([^.]*)\.", text)
     ]
@@ -105,9 +103,9 @@ def _spans(kind: str, side: Episode, subject: str) -> dict[str, Span]:
     return found
 
 
-def _thing(side: Episode, step: int = -1) -> str:
-    """Return the name of the thing that a step's command moves: the first one that it names."""
-    state, action = side.steps[step].state, side.steps[step].action
+def _thing(side: Episode) -> str:
+    """Return the name of the thing that the last command moves: the first one that it names."""
+    state, action = side.steps[-1].state, side.steps[-1].action
     assert isinstance(action, int)
     world = state.world  # type: ignore[attr-defined]
     return str(world.names[world.commands[action].named[0]])
