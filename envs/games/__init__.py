@@ -10,6 +10,7 @@ from nextstate.envs.games.box import Box
 from nextstate.envs.games.cycle import Cycle
 from nextstate.envs.games.dfa import DFA
 from nextstate.envs.games.fruit import FruitStore
+from nextstate.envs.games.grammar import CFG
 from nextstate.envs.games.textworld import TextWorld
 
 GAMES: dict[str, type[Game]] = {
@@ -18,6 +19,7 @@ GAMES: dict[str, type[Game]] = {
     "Cycle": Cycle,
     "FruitStore": FruitStore,
     "TextWorld": TextWorld,
+    "CFG": CFG,
 }
 
 

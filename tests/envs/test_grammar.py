@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextstate.envs import GameError
@@ -76,29 +76,33 @@ def listed(grammar: Grammar) -> list[Told]:
 
 @st.composite
 def grammars(draw: st.DrawFn) -> Grammar:
-    """Draw a tiny grammar, with weights or without, some ambiguous, some with terminals that are hidden."""
+    """Draw a tiny grammar, with weights or without, many of them ambiguous, some with terminals that are hidden."""
+    # Chance within a seed, as what hypothesis draws one by one is mostly as small as can be.
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    symbols, short = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    longest, distinct = draw(st.integers(short, 3)), draw(st.booleans())
-    assume(not distinct or symbols <= sum(symbols**k for k in range(short, longest + 1)))
-    bodies = sum(symbols**k for k in range(short, longest + 1)) // (symbols if distinct else 1)
-    grammar = random_grammar(
-        rng,
-        levels=draw(st.integers(2, 4)),
-        symbols=symbols,
-        rules_min=1,
-        rules_max=draw(st.integers(1, min(bodies, 3))),
-        length_min=short,
-        length_max=longest,
-        distinct_bodies=distinct,
-    )
-    if draw(st.booleans()):
-        grammar = Grammar(tuple([Rule(left, right, int(rng.integers(1, 6))) for left, right, _ in grammar.rules]))
-    if draw(st.integers(0, 3)) == 0:
-        vocabulary = len(grammar.terminals) + draw(st.integers(0, 2))
-        grammar = implicit(grammar, rng, vocabulary, overlap=draw(st.booleans()), skewed=draw(st.booleans()))
-    assume(sizes.n_derivations(grammar) <= MOST)
-    return grammar
+    while True:
+        symbols, short = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+        longest, distinct = int(rng.integers(short, 4)), bool(rng.integers(2))
+        bodies = sum(symbols**k for k in range(short, longest + 1)) // (symbols if distinct else 1)
+        if not bodies:
+            continue
+        grammar = random_grammar(
+            rng,
+            levels=int(rng.integers(2, 5)),
+            symbols=symbols,
+            rules_min=1,
+            rules_max=int(rng.integers(1, min(bodies, 4) + 1)),
+            length_min=short,
+            length_max=longest,
+            distinct_bodies=distinct,
+        )
+        if rng.random() < 0.4:
+            grammar = Grammar(tuple([Rule(left, right, int(rng.integers(1, 6))) for left, right, _ in grammar.rules]))
+        if rng.random() < 0.2:
+            vocabulary = len(grammar.terminals) + int(rng.integers(3))
+            grammar = implicit(grammar, rng, vocabulary, overlap=rng.random() < 0.5, skewed=rng.random() < 0.5)
+        many = sizes.n_derivations(grammar)
+        if many <= MOST and (many > 8 or rng.random() < 0.1):
+            return grammar
 
 
 def some_strings(grammar: Grammar, told: list[Told], rng: np.random.Generator) -> list[np.ndarray]:

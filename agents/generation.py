@@ -1,0 +1,201 @@
+"""How well a trained model knows a grammar: whole strings it writes, how many different ones, how far its next tokens.
+
+Measures of "Physics of Language Models: Part 1" (arXiv 2305.13673), Results 1 to 3: accuracy from nothing and from a
+prefix, entropy and distinct strings against the grammar's, Kullback-Leibler divergence per token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from nextstate.envs.game import GameError, require_whole
+from nextstate.envs.grammar.derivation import sample
+from nextstate.envs.grammar.grammar import Grammar
+from nextstate.envs.grammar.inside import log_probabilities, member, next_tokens
+from nextstate.envs.grammar.sizes import bounds
+
+Strings = Sequence[Sequence[int] | np.ndarray]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Which tokens of a model stand for what.
+
+    Args:
+        begin: the token before every string.
+        end: the token that closes a string; the two may be one.
+        terminals: for each terminal of the grammar its token.
+    """
+
+    begin: int
+    end: int
+    terminals: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len({*self.terminals, self.begin}) <= len(self.terminals) or self.end in self.terminals:
+            raise GameError(f"{self} is not possible: expected a token of its own for each terminal, and for the ends")
+
+    def encode(self, string: Sequence[int] | np.ndarray) -> list[int]:
+        """Return the tokens of the beginning and of terminals, given as their indices."""
+        return [self.begin, *[self.terminals[t] for t in string]]
+
+    def decode(self, tokens: Sequence[int]) -> np.ndarray | None:
+        """Return the terminals that come before the first end; None where there is no end, or another token before."""
+        index = {token: t for t, token in enumerate(self.terminals)}
+        whole = list(tokens[: tokens.index(self.end)]) if self.end in tokens else [self.begin]
+        return None if any(t not in index for t in whole) else np.array([index[t] for t in whole], dtype=np.int64)
+
+
+def complete(
+    model: Any,
+    codes: Codes,
+    prefixes: Strings,
+    rng: np.random.Generator,
+    longest: int,
+    temperature: float = 1.0,
+    batch: int = 256,
+) -> list[np.ndarray | None]:
+    """Let a causal model of transformers go on after each prefix until it closes the string.
+
+    Args:
+        model: in evaluation mode.
+        codes: its tokens.
+        prefixes: terminals by index; empty ones for strings from nothing.
+        rng: where to draw from.
+        longest: terminals of a string at most.
+        temperature: of its distribution, which is cut nowhere else.
+        batch: strings written at once.
+
+    Returns:
+        for each prefix the string, prefix included; None where it has a token that is no terminal, or no end.
+    """
+    require_whole("batch", batch, 1, 1_000_000)
+    if not temperature > 0:
+        raise GameError(f"temperature={temperature!r} is not possible: expected a number above 0")
+    out: list[np.ndarray | None] = [None] * len(prefixes)
+    by_length: dict[int, list[int]] = {}
+    for k, prefix in enumerate(prefixes):
+        by_length.setdefault(len(prefix), []).append(k)
+    for length, rows in by_length.items():
+        if length > longest:
+            raise GameError(f"longest={longest} is not possible with a prefix of {length}: expected at least that")
+        for low in range(0, len(rows), batch):
+            some = rows[low : low + batch]
+            ids = torch.tensor([codes.encode(prefixes[k]) for k in some], device=model.device)
+            with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+                torch.manual_seed(int(rng.integers(2**63)))  # generate draws from torch's own generator only
+                told = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=temperature,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=longest - length + 1,
+                    eos_token_id=codes.end,
+                    pad_token_id=codes.end,
+                )
+            for k, row in zip(some, told[:, 1:].tolist(), strict=True):
+                out[k] = codes.decode(row)
+    return out
+
+
+def next_logs(
+    model: Any, codes: Codes, strings: Strings, batch: int = 64
+) -> Iterator[Float[np.ndarray, "position choice"]]:
+    """Yield for each string the model's log-probabilities (nats) after each prefix: of each terminal, then of the end.
+
+    They are shares of the whole vocabulary, so what the model gives to other tokens is missing from their sum.
+    """
+    kept = [*codes.terminals, codes.end]
+    for low in range(0, len(strings), batch):
+        some = [codes.encode(string) for string in strings[low : low + batch]]
+        width = max(map(len, some))
+        ids = torch.tensor([row + [codes.end] * (width - len(row)) for row in some], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in some], device=model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits.float()
+        logs = torch.log_softmax(logits, dim=-1)[:, :, kept].double().cpu().numpy()
+        for row, log in zip(some, logs, strict=True):
+            yield log[: len(row)]
+
+
+def divergence(truth: Float[np.ndarray, "position choice"], logs: Float[np.ndarray, "position choice"]) -> float:
+    """Return the Kullback-Leibler divergence of a model from the exact next tokens of a string, in nats a position."""
+    seen = truth > 0
+    return float((truth[seen] * (np.log(truth[seen]) - logs[seen])).sum() / len(truth))
+
+
+class Measures(NamedTuple):
+    """What a model makes of a grammar; shares with the number of strings they are of, bits of a whole string."""
+
+    accuracy: float  # of strings from nothing, the share that the grammar has
+    accuracy_prefix: float  # the same after the first tokens of strings of the grammar
+    strings: int
+    kl: float  # nats a token, over strings of the grammar
+    bits: float  # mean of what the model gives to the strings that it wrote and closed: its entropy
+    bits_truth: float  # mean of what the grammar gives to its own
+    repeats: int  # pairs of the strings written that are the same
+
+
+def measure(
+    model: Any,
+    codes: Codes,
+    grammar: Grammar,
+    rng: np.random.Generator,
+    strings: int = 1000,
+    prefix: int = 50,
+    temperature: float = 1.0,
+    longest: int | None = None,
+) -> Measures:
+    """Measure a model on fresh strings.
+
+    Args:
+        model: a causal model of transformers, in evaluation mode.
+        codes: its tokens.
+        grammar: what it was trained on.
+        rng: where to draw from.
+        strings: how many are written, and how many of the grammar's are drawn.
+        prefix: tokens given; of a shorter string all but its last one.
+        temperature: at which strings are written.
+        longest: terminals after which the model is stopped; by default as many as the grammar's longest string has.
+    """
+    if len(codes.terminals) != len(grammar.terminals):
+        raise GameError(f"{codes} has {len(codes.terminals)} terminals: expected {len(grammar.terminals)}")
+    longest = bounds(grammar)[0][1] if longest is None else longest
+    own = [each.tokens for each in sample(grammar, rng, strings)]
+    cut = [x[: min(prefix, len(x) - 1)] for x in own]
+    written = complete(model, codes, [own[0][:0]] * strings, rng, longest, temperature)
+    ended = [x for x in written if x is not None]
+    exact = [after.p for after in next_tokens(grammar, own)]
+    kl = np.mean([divergence(p, logs) for p, logs in zip(exact, next_logs(model, codes, own), strict=True)])
+    bits = [surprise(x, logs) for x, logs in zip(ended, next_logs(model, codes, ended), strict=True)]
+    many = Counter(tuple(x.tolist()) for x in ended)
+    return Measures(
+        accuracy=share(grammar, written),
+        accuracy_prefix=share(grammar, complete(model, codes, cut, rng, longest, temperature)),
+        strings=strings,
+        kl=float(kl),
+        bits=float(np.mean(bits)) if bits else float("nan"),
+        bits_truth=float(-log_probabilities(grammar, own).mean() / np.log(2)),
+        repeats=sum(k * (k - 1) // 2 for k in many.values()),
+    )
+
+
+def share(grammar: Grammar, written: Sequence[np.ndarray | None]) -> float:
+    """Return the share of what was written that the grammar has; what has no end, or other tokens, counts as wrong."""
+    ended = [x for x in written if x is not None]
+    return float(member(grammar, ended).sum()) / len(written) if ended else 0.0
+
+
+def surprise(string: np.ndarray, logs: Float[np.ndarray, "position choice"]) -> float:
+    """Return the bits that a model's next tokens give to a whole string, its end included."""
+    chosen = np.append(string, logs.shape[1] - 1)
+    return float(-logs[np.arange(len(chosen)), chosen].sum() / np.log(2))
