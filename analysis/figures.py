@@ -219,7 +219,7 @@ def curve(
     ticks: dict[str, Any] = {"showgrid": False}
     if axis == "states":
         ticks |= {"type": "log", "dtick": 1, "minor": {"dtick": "D1", "ticks": "outside", "ticklen": 2}}
-    elif axis == "size" and len(at) <= 12:
+    elif axis == "size" and 0 < len(at) <= 12:
         wide = at[-1] >= WIDE * max(at[0], 1)
         ticks |= {"tickvals": at} | ({"type": "log", "ticktext": [f"{n:,}" for n in at]} if wide else {})
     elif at:

@@ -7,7 +7,9 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from ctypes import CDLL, LibraryLoader
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ _SETTINGS: Mapping[str, Mapping[str, tuple[int, int, int]]] = {
     "cooking": {"rooms": (6, 1, 12), "level": (1, 1, 5)},
     "simple": {},
 }
+
+
+class _Interpreter(CDLL):
+    """The Z-machine's C library, whose function `save` is found although nnsight gives all objects a method `save`."""
+
+    @cached_property
+    def save(self) -> Any:
+        """The function of the library."""
+        return self["save"]
 
 
 class GenerationError(GameError):
@@ -121,6 +132,7 @@ def make(recipe: Recipe, seed: int) -> Any:
     if recipe.file:
         return read(Path(recipe.file))
     with quiet():
+        import jericho.jericho
         from textworld.challenges import CHALLENGES as MAKERS
         from textworld.generator import QuestGenerationError, make_game
         from textworld.generator.data import KnowledgeBase
@@ -128,6 +140,7 @@ def make(recipe: Recipe, seed: int) -> Any:
         from textworld.generator.inform7 import CouldNotCompileGameError
         from textworld.generator.world import NoFreeExitError
 
+        jericho.jericho.cdll = LibraryLoader(_Interpreter)
         options = GameOptions()
         # TextWorld fills seeds that are not given from a global generator.
         numbers = np.random.SeedSequence(seed).generate_state(4).tolist()

@@ -23,7 +23,9 @@ def test_pieces_are_the_tokens_of_the_whole_text(folders: dict[str, Path], name:
         for episode in episodes_of(make_game(name), range(5), 3):
             pieces = (episode.opening, *episode.told)
             ids = encoder.opening(pieces[0]) + tuple(t for p in pieces[1:] for t in encoder.piece(p))
-            assert encoder.tokenizer.decode(ids, skip_special_tokens=True) == "".join(pieces)
+            # Not `skip_special_tokens`: letters that a tokenizer has never seen are special tokens, one a byte.
+            told = encoder.tokenizer.decode(ids).removeprefix(encoder.tokenizer.bos_token)
+            assert told == "".join(pieces)
             assert encoder.natural(pieces), architecture
 
 

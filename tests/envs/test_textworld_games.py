@@ -83,6 +83,16 @@ for recipe in {chosen!r}:
     assert in_another_process(code, PYTHONHASHSEED="1").split() == here
 
 
+def test_games_are_made_beside_nnsight() -> None:
+    # nnsight gives every object a method `save`, and so hides a function of that name in the interpreter's library.
+    code = f"""
+import nnsight
+from nextstate.envs.textworld.generate import Recipe, make
+print(len(make({EVERY_KIND[4]!r}, 3).quests))
+"""
+    assert int(in_another_process(code)) > 0
+
+
 def test_another_seed_is_another_game() -> None:
     assert len({digest(make(SMALL, seed)) for seed in range(5)}) == 5
 
