@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,22 +19,19 @@ from transformers import (
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from nextstate.agents.branches import Tree, Trunk, pack
 from nextstate.agents.config import ConfigError, Strict
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
 from nextstate.agents.text import Encoder
+from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
 from nextstate.envs.game import Episode, Game, score, unroll
 from nextstate.envs.games import make_game
 
 BOS, PAD = "<|bos|>", "<|pad|>"
-# Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
-TRAINING_STREAM = 1
 TRAINING_GAMES = 777  # game_seed of the adventures trained on; experiments use others
 
 
@@ -93,7 +89,7 @@ class Stage(Strict):
     resist_weight: float = 1.0
 
 
-class TrainConfig(Strict):
+class TrainConfig(Optimisation):
     """Everything that decides a training run."""
 
     name: str = "tiny"
@@ -102,19 +98,11 @@ class TrainConfig(Strict):
         "", description="a model of the same shape to go on from; tokens that both know keep their place"
     )
     model: ModelConfig = ModelConfig()
-    rows: int = Field(16, ge=1)
     row_tokens: int = Field(256, ge=16)
-    steps: int = Field(9000, ge=1)
-    learning_rate: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
     weights: Weights = Weights()
     curriculum: Curriculum = Curriculum()
     stages: list[Stage] = Field(default=[Stage()], min_length=1)
-    evaluate_every: int = 500
     evaluation_episodes: int = 48
-    save_every: int = 500
-    threads: int | None = None
 
     def stage(self, step: int) -> Stage:
         """Return what rows are made of at an optimiser step."""
@@ -391,54 +379,21 @@ def train(config: TrainConfig, out: Path) -> Path:
     Raises:
         ConfigError: `out` holds a training run of another config.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    text = config.model_dump_json(indent=2)
-    record = out / "train.json"
-    if record.exists() and record.read_text() != text:
-        raise ConfigError(f"{out} holds a training run of another config ({record}); give another --out, or remove it")
-    record.write_text(text)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    claim(config.model_dump(mode="json"), out)
     set_seed(config.seed)
     tokenizer = train_tokenizer(config)
-    encoder = Encoder(tokenizer)
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_DIR", str(out))
-    os.environ.setdefault("WANDB_PROJECT", "nextstate")
-    callback = CellAccuracy(config, tokenizer)
-    trainer = EpisodeTrainer(
-        model=start_from(config.start, config.model, tokenizer)
-        if config.start
-        else new_model(config.model, len(tokenizer)),
-        args=TrainingArguments(
-            output_dir=str(out / "checkpoints"),
-            max_steps=config.steps,
-            per_device_train_batch_size=config.rows,
-            train_sampling_strategy="sequential",
-            learning_rate=config.learning_rate,
-            warmup_steps=config.warmup,
-            lr_scheduler_type="linear",
-            weight_decay=config.weight_decay,
-            adam_beta2=0.98,
-            max_grad_norm=1.0,
-            save_steps=config.save_every,
-            save_total_limit=2,
-            logging_steps=50,
-            remove_unused_columns=False,
-            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-            report_to=["wandb"],
-            run_name=config.name,
-            seed=config.seed,
-            dataloader_num_workers=0,
-            dataloader_pin_memory=torch.cuda.is_available(),
-        ),
-        train_dataset=FreshRows(config, encoder),
+    started = start_from(config.start, config.model, tokenizer) if config.start else None
+    trainer = fit(
+        EpisodeTrainer,
+        config,
+        out,
+        config.name,
+        config.seed,
+        callbacks=[CellAccuracy(config, tokenizer)],
+        model=started or new_model(config.model, len(tokenizer)),
+        train_dataset=FreshRows(config, Encoder(tokenizer)),
         data_collator=collate,
-        callbacks=[callback],
     )
-    callback.trainer = trainer
-    saved = out / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
     final = out / "model"
     model = trainer.accelerator.unwrap_model(trainer.model).to(torch.float32)
     model.config.use_cache = True  # the trainer turned it off

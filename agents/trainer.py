@@ -1,0 +1,127 @@
+"""What all training here has in common: `transformers.Trainer` on data that is a function of config and row number.
+
+It resumes from its last checkpoint, logs to W&B (offline unless told otherwise), and runs on several GPUs under
+torchrun, where the rows of a step are shared out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from nextstate.agents.config import ConfigError, Strict
+
+# Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
+TRAINING_STREAM = 1
+
+
+class Optimisation(Strict):
+    """How a model is trained, whatever on: AdamW, its rate falling linearly to 0."""
+
+    rows: int = Field(default=16, ge=1, description="of a step, over all processes")
+    steps: int = Field(default=9000, ge=1)
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    evaluate_every: int = Field(default=500, ge=1)
+    save_every: int = Field(default=500, ge=1)
+    threads: int | None = None
+
+
+def claim(decides: Mapping[str, Any], out: Path) -> None:
+    """Make `out` the folder of a training run; `decides` is all that the model depends on, in JSON types.
+
+    Raises:
+        ConfigError: it holds another run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "train.json"
+    if record.exists() and json.loads(record.read_text()) != decides:
+        raise ConfigError(f"{out} holds a training run of another config ({record}); give another --out, or remove it")
+    record.write_text(json.dumps(decides, indent=2))
+
+
+def fit(
+    make: Callable[..., Trainer],
+    settings: Optimisation,
+    out: Path,
+    name: str,
+    seed: int,
+    callbacks: Sequence[TrainerCallback] = (),
+    report: bool = True,
+    quiet: bool = False,
+    **given: Any,
+) -> Trainer:
+    """Train, going on from the last checkpoint in `out`.
+
+    Args:
+        make: `transformers.Trainer`, or a kind of it.
+        settings: how.
+        out: folder of the run; checkpoints go below.
+        name: of the W&B run.
+        seed: of what the trainer itself draws.
+        callbacks: told what goes on; those with an attribute `trainer` get the trainer there.
+        report: log to W&B.
+        quiet: print nothing; callbacks tell what goes on.
+        given: what the trainer is made with besides: model, train_dataset, data_collator.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.rows % processes:
+        raise ConfigError(f"rows={settings.rows} cannot be shared out among {processes} processes: expected a multiple")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ["WANDB_DIR"] = str(out)
+    os.environ.setdefault("WANDB_PROJECT", "nextstate")
+    if quiet:
+        os.environ.setdefault("WANDB_SILENT", "true")
+    gpu = torch.cuda.is_available()
+    trainer = make(
+        args=TrainingArguments(
+            output_dir=str(out / "checkpoints"),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.rows // processes,
+            train_sampling_strategy="sequential",
+            learning_rate=settings.learning_rate,
+            warmup_steps=settings.warmup,
+            lr_scheduler_type="linear",
+            weight_decay=settings.weight_decay,
+            adam_beta2=0.98,
+            max_grad_norm=1.0,
+            save_steps=settings.save_every,
+            save_total_limit=2,
+            logging_steps=min(50, settings.steps),
+            remove_unused_columns=False,
+            bf16=gpu and torch.cuda.is_bf16_supported(),
+            report_to=["wandb"] if report else [],
+            run_name=name,
+            seed=seed,
+            dataloader_num_workers=0,
+            dataloader_pin_memory=gpu,
+            use_cpu=not gpu,
+            disable_tqdm=quiet,
+            ddp_backend=None if gpu or processes == 1 else "gloo",
+        ),
+        callbacks=list(callbacks),
+        **given,
+    )
+    if quiet:
+        trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        if hasattr(callback, "trainer"):
+            callback.trainer = trainer
+    saved = out / "checkpoints"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
+    if report and trainer.is_world_process_zero():
+        import wandb
+
+        wandb.finish()  # or the next model's training goes on in the same run
+    return trainer
