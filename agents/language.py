@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from nextstate.agents import architectures  # noqa: F401  (transformers then knows those that are our own)
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
 from nextstate.agents.branches import Batch, Planted, Reading, Trunk, pack
-from nextstate.agents.sites import Edit, Site, Sites
+from nextstate.agents.sites import ATTENTIONS, Edit, Site, Sites
 from nextstate.agents.text import Encoder
 from nextstate.envs.contrast import pieces
 from nextstate.envs.game import Episode
@@ -392,7 +393,7 @@ def _load(name: str, device: torch.device, dtype: str | None, revision: str | No
         raise AgentError(
             f"cannot load {name}: {error}. Give a folder, a name on the hub, or {', '.join(BUILT_IN)}"
         ) from error
-    if model.config._attn_implementation not in ("sdpa", "eager"):
+    if model.config._attn_implementation not in ATTENTIONS:
         raise AgentError(
             f"{name} loads with {model.config._attn_implementation} attention, which takes no mask of our own; "
             "load it with attn_implementation sdpa or eager"

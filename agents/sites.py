@@ -26,6 +26,9 @@ SITES: tuple[Site, ...] = get_args(Site)
 Activation = Float[Tensor, "row token head dim"]  # one head as wide as the model, at all sites but `head`
 Edit = Callable[[Activation], Activation | None]  # returns what goes on instead, or None to leave it as it is
 
+# Attention functions that take any mask, which is what branches need, by the names that transformers knows them by; and
+# how many tensors as large as all attention weights they hold at once.
+ATTENTIONS = {"sdpa": 3, "eager": 3, "nextstate_distances": 9}
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -59,6 +62,7 @@ class Names:
 _LLAMA = Names("model.layers", "self_attn", "o_proj", "mlp")
 KNOWN = {
     "gpt2": Names("transformer.h", "attn", "c_proj", "mlp"),
+    "nextstate_distances": Names("transformer.h", "attn", "c_proj", "mlp"),
     "gpt_neox": Names("gpt_neox.layers", "attention", "dense", "mlp"),
     "llama": _LLAMA,
     "mistral": _LLAMA,

@@ -35,18 +35,18 @@ def attention_hooks(
     """Call `attend` in each forward pass with each layer's attention, from the tokens that `look` chooses.
 
     With sdpa, the weights are computed again from the queries and keys that the model gives its attention function;
-    with eager attention they are the model's own. A token sees the tokens of its own path and no others, so that
+    otherwise they are the model's own. A token sees the tokens of its own path and no others, so that
     position p of the weights is the token at position p of its prompt; after a token's own position come zeros.
 
     Args:
-        model: with sdpa or eager attention.
+        model: with sdpa attention, or one that returns its weights.
         heads: for each layer, the heads.
         look: chooses the tokens of the pass that goes on.
         attend: gets layer and weights.
     """
     modules = {_attention(model, layer): layer for layer in heads}
     with ExitStack() as stack:
-        if model.model.config._attn_implementation == "eager":
+        if model.model.config._attn_implementation != "sdpa":
             for module, layer in modules.items():
 
                 def leave(_: nn.Module, __: Any, out: Any, layer: int = layer) -> None:
@@ -124,7 +124,7 @@ def prefix_matching(
     tokens; 1 is an induction head that looks nowhere else.
 
     Args:
-        model: with sdpa or eager attention.
+        model: with sdpa attention, or one that returns its weights.
         tokens: prompts of a repeated block.
         block: tokens in the block.
         lead: tokens before the first block.

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nextstate.agents.language import LanguageModel, out_of_memory
-from nextstate.agents.sites import Activation, Site
+from nextstate.agents.sites import ATTENTIONS, Activation, Site
 from nextstate.analysis.pairs import DIRECTIONS, PATCHES, Direction, Group, PatchError, TokenPair, plan, tokens_of
 from nextstate.analysis.recovery import Readout, Recovery, Sweep, rank_agreement, read, recovery
 from nextstate.analysis.sweep import ROW_TOKENS, Copy, Runs, run_copies, run_pairs, site_values
@@ -56,7 +56,7 @@ def sweep(
     """Patch each head (or layer) at each position asked for, one at a time, exactly.
 
     Args:
-        model: any whose sites are known, with sdpa or eager attention.
+        model: any whose sites are known, with an attention function of `agents.sites.ATTENTIONS`.
         pairs: the prompts; those of one length and with the same positions share forward passes.
         site: `head`, `resid_pre`, `attn_out` or `mlp_out`.
         positions: a role, several roles, "each" position from the first difference on by itself, or "all" of them at
@@ -192,7 +192,7 @@ def _checked(
     failures: Failures,
 ) -> tuple[int, ...]:
     attention = model.model.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if attention not in ATTENTIONS:
         raise PatchError(f"{model.name} runs with {attention}, which takes no mask of our own; load it with "
                          "attn_implementation='sdpa' or 'eager'")  # fmt: skip
     for name, value, legal in (("direction", direction, DIRECTIONS), ("failures", failures, get_args(Failures))):
@@ -343,7 +343,11 @@ def _fitting(
     columns = 2 * group.length
     kv = 2 * columns * sites.heads * sites.head_dim
     held = size * sites.layers * (kv + span * (2 * sites.hidden + 2 * int(np.prod(sites.shape(site)))))
-    scores = 3 * sites.heads * (columns + min(ROW_TOKENS, (copies + 2) * span))
+    scores = (
+        ATTENTIONS[model.model.config._attn_implementation]
+        * sites.heads
+        * (columns + min(ROW_TOKENS, (copies + 2) * span))
+    )
     token = size * (12 * sites.hidden + 4 * wide + 2 * kv // (2 * columns) + scores)
     copy = span * token + int(config.vocab_size) * (2 * size + 8)
     full = min(copies + 2, max(3, ROW_TOKENS // span))

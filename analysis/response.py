@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nextstate.agents.language import LanguageModel
+from nextstate.agents.sites import ATTENTIONS
 from nextstate.analysis.response_branches import (
     LIMIT,
     ResponseError,
@@ -97,7 +98,7 @@ def responses(
     Hooks that are on the model (an ablated head, say) hold in the prompt and in its branches alike.
 
     Args:
-        model: any whose sites are known, with sdpa or eager attention.
+        model: any whose sites are known, with an attention function of `agents.sites.ATTENTIONS`.
         tokens: prompts of one length.
         positions: those to push, by default all.
         strengths: as shares of the norm of what is pushed, in rising order.
@@ -211,6 +212,6 @@ def _check(
             f"{model.sites.hidden} numbers, or none and along=True"
         )
     attention = model.model.config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if attention not in ATTENTIONS:
         raise ResponseError(f"{model.name} runs with {attention}, which takes no mask of our own; load it with "
                             "attn_implementation='sdpa' or 'eager'")  # fmt: skip

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from nextstate.agents.language import LanguageModel, out_of_memory
-from nextstate.agents.sites import Activation
+from nextstate.agents.sites import ATTENTIONS, Activation
 from nextstate.analysis.sweep import _Held, _instead, _pass
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
@@ -260,6 +260,7 @@ def fitting(model: LanguageModel, length: int, rows: Sequence[Row], strengths: i
     size, columns = model.model.dtype.itemsize, length + width
     wide = max([4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner"))])
     token = size * (12 * sites.hidden + 4 * wide) + 16 * sites.hidden
-    copy = width * token + 3 * size * sites.heads * width * columns + 4 * size * columns * sites.heads * sites.head_dim
+    scores = ATTENTIONS[model.model.config._attn_implementation] * sites.heads * width * columns
+    copy = width * token + size * scores + 4 * size * columns * sites.heads * sites.head_dim
     tokens: int = min(model.batch_tokens, _CPU_TOKENS) if model.device.type == "cpu" else model.batch_tokens
     return max(1, int(min(max_bytes // (strengths * copy), tokens // (strengths * width))))

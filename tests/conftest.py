@@ -30,10 +30,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from nextstate.agents.architectures import DistanceConfig, DistanceModel
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.training import TrainConfig, corpus, train_tokenizer
 
-ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2")
+ARCHITECTURES = ("gpt2", "gpt_neox", "llama", "gemma2", "nextstate_distances")
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +64,9 @@ def build(architecture: str, vocabulary: int) -> Any:
     torch.manual_seed(0)
     shape = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     wide = {"intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.3}
+    if architecture == "nextstate_distances":
+        config = DistanceConfig(**shape, n_positions=512, initializer_range=0.3, distances="relative")
+        return DistanceModel(config)
     if architecture == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**shape, n_positions=512, initializer_range=0.3))
     if architecture == "gpt_neox":
@@ -80,7 +84,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> dict[
     out = {}
     for architecture in ARCHITECTURES:
         folder = tmp_path_factory.mktemp(architecture)
-        tokenizer = (byte_level if architecture in ("gpt2", "gpt_neox") else metaspace)(texts)
+        tokenizer = (byte_level if architecture not in ("llama", "gemma2") else metaspace)(texts)
         build(architecture, len(tokenizer)).eval().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         out[architecture] = folder

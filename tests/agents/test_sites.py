@@ -92,12 +92,12 @@ def test_a_head_is_what_its_own_weights_give(any_model: Any) -> None:
     attention = dict(any_model.named_modules())[f"{sites.names.blocks}.0.{sites.names.attention}"]
     group = sites.heads // (getattr(any_model.config, "num_key_value_heads", None) or sites.heads)
     seen: list[torch.Tensor] = []
-    fused = any_model.config.model_type in ("gpt2", "gpt_neox")
+    fused = any_model.config.model_type in ("gpt2", "gpt_neox", "nextstate_distances")
     weights = attention.c_attn if hasattr(attention, "c_attn") else getattr(attention, "query_key_value", None)
     value = weights if fused else attention.v_proj
     saved = {k: v.clone() for k, v in value.state_dict().items()}
     with torch.no_grad():
-        weight = value.weight.T if any_model.config.model_type == "gpt2" else value.weight  # [out, in]
+        weight = value.weight.T if hasattr(value, "nx") else value.weight  # [out, in]
         weight[-sites.head_dim :] = 0
         if value.bias is not None:
             value.bias[-sites.head_dim :] = 0

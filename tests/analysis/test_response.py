@@ -45,6 +45,7 @@ from tests.circuits import STATES, Circuit, circuit, word_tokenizer
 from tests.conftest import ARCHITECTURES
 
 BLOCKS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "llama": "model.layers", "gemma2": "model.layers"}
+BLOCKS |= {"nextstate_distances": "transformer.h"}
 SEEDS = range(4)
 
 

@@ -1,0 +1,193 @@
+"""Models of one shape that differ in how attention knows where tokens are, for training from nothing.
+
+The architectures of "Physics of Language Models: Part 1" (arXiv 2305.13673). All are models of transformers: they save
+to a folder, load by `from_pretrained` once this module is imported, generate with a cache, and are patched and branched
+like any other. "absolute" is GPT-2 itself, "rotary" GPT-NeoX, "masked" DeBERTa-v2, which reads both ways. The other
+three are GPT-2 without position embeddings, whose attention function is registered with transformers:
+
+- "relative": scores are q k + q r(d) + k s(d), with vectors r and s learned for each distance d, over sqrt(3 width), as
+  in DeBERTa (He et al. 2021, arXiv 2006.03654, equation 4);
+- "position": scores are a number learned for each head and distance, whatever the tokens;
+- "uniform": nothing is learned, head h averages the last 2^h tokens, its own included (h from 0).
+
+The distance of two tokens is the number of tokens from one to the other that the later one sees: so it is right in
+branches, behind a cache and after padding, whatever positions the model is told.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
+from transformers.masking_utils import eager_mask
+
+Architecture = Literal["absolute", "rotary", "relative", "position", "uniform", "masked"]
+ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+ATTENTION = "nextstate_distances"  # the attention function below, as `agents.sites.ATTENTIONS` has it
+
+
+class DistanceConfig(GPT2Config):  # type: ignore[misc]
+    """GPT-2 without position embeddings; `distances` is "relative", "position" or "uniform"."""
+
+    model_type = "nextstate_distances"
+    distances: str = "relative"
+
+
+class Nowhere(nn.Module):
+    """Stands where position embeddings would."""
+
+    def forward(self, positions: Int[Tensor, "row token"]) -> Float[Tensor, ""]:
+        """Return zero."""
+        return torch.zeros((), device=positions.device)
+
+
+class Distances(nn.Module):
+    """What the heads of one layer have learned of each distance."""
+
+    def __init__(self, config: DistanceConfig) -> None:
+        super().__init__()
+        heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.kind = config.distances
+        if self.kind == "relative":
+            self.key = nn.Parameter(torch.zeros(heads, config.n_positions, width))
+            self.query = nn.Parameter(torch.zeros(heads, config.n_positions, width))
+        elif self.kind == "position":
+            self.score = nn.Parameter(torch.zeros(heads, config.n_positions))
+        elif self.kind != "uniform":
+            raise ValueError(f"distances={self.kind!r} is not possible: expected relative, position or uniform")
+
+    def scores(
+        self,
+        query: Float[Tensor, "row head query width"],
+        key: Float[Tensor, "row head key width"],
+        distance: Int[Tensor, "row 1 query key"],
+    ) -> Float[Tensor, "row head query key"]:
+        """Return attention's scores, what is not seen included."""
+        rows, heads, q, width = query.shape
+        k = key.shape[2]
+        if self.kind == "uniform":
+            window = 2 ** torch.arange(heads, device=query.device)[None, :, None, None]
+            return torch.zeros(rows, heads, q, k, device=query.device, dtype=query.dtype).masked_fill(
+                distance >= window, torch.finfo(query.dtype).min
+            )
+        if self.kind == "position":
+            at = distance.expand(rows, heads, q, k).clamp(max=self.score.shape[1] - 1)
+            return self.score[:, None].expand(rows, heads, q, -1).gather(3, at)
+        far = min(int(distance.max()) + 1, self.key.shape[1])
+        at = distance.clamp(max=far - 1).expand(rows, heads, q, k)
+        found = query @ key.transpose(2, 3)
+        found += (query @ self.key[:, :far].transpose(1, 2)).gather(3, at)
+        found += (key @ self.query[:, :far].transpose(1, 2)).gather(3, at.transpose(2, 3)).transpose(2, 3)
+        return found.mul_((3 * width) ** -0.5)
+
+
+class DistanceModel(GPT2LMHeadModel):  # type: ignore[misc]
+    """A language model whose attention knows tokens by their distance alone."""
+
+    config_class = DistanceConfig
+
+    def __init__(self, config: DistanceConfig) -> None:
+        super().__init__(config)
+        self.transformer.wpe = Nowhere()
+        for block in self.transformer.h:
+            block.attn.distances = Distances(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Distances):
+            for table in module.parameters():
+                nn.init.normal_(table, std=self.config.initializer_range)
+
+    def _check_and_adjust_attn_implementation(self, *_: Any, **__: Any) -> str:
+        return ATTENTION
+
+
+def attend(
+    module: Any,
+    query: Float[Tensor, "row head query width"],
+    key: Float[Tensor, "row head key width"],
+    value: Float[Tensor, "row head key width"],
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Float[Tensor, "row query head width"], Float[Tensor, "row head query key"]]:
+    """Attend by distances: an attention function as transformers calls them; weights are always returned."""
+    seen = _seen(query.shape[2], key.shape[2], attention_mask, query.device)
+    distance = seen.flip(-1).cumsum(-1).flip(-1).sub_(1).clamp_(min=0)
+    scores = module.distances.scores(query, key, distance)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # as transformers' own do
+    scores = scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
+    weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _seen(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Bool[Tensor, "row 1 query key"]:
+    if mask is None:  # transformers leaves out a mask that is merely causal
+        return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, eager_mask)
+AutoConfig.register(DistanceConfig.model_type, DistanceConfig, exist_ok=True)
+AutoModelForCausalLM.register(DistanceConfig, DistanceModel, exist_ok=True)
+
+
+def new_model(
+    architecture: Architecture,
+    vocabulary: int,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    context: int,
+    begin: int = 0,
+    end: int = 1,
+    pad: int = 2,
+) -> Any:
+    """Return an untrained model: blocks as GPT-2 has them, MLPs four times as wide, no dropout, embeddings tied.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        vocabulary: number of tokens.
+        hidden_size: width of the residual stream.
+        layers: number of blocks.
+        heads: in each block; of width hidden_size / heads.
+        context: the most tokens that it reads.
+        begin: the token before a string.
+        end: the token after it.
+        pad: the token that fills rows up.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture={architecture!r} is not possible: expected one of {', '.join(ARCHITECTURES)}")
+    if hidden_size % heads:
+        raise ValueError(f"hidden_size={hidden_size} is not possible with heads={heads}: expected a multiple")
+    named = {"vocab_size": vocabulary, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": pad}
+    shape = {"hidden_size": hidden_size, "num_hidden_layers": layers, "num_attention_heads": heads}
+    long = {"intermediate_size": 4 * hidden_size, "max_position_embeddings": context, "tie_word_embeddings": True}
+    if architecture == "rotary":
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+        serial = {"use_parallel_residual": False, "rope_parameters": rope}
+        return GPTNeoXForCausalLM(GPTNeoXConfig(**named, **shape, **long, **serial))
+    if architecture == "masked":
+        relative = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+        plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        return DebertaV2ForMaskedLM(DebertaV2Config(**named, **shape, **long, **relative, **plain))
+    still = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "n_positions": context}
+    if architecture == "absolute":
+        return GPT2LMHeadModel(GPT2Config(**named, **shape, **still))
+    return DistanceModel(DistanceConfig(**named, **shape, **still, distances=architecture))

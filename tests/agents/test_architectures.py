@@ -1,0 +1,120 @@
+"""Our own attention against loops over its formulas, and every architecture against itself: saved, cached, padded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from nextstate.agents.architectures import ARCHITECTURES, DistanceConfig, Distances, attend, new_model
+
+CAUSAL = [a for a in ARCHITECTURES if a != "masked"]
+OWN = ("relative", "position", "uniform")
+
+
+def tiny(architecture: Any, context: int = 64) -> Any:
+    torch.manual_seed(0)
+    model = new_model(architecture, 12, hidden_size=32, layers=2, heads=4, context=context).eval()
+    for parameter in model.parameters():  # so wide that all of them matter
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_attention_is_its_formula(kind: str) -> None:
+    torch.manual_seed(1)
+    rows, heads, n, width = 2, 4, 9, 3
+    module = torch.nn.Module()
+    module.distances = Distances(DistanceConfig(n_head=heads, n_embd=heads * width, n_positions=6, distances=kind))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    module.double()
+    q, k, v = (torch.randn(rows, heads, n, width, dtype=torch.float64) for _ in range(3))
+    out, weights = attend(module, q, k, v, None)
+    own = module.distances
+    for row in range(rows):
+        for h in range(heads):
+            for i in range(n):
+                scores = []
+                for j in range(i + 1):
+                    d = min(i - j, 5)  # the table is as long as the context
+                    if kind == "relative":
+                        query, key = q[row, h, i], k[row, h, j]
+                        score = (query @ key + query @ own.key[h, d] + key @ own.query[h, d]) / (3 * width) ** 0.5
+                    elif kind == "position":
+                        score = own.score[h, d]
+                    else:
+                        score = torch.tensor(0.0 if i - j < 2**h else -torch.inf)
+                    scores.append(score.double())
+                expected = torch.stack(scores).softmax(0)
+                assert torch.allclose(weights[row, h, i, : i + 1], expected, atol=1e-12)
+                assert weights[row, h, i, i + 1 :].abs().max() < 1e-12 if i + 1 < n else True
+                assert torch.allclose(out[row, i, h], expected @ v[row, h, : i + 1], atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_models_are_saved_and_loaded(architecture: Any, tmp_path: Path) -> None:
+    model, ids = tiny(architecture), torch.randint(0, 12, (2, 20))
+    model.save_pretrained(tmp_path)
+    kind = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
+    again = kind.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_later_tokens_matter_to_none_before(architecture: Any) -> None:
+    model, ids = tiny(architecture), torch.randint(0, 12, (1, 20))
+    changed = ids.clone()
+    changed[0, 12:] = (ids[0, 12:] + 1) % 12
+    one, other = (model(x).logits[0] for x in (ids, changed))
+    assert torch.allclose(one[:12], other[:12], atol=1e-5)
+    assert (one[12:] - other[12:]).abs().amax(-1).min() > 1e-4
+
+
+def test_the_masked_model_reads_both_ways() -> None:
+    model, ids = tiny("masked"), torch.randint(0, 12, (1, 20))
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % 12
+    assert (model(ids).logits[0, 0] - model(changed).logits[0, 0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_a_cache_and_padding_change_nothing(architecture: Any) -> None:
+    model, ids = tiny(architecture), torch.randint(0, 12, (1, 20))
+    whole = model(ids).logits[0]
+    cache, parts = None, []
+    for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:]):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits[0])
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-4)
+    left = torch.cat([torch.full((1, 5), 2), ids], dim=1)
+    mask = (torch.arange(25) >= 5).long()[None]
+    padded = model(left, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[0, 5:]
+    assert torch.allclose(padded, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", OWN)
+def test_what_comes_before_a_window_of_distances_shifts_nothing(architecture: Any) -> None:
+    """Only distances count: the same tokens later in the row, behind others that no one sees, give the same."""
+    model, ids = tiny(architecture), torch.randint(0, 12, (1, 20))
+    apart = torch.cat([ids, ids], dim=1)
+    seen = torch.block_diag(torch.ones(20, 20).tril(), torch.ones(20, 20).tril()).bool()[None, None]
+    logits = model(apart, attention_mask=seen).logits[0]
+    assert torch.allclose(logits[:20], logits[20:], atol=1e-4)
+
+
+def test_a_rotary_model_turns_all_of_a_head() -> None:
+    assert tiny("rotary").gpt_neox.layers[0].attention.rotary_ndims == 8
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(ValueError, match="architecture='rope' is not possible: expected one of absolute, rotary"):
+        new_model("rope", 12, 32, 2, 4, 64)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="hidden_size=30 is not possible with heads=4"):
+        new_model("rotary", 12, 30, 2, 4, 64)
+    with pytest.raises(ValueError, match="distances='far' is not possible"):
+        Distances(DistanceConfig(distances="far"))
