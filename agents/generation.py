@@ -16,10 +16,8 @@ import torch
 from jaxtyping import Float
 
 from nextstate.envs.game import GameError, require_whole
-from nextstate.envs.grammar.derivation import sample
 from nextstate.envs.grammar.grammar import Grammar
-from nextstate.envs.grammar.inside import log_probabilities, member, next_tokens
-from nextstate.envs.grammar.sizes import bounds
+from nextstate.envs.grammar.inside import member, next_tokens
 
 Strings = Sequence[Sequence[int] | np.ndarray]
 
@@ -53,7 +51,7 @@ class Codes:
         return None if any(t not in index for t in whole) else np.array([index[t] for t in whole], dtype=np.int64)
 
 
-def complete(
+def write(
     model: Any,
     codes: Codes,
     prefixes: Strings,
@@ -133,66 +131,47 @@ def divergence(truth: Float[np.ndarray, "position choice"], logs: Float[np.ndarr
     return float((truth[seen] * (np.log(truth[seen]) - logs[seen])).sum() / len(truth))
 
 
-class Measures(NamedTuple):
-    """What a model makes of a grammar; shares with the number of strings they are of, bits of a whole string."""
+def divergences(
+    model: Any, codes: Codes, grammar: Grammar, strings: Strings, batch: int = 64
+) -> Float[np.ndarray, " string"]:
+    """Return for each string of a grammar the mean divergence of the model's next tokens from the exact ones, in nats.
 
-    accuracy: float  # of strings from nothing, the share that the grammar has
-    accuracy_prefix: float  # the same after the first tokens of strings of the grammar
-    strings: int
-    kl: float  # nats a token, over strings of the grammar
-    bits: float  # mean of what the model gives to the strings that it wrote and closed: its entropy
-    bits_truth: float  # mean of what the grammar gives to its own
-    repeats: int  # pairs of the strings written that are the same
-
-
-def measure(
-    model: Any,
-    codes: Codes,
-    grammar: Grammar,
-    rng: np.random.Generator,
-    strings: int = 1000,
-    prefix: int = 50,
-    temperature: float = 1.0,
-    longest: int | None = None,
-) -> Measures:
-    """Measure a model on fresh strings.
-
-    Args:
-        model: a causal model of transformers, in evaluation mode.
-        codes: its tokens.
-        grammar: what it was trained on.
-        rng: where to draw from.
-        strings: how many are written, and how many of the grammar's are drawn.
-        prefix: tokens given; of a shorter string all but its last one.
-        temperature: at which strings are written.
-        longest: terminals after which the model is stopped; by default as many as the grammar's longest string has.
+    Raises:
+        GameError: `codes` are those of another grammar.
     """
     if len(codes.terminals) != len(grammar.terminals):
         raise GameError(f"{codes} has {len(codes.terminals)} terminals: expected {len(grammar.terminals)}")
-    longest = bounds(grammar)[0][1] if longest is None else longest
-    own = [each.tokens for each in sample(grammar, rng, strings)]
-    cut = [x[: min(prefix, len(x) - 1)] for x in own]
-    written = complete(model, codes, [own[0][:0]] * strings, rng, longest, temperature)
+    exact = next_tokens(grammar, strings)
+    told = next_logs(model, codes, strings, batch)
+    return np.array([divergence(after.p, logs) for after, logs in zip(exact, told, strict=True)])
+
+
+class Diversity(NamedTuple):
+    """What a model writes from nothing, whether right or not."""
+
+    strings: int  # written
+    bits: Float[
+        np.ndarray, " ended"
+    ]  # that the model itself gives to each of those with an end; their mean: its entropy
+    distinct: int  # among those
+    equal_pairs: int  # of strings, where both have an end
+
+
+def diversity(model: Any, codes: Codes, written: Sequence[np.ndarray | None], batch: int = 64) -> Diversity:
+    """Measure how different the strings are that a model has written from nothing.
+
+    By the birthday paradox n strings of which none are equal make it likely that it can write some n^2 / 2 others.
+    """
     ended = [x for x in written if x is not None]
-    exact = [after.p for after in next_tokens(grammar, own)]
-    kl = np.mean([divergence(p, logs) for p, logs in zip(exact, next_logs(model, codes, own), strict=True)])
-    bits = [surprise(x, logs) for x, logs in zip(ended, next_logs(model, codes, ended), strict=True)]
+    bits = [surprise(x, logs) for x, logs in zip(ended, next_logs(model, codes, ended, batch), strict=True)]
     many = Counter(tuple(x.tolist()) for x in ended)
-    return Measures(
-        accuracy=share(grammar, written),
-        accuracy_prefix=share(grammar, complete(model, codes, cut, rng, longest, temperature)),
-        strings=strings,
-        kl=float(kl),
-        bits=float(np.mean(bits)) if bits else float("nan"),
-        bits_truth=float(-log_probabilities(grammar, own).mean() / np.log(2)),
-        repeats=sum(k * (k - 1) // 2 for k in many.values()),
-    )
+    return Diversity(len(written), np.array(bits), len(many), sum(k * (k - 1) // 2 for k in many.values()))
 
 
-def share(grammar: Grammar, written: Sequence[np.ndarray | None]) -> float:
-    """Return the share of what was written that the grammar has; what has no end, or other tokens, counts as wrong."""
+def right(grammar: Grammar, written: Sequence[np.ndarray | None]) -> int:
+    """Return how many of the strings the grammar has; what has no end, or other tokens, counts as wrong."""
     ended = [x for x in written if x is not None]
-    return float(member(grammar, ended).sum()) / len(written) if ended else 0.0
+    return int(member(grammar, ended).sum()) if ended else 0
 
 
 def surprise(string: np.ndarray, logs: Float[np.ndarray, "position choice"]) -> float:

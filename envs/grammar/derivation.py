@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,8 +46,19 @@ class Derivation:
         return levels
 
 
-def sample(grammar: Grammar, rng: np.random.Generator, n: int) -> list[Derivation]:
-    """Draw `n` strings with their derivations, all at once: level by level, each symbol by one of its rules."""
+Change = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+
+
+def sample(grammar: Grammar, rng: np.random.Generator, n: int, change: Change | None = None) -> list[Derivation]:
+    """Draw `n` strings with their derivations, all at once: level by level, each symbol by one of its rules.
+
+    Args:
+        grammar: to draw from.
+        rng: where to draw from.
+        n: number of strings.
+        change: gets a level (from 2), its symbols (indices into it) and for each the string that it is of (from 0);
+            returns the symbols that stand there instead. The symbols below come from the changed ones.
+    """
     require_whole("n", n, 1, 10_000_000)
     symbols = [np.zeros(n, dtype=np.int64)]  # of each level, all strings after each other
     parents, strings = [np.zeros(n, dtype=np.int64)], [np.arange(n)]
@@ -55,9 +67,10 @@ def sample(grammar: Grammar, rng: np.random.Generator, n: int) -> list[Derivatio
         rule, lengths, bodies = _draw_rules(grammar, level, now, rng)
         parent = np.repeat(np.arange(len(now)), lengths)
         offset = np.arange(len(parent)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        symbols.append(bodies[now[parent], rule[parent], offset])
         parents.append(parent)
         strings.append(strings[-1][parent])
+        below = bodies[now[parent], rule[parent], offset]
+        symbols.append(change(level + 1, below, strings[-1]) if change else below)
     at = np.arange(len(symbols[-1]))
     rows, index = [], []
     for now, parent, string in zip(symbols[::-1], parents[::-1], strings[::-1], strict=True):

@@ -48,6 +48,14 @@ def derivation_bits(grammar: Grammar) -> float:
     return bits[0]
 
 
+def collision(grammar: Grammar) -> float:
+    """Return the probability that two derivations are the same; that two strings are is no less."""
+    same = [1.0] * len(grammar.symbols)
+    for a in _upwards(grammar):
+        same[a] = sum(p * p * math.prod(same[c] for c in right) for right, p in grammar.expansions[a])
+    return same[0]
+
+
 def n_derivations(grammar: Grammar) -> int:
     """Return the number of derivations of whole strings; as many as strings where none has two of them."""
     return _derivations(grammar)[0]

@@ -10,11 +10,20 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from nextstate.agents.generation import Codes, complete, divergence, measure, next_logs, share, surprise
+from nextstate.agents.generation import (
+    Codes,
+    divergence,
+    divergences,
+    diversity,
+    next_logs,
+    right,
+    surprise,
+    write,
+)
 from nextstate.envs import GameError
 from nextstate.envs.grammar.derivation import sample
 from nextstate.envs.grammar.grammar import Grammar
-from nextstate.envs.grammar.inside import next_tokens
+from nextstate.envs.grammar.inside import log_probabilities, next_tokens
 from nextstate.envs.grammar.sources import random_grammar
 
 CODES = Codes(begin=4, end=3, terminals=(1, 2))  # token 0 stands for nothing
@@ -48,7 +57,7 @@ LANGUAGE = {(0, 1), (0, 0), (1, 0, 0), (0, 0, 0)}
 @pytest.mark.parametrize("prefix", [(), (0,)])
 def test_strings_are_written_as_often_as_the_model_has_them_likely(prefix: tuple[int, ...], temperature: float) -> None:
     model, n = tiny(), 3000
-    written = complete(model, CODES, [prefix] * n, np.random.default_rng(0), LONGEST, temperature, batch=1000)
+    written = write(model, CODES, [prefix] * n, np.random.default_rng(0), LONGEST, temperature, batch=1000)
     found = [None if x is None else tuple(x.tolist()) for x in written]
     total = 0.0
     for string in STRINGS:
@@ -57,28 +66,24 @@ def test_strings_are_written_as_often_as_the_model_has_them_likely(prefix: tuple
             total += p
             assert abs(found.count(string) - n * p) <= 5 * math.sqrt(n * p * (1 - p)) + 1
     assert abs(found.count(None) - n * (1 - total)) <= 5 * math.sqrt(n * total * (1 - total)) + 1
-    assert share(GRAMMAR, written) == sum(s in LANGUAGE for s in found) / n
+    assert right(GRAMMAR, written) == sum(s in LANGUAGE for s in found)
 
 
-def test_measures_are_what_listing_says() -> None:
+def test_diversity_is_what_listing_says() -> None:
     model, n = tiny(1), 3000
-    got = measure(model, CODES, GRAMMAR, np.random.default_rng(1), strings=n, prefix=1)
+    written = write(model, CODES, [()] * n, np.random.default_rng(1), LONGEST)
+    got = diversity(model, CODES, written)
     p = {s: math.prod(chances(model, s)) for s in STRINGS}
-    right = sum(p[s] for s in LANGUAGE)
-    assert abs(got.accuracy - right) <= 5 * math.sqrt(right * (1 - right) / n)
     ended = sum(p.values())
     surprises = {s: -math.log2(q) for s, q in p.items()}
     mean = sum(q * surprises[s] for s, q in p.items()) / ended
     spread = math.sqrt(sum(q * (surprises[s] - mean) ** 2 for s, q in p.items()) / ended)
-    assert abs(got.bits - mean) <= 5 * spread / math.sqrt(n * ended)
-    # x y, x x, y x x and x x x: a half of those that begin with A, and of those that begin with B, each.
-    assert got.bits_truth == pytest.approx(2, abs=1e-9)
+    assert got.strings == n
+    assert abs(got.bits.mean() - mean) <= 5 * spread / math.sqrt(n * ended)
+    assert abs(len(got.bits) - n * ended) <= 5 * math.sqrt(n * ended * (1 - ended)) + 1
     pairs = n * (n - 1) / 2 * sum(q * q for q in p.values())
-    assert got.repeats == pytest.approx(pairs, rel=0.2)
-    begins = {first: sum(math.prod(chances(model, s)[1:]) for s in LANGUAGE if s[0] == first) for first in (0, 1)}
-    after = 0.75 * begins[0] + 0.25 * begins[1]
-    assert abs(got.accuracy_prefix - after) <= 5 * math.sqrt(0.25 / n)
-    assert got.kl > 0
+    assert got.equal_pairs == pytest.approx(pairs, rel=0.2)
+    assert got.distinct == len({tuple(x.tolist()) for x in written if x is not None})
 
 
 def test_divergence_is_that_of_plain_passes_and_none_of_the_truth() -> None:
@@ -100,7 +105,16 @@ def test_a_model_that_learns_gets_nearer() -> None:
     grammar = random_grammar(np.random.default_rng(0), levels=3)
     codes = Codes(0, 0, (1, 2, 3))  # one token before and after, as strings follow one another in windows
     model, rng = tiny(3, 4), np.random.default_rng(2)
-    before = measure(model, codes, grammar, rng, strings=200, prefix=3)
+    strings = [d.tokens for d in sample(grammar, rng, 200)]
+
+    def measured() -> tuple[float, float, float]:
+        found = [
+            right(grammar, write(model, codes, prefixes, rng, 9)) / 200
+            for prefixes in ([()] * 200, [x[:3] for x in strings])
+        ]
+        return found[0], found[1], float(divergences(model, codes, grammar, strings).mean())
+
+    before = measured()
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-3)
     for _ in range(150):
         rows = [[*codes.encode(d.tokens), codes.end] for d in sample(grammar, rng, 32)]
@@ -109,11 +123,13 @@ def test_a_model_that_learns_gets_nearer() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    after = measure(model.eval(), codes, grammar, rng, strings=200, prefix=3)
-    assert after.accuracy > 0.9 > 0.2 > before.accuracy
-    assert after.accuracy_prefix > 0.9 > before.accuracy_prefix
-    assert after.kl < 0.1 < before.kl
-    assert abs(after.bits - after.bits_truth) < 0.5
+    model.eval()
+    after = measured()
+    assert after[0] > 0.9 > 0.2 > before[0]
+    assert after[1] > 0.9 > before[1]
+    assert after[2] < 0.1 < before[2]
+    bits = diversity(model, codes, write(model, codes, [()] * 200, rng, 9)).bits.mean()
+    assert abs(bits + float(log_probabilities(grammar, strings).mean()) / math.log(2)) < 0.5
 
 
 def test_bad_input_is_named() -> None:
@@ -123,12 +139,12 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(GameError, match="expected a token of its own"):
         Codes(4, 2, (1, 2))
     with pytest.raises(GameError, match="temperature=0 is not possible"):
-        complete(model, CODES, [[]], rng, 3, temperature=0)
+        write(model, CODES, [[]], rng, 3, temperature=0)
     with pytest.raises(GameError, match="longest=1 is not possible with a prefix of 2"):
-        complete(model, CODES, [[0, 0]], rng, 1)
+        write(model, CODES, [[0, 0]], rng, 1)
     with pytest.raises(GameError, match="2 terminals: expected 3"):
-        measure(model, CODES, random_grammar(rng), rng)
+        divergences(model, CODES, random_grammar(rng), [[0, 1]])
     assert CODES.decode([1, 2]) is None
     assert CODES.decode([1, 0, 3]) is None
     assert CODES.decode([3, 1]).tolist() == []
-    assert share(GRAMMAR, [None]) == 0
+    assert right(GRAMMAR, [None]) == 0

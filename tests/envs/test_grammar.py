@@ -197,6 +197,7 @@ def test_sizes_and_frequencies_are_what_listing_says(grammar: Grammar) -> None:
     assert sizes.length_moments(grammar) == pytest.approx((mean, spread), abs=1e-9)
     assert sizes.length_distribution(grammar) == pytest.approx(np.bincount(lengths, weights=p))
     assert sizes.derivation_bits(grammar) == pytest.approx(-float(p @ np.log2(p)), abs=1e-9)
+    assert sizes.collision(grammar) == pytest.approx(float(p @ p))
     pairs, under, closes = frequencies(grammar)
     many, number = len(grammar.terminals), {t: i for i, t in enumerate(grammar.terminals)}
     seen = np.zeros_like(pairs), [np.zeros_like(table) for table in under], np.zeros_like(closes)

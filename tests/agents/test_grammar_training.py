@@ -1,0 +1,216 @@
+"""Training on grammars: what the windows hold, what spoils them, that runs go on and refuse what is not theirs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nextstate.agents.config import ConfigError
+from nextstate.agents.grammar_training import (
+    SPECIAL,
+    GrammarTraining,
+    ModelSpec,
+    Windows,
+    codes_of,
+    flops_per_token,
+    load,
+    make_tokenizer,
+    matmul_peak,
+    train,
+)
+from nextstate.envs import GameError
+from nextstate.envs.grammar.derivation import sample
+from nextstate.envs.grammar.grammar import Grammar
+from nextstate.envs.grammar.inside import member
+from nextstate.envs.grammar.perturb import Perturbation, corrupt, draw
+from nextstate.envs.grammar.sources import published, random_grammar
+
+GRAMMAR = random_grammar(np.random.default_rng(0), levels=3)
+TINY: dict[str, Any] = {
+    "hidden_size": 16, "layers": 1, "heads": 2, "window": 24, "rows": 4, "steps": 6, "learning_rate": 1e-2,
+    "evaluate_every": 3, "save_every": 3, "evaluation_strings": 8,
+}  # fmt: skip
+
+
+def test_windows_are_strings_one_after_another() -> None:
+    data = Windows(GRAMMAR, 24, 200, seed=3, perturbation=None, masked=False)
+    codes, strings = codes_of(GRAMMAR), []
+    for first in (0, 64):
+        stream = [t for i in range(first, first + 64) for t in data[i]["input_ids"].tolist()]
+        assert len(stream) == 64 * 24
+        cuts = [i for i, t in enumerate(stream) if t == codes.begin]
+        for a, b in pairwise(cuts):
+            assert stream[b - 1] == codes.end
+            strings.append([t - len(SPECIAL) for t in stream[a + 1 : b - 1]])
+    assert len(strings) > 150
+    assert member(GRAMMAR, strings).all()
+    assert data[70]["labels"].tolist() == data[70]["input_ids"].tolist()
+
+
+def test_a_window_is_a_function_of_its_number() -> None:
+    one, other = (Windows(GRAMMAR, 24, 200, 3, None, True) for _ in range(2))
+    order = [5, 130, 64, 5]
+    assert [one[i]["input_ids"].tolist() for i in order] == [other[i]["input_ids"].tolist() for i in reversed(order)][
+        ::-1
+    ]
+    assert one[5]["input_ids"].tolist() != one[6]["input_ids"].tolist()
+    elsewhere = Windows(GRAMMAR, 24, 200, 4, None, True)
+    assert elsewhere[5]["input_ids"].tolist() != one[5]["input_ids"].tolist()
+
+
+def test_masked_windows_hide_what_is_to_be_told() -> None:
+    plain, hidden = (Windows(GRAMMAR, 24, 640, 0, None, masked) for masked in (False, True))
+    given = np.array([hidden[i]["input_ids"].tolist() for i in range(640)])
+    wanted = np.array([hidden[i]["labels"].tolist() for i in range(640)])
+    true = np.array([plain[i]["input_ids"].tolist() for i in range(640)])
+    told = wanted >= 0
+    assert (wanted[told] == true[told]).all()
+    assert (given[~told] == true[~told]).all()
+    assert told.mean() == pytest.approx(0.15, abs=0.01)
+    assert (given[told] == SPECIAL.index("<mask>")).mean() == pytest.approx(0.8, abs=0.03)
+    assert not (given[~told] == SPECIAL.index("<mask>")).any()
+
+
+@pytest.mark.parametrize("kind", ["token", "symbol", "permutation"])
+def test_perturbations_replace_as_often_as_they_say(kind: Any) -> None:
+    grammar, n = published("cfg3b"), 400
+    fraction, rate = 0.5, 0.1
+    spoilt = draw(grammar, np.random.default_rng(1), n, Perturbation(kind, fraction, rate))
+    valid = member(grammar, [d.tokens for d in spoilt])
+    # A string of some 275 tokens, or 110 symbols above them, of which a tenth is replaced, is as good as never right.
+    assert valid.mean() == pytest.approx(1 - fraction, abs=0.08)
+    level = 6 if kind == "token" else 5
+    changed = total = 0
+    for each in spoilt:
+        above, own, index = each.symbols[level - 1], each.symbols[level], each.index[level]
+        first = np.flatnonzero(np.diff(index, prepend=0))
+        rules = [tuple(right) for e in grammar.expansions[grammar.first[level - 1] :][:3] for right, _ in e]
+        assert rules
+        parents = each.index[level - 1][first]
+        for p in range(1, int(parents.max()) + 1):
+            body = tuple((own[first][parents == p] + grammar.first[level]).tolist())
+            left = int(above[first][parents == p][0]) + grammar.first[level - 1]
+            fits = [right for right, _ in grammar.expansions[left] if len(right) == len(body)]
+            apart = min((sum(a != b for a, b in zip(right, body, strict=True)) for right in fits), default=0)
+            changed, total = changed + apart, total + len(body)
+    expected = fraction * rate * (1 if kind == "permutation" else 2 / 3)  # a draw from three is the same one in three
+    assert changed / total == pytest.approx(expected, rel=0.15)
+
+
+def test_no_perturbation_is_a_plain_draw_and_none_at_rate_0() -> None:
+    plain = [d.tokens.tolist() for d in sample(GRAMMAR, np.random.default_rng(5), 50)]
+    assert [d.tokens.tolist() for d in draw(GRAMMAR, np.random.default_rng(5), 50)] == plain
+    for kind in ("token", "symbol", "permutation"):
+        for fraction, rate in ((1.0, 0.0), (0.0, 1.0)):
+            drawn = draw(GRAMMAR, np.random.default_rng(5), 50, Perturbation(kind, fraction, rate))  # type: ignore[arg-type]
+            assert member(GRAMMAR, [d.tokens for d in drawn]).all()
+
+
+def test_corrupted_tokens_are_drawn_anew() -> None:
+    x = np.zeros(9000, dtype=np.int64)
+    y = corrupt(x, np.random.default_rng(0), 0.15, 3)
+    assert (y != 0).mean() == pytest.approx(0.1, abs=0.01)
+    assert corrupt(x, np.random.default_rng(0), 0.0, 3).tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("architecture", ["rotary", "relative", "masked"])
+def test_a_run_goes_on_where_it_was_killed(architecture: Any, tmp_path: Path) -> None:
+    spec, config = ModelSpec(architecture=architecture), GrammarTraining(**TINY)
+    whole = train(config, spec, GRAMMAR, tmp_path / "whole", seed=1, report=False)
+    cut = tmp_path / "cut"
+    train(config, spec, GRAMMAR, cut, seed=1, report=False)
+    (cut / "history.json").unlink()  # as if killed after the checkpoint of step 3
+    for left in (cut / "checkpoints" / "checkpoint-6").rglob("*"):
+        left.unlink()
+    (cut / "checkpoints" / "checkpoint-6").rmdir()
+    again = train(config, spec, GRAMMAR, cut, seed=1, report=False)
+    ids = torch.tensor([[0, 4, 5, 6, 4]])
+    one, other = (load(folder, architecture).cpu()(ids).logits for folder in (whole, again))
+    assert torch.allclose(one, other, atol=1e-5)
+    told = json.loads((cut / "history.json").read_text())
+    assert told["steps"] == 6
+    assert told["tokens"] == 6 * 4 * 24
+    assert told["tokens_per_second"] > 0
+    if architecture != "masked":
+        assert [row["step"] for row in told["curve"] if "kl" in row] == [3, 6]
+        assert all(0 <= row["accuracy"] <= 1 for row in told["curve"] if "accuracy" in row)
+    tokenizer = make_tokenizer(GRAMMAR)
+    assert tokenizer.encode("1 2 3") == list(codes_of(GRAMMAR).terminals)
+
+
+def test_an_untrained_model_is_that_which_training_begins_with(tmp_path: Path) -> None:
+    config = GrammarTraining(**TINY | {"steps": 1, "learning_rate": 0.0, "weight_decay": 0.0})
+    begun = train(config, ModelSpec(), GRAMMAR, tmp_path / "begun", report=False)
+    random = train(config, ModelSpec(untrained=True), GRAMMAR, tmp_path / "random", report=False)
+    ids = torch.tensor([[0, 4, 5, 6, 4]])
+    one, other = (load(folder, "rotary").cpu()(ids).logits for folder in (begun, random))
+    assert torch.equal(one, other)
+
+
+def test_processes_share_the_rows(tmp_path: Path) -> None:
+    """Two processes under torchrun train the model that one trains, to rounding."""
+    code = f"""
+from pathlib import Path
+import numpy as np
+from nextstate.agents.grammar_training import GrammarTraining, ModelSpec, train
+from nextstate.envs.grammar.sources import random_grammar
+train(GrammarTraining(**{TINY!r}), ModelSpec(), random_grammar(np.random.default_rng(0), levels=3),
+      Path({str(tmp_path / "two")!r}), report=False)
+"""
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one = train(GrammarTraining(**TINY), ModelSpec(), GRAMMAR, tmp_path / "one", report=False)
+    ids = torch.tensor([[0, 4, 5, 6, 4]])
+    logits = [load(folder, "rotary").cpu()(ids).logits for folder in (one, tmp_path / "two" / "model")]
+    assert torch.allclose(*logits, atol=1e-3)
+
+
+def test_operations_are_counted_as_a_linear_layer_does_them() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from nextstate.agents.architectures import new_model
+
+    config = GrammarTraining(**TINY | {"hidden_size": 64, "layers": 2, "window": 128})
+    for architecture in ("absolute", "rotary"):
+        model = new_model(architecture, 7, 64, 2, 2, 128)  # type: ignore[arg-type]
+        model.set_attn_implementation("eager")
+        ids = torch.randint(0, 7, (2, 128))
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, labels=ids).loss.backward()
+        # What is counted by hand holds for all but the biases and norms, which have parameters and no products.
+        assert counter.get_total_flops() / ids.numel() == pytest.approx(flops_per_token(model, config), rel=0.05)
+    assert matmul_peak(torch.device("cpu"), torch.float32, repeats=1) > 1e8
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    config = GrammarTraining(**TINY)
+    with pytest.raises(ConfigError, match=r"window=10 is shorter than a string: .* 9 tokens.*expected at least 11"):
+        train(GrammarTraining(**TINY | {"window": 10}), ModelSpec(), GRAMMAR, tmp_path / "short", report=False)
+    train(config, ModelSpec(untrained=True), GRAMMAR, tmp_path / "a", report=False)
+    other = random_grammar(np.random.default_rng(1), levels=3)
+    for changed in (
+        (config, ModelSpec(untrained=True), other),
+        (config, ModelSpec(architecture="absolute", untrained=True), GRAMMAR),
+        (GrammarTraining(**TINY | {"layers": 2}), ModelSpec(untrained=True), GRAMMAR),
+    ):
+        with pytest.raises(ConfigError, match="holds a training run of another config"):
+            train(*changed, tmp_path / "a", report=False)
+    with pytest.raises(ConfigError, match="terminals <mask> have names of special tokens"):
+        make_tokenizer(Grammar.read("S -> <mask> b"))
+    with pytest.raises(GameError, match=r"rate=1\.5 is not possible"):
+        Perturbation("token", 0.5, 1.5)
+    with pytest.raises(GameError, match="kind='word' is not possible"):
+        Perturbation("word", 0.5, 0.5)  # type: ignore[arg-type]
