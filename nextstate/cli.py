@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -185,6 +186,52 @@ def _windows(folder: Path) -> None:
     console.print(table)
 
 
+@app.command(epilog="Example:  nextstate grammar configs/grammar/quickstart.yaml training.steps=300 --out runs/grammar")
+def grammar(
+    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
+) -> None:
+    """Train models on a grammar; see what they write, hold and attend to; the same command again resumes it.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m nextstate.cli grammar CONFIG
+    """
+    from nextstate import grammars
+    from nextstate.agents.config import read_config
+
+    read = read_config(config, overrides or [], grammars.GrammarConfig)
+    folder = out or Path("runs") / read.name
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Bar(*columns, console=console) as bar:
+        page = grammars.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
+    if not int(os.environ.get("RANK", "0")):
+        _written(folder)
+        console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+
+
+def _written(folder: Path) -> None:
+    import polars as pl
+
+    path = folder / "generation.parquet"
+    if not path.exists():
+        return
+    rows = pl.read_parquet(path)
+    rows = rows.filter((pl.col("temperature") - 1).abs() == (pl.col("temperature") - 1).abs().min())
+    found = {(row["name"], row["prefix"]): row for row in rows.iter_rows(named=True)}
+    kinds = list(dict.fromkeys(rows["prefix"]))
+    words = {"nothing": "from nothing", "clean": "after a prefix", "corrupted": "after a corrupted one"}
+    table = Table("model", *[words[kind] for kind in kinds], box=box.SIMPLE_HEAD)
+    for name in dict.fromkeys(rows["name"]):
+        mine = [found[name, kind] for kind in kinds]
+        table.add_row(escape(name), *[f"{row['accuracy']:.3f} ({row['low']:.3f}-{row['high']:.3f})" for row in mine])
+    temperature, strings = rows["temperature"][0], rows["strings"][0]
+    console.print(f"Share of {strings:,} strings that are in the grammar (95 %), at temperature {temperature:g}:")
+    console.print(table)
+
+
 @app.command(epilog="Example:  nextstate report runs/quickstart")
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
     """Write the report page of a run again."""
@@ -196,6 +243,10 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metav
         from nextstate.analysis import response_report
 
         written = response_report.write(folder)
+    elif (folder / "models.parquet").is_file():
+        from nextstate.analysis import grammar_report
+
+        written = grammar_report.write(folder)
     else:
         from nextstate.analysis import report as page
 
