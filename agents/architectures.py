@@ -95,7 +95,7 @@ class Distances(nn.Module):
         return found.mul_((3 * width) ** -0.5)
 
 
-class DistanceModel(GPT2LMHeadModel):  # type: ignore[misc]
+class DistanceForCausalLM(GPT2LMHeadModel):  # type: ignore[misc]
     """A language model whose attention knows tokens by their distance alone."""
 
     config_class = DistanceConfig
@@ -145,7 +145,7 @@ def _seen(queries: int, keys: int, mask: Tensor | None, device: torch.device) ->
 AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
 AutoConfig.register(DistanceConfig.model_type, DistanceConfig, exist_ok=True)
-AutoModelForCausalLM.register(DistanceConfig, DistanceModel, exist_ok=True)
+AutoModelForCausalLM.register(DistanceConfig, DistanceForCausalLM, exist_ok=True)
 
 
 def new_model(
@@ -190,4 +190,4 @@ def new_model(
     still = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "n_positions": context}
     if architecture == "absolute":
         return GPT2LMHeadModel(GPT2Config(**named, **shape, **still))
-    return DistanceModel(DistanceConfig(**named, **shape, **still, distances=architecture))
+    return DistanceForCausalLM(DistanceConfig(**named, **shape, **still, distances=architecture))

@@ -201,7 +201,7 @@ def train(
     grammar: Grammar,
     out: Path,
     seed: int = 0,
-    report: bool = True,
+    mode: Literal["offline", "online", "disabled"] = "offline",
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Train a model, going on where a killed run left off; return its folder, which also holds `history.json`.
@@ -212,7 +212,7 @@ def train(
         grammar: on what.
         out: folder of checkpoints and model.
         seed: of weights and data.
-        report: log to W&B.
+        mode: of W&B.
         progress: told how many steps are done; the trainer's own bar is not shown then.
 
     Raises:
@@ -243,7 +243,7 @@ def train(
         watch = Watch(grammar, config, seed, masked, progress)
         data = Windows(grammar, config.window, config.rows * config.steps, seed, spec.spoils, masked)
         trainer = fit(
-            Trainer, config, out, spec.title, seed, [watch], report, progress is not None,
+            Trainer, config, out, spec.title, seed, [watch], mode, progress is not None,
             model=model, train_dataset=data, data_collator=default_data_collator,
         )  # fmt: skip
         if not trainer.is_world_process_zero():

@@ -7,10 +7,11 @@ torchrun, where the rows of a step are shared out.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,6 +22,7 @@ from nextstate.agents.config import ConfigError, Strict
 
 # Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
 TRAINING_STREAM = 1
+_log = logging.getLogger(__name__)
 
 
 class Optimisation(Strict):
@@ -56,7 +58,7 @@ def fit(
     name: str,
     seed: int,
     callbacks: Sequence[TrainerCallback] = (),
-    report: bool = True,
+    mode: Literal["offline", "online", "disabled"] = "offline",
     quiet: bool = False,
     **given: Any,
 ) -> Trainer:
@@ -69,7 +71,7 @@ def fit(
         name: of the W&B run.
         seed: of what the trainer itself draws.
         callbacks: told what goes on; those with an attribute `trainer` get the trainer there.
-        report: log to W&B.
+        mode: of W&B; where it is not disabled and the variable WANDB_MODE is set, that counts.
         quiet: print nothing; callbacks tell what goes on.
         given: what the trainer is made with besides: model, train_dataset, data_collator.
     """
@@ -78,11 +80,7 @@ def fit(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.rows % processes:
         raise ConfigError(f"rows={settings.rows} cannot be shared out among {processes} processes: expected a multiple")
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ["WANDB_DIR"] = str(out)
-    os.environ.setdefault("WANDB_PROJECT", "nextstate")
-    if quiet:
-        os.environ.setdefault("WANDB_SILENT", "true")
+    mirrored = None if int(os.environ.get("RANK", "0")) else _mirror(out, name, mode, quiet)
     gpu = torch.cuda.is_available()
     trainer = make(
         args=TrainingArguments(
@@ -101,7 +99,7 @@ def fit(
             logging_steps=min(50, settings.steps),
             remove_unused_columns=False,
             bf16=gpu and torch.cuda.is_bf16_supported(),
-            report_to=["wandb"] if report else [],
+            report_to=["wandb"] if mirrored else [],
             run_name=name,
             seed=seed,
             dataloader_num_workers=0,
@@ -120,8 +118,22 @@ def fit(
             callback.trainer = trainer
     saved = out / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
-    if report and trainer.is_world_process_zero():
-        import wandb
-
-        wandb.finish()  # or the next model's training goes on in the same run
+    if mirrored is not None:
+        mirrored.finish()  # or the next model's training goes on in the same run
     return trainer
+
+
+def _mirror(out: Path, name: str, mode: str, quiet: bool) -> Any:
+    """Open a W&B run, which the trainer then writes to; None where there is to be none, or cannot be one."""
+    wanted: Any = mode if mode == "disabled" else os.environ.get("WANDB_MODE", mode)
+    if wanted == "disabled":
+        return None
+    import wandb
+
+    settings = wandb.Settings(silent=quiet, console="off", disable_git=True, save_code=False, init_timeout=20)
+    project = os.environ.get("WANDB_PROJECT", "nextstate")
+    try:
+        return wandb.init(mode=wanted, dir=str(out), project=project, name=name, settings=settings)
+    except (wandb.errors.Error, OSError) as error:
+        _log.warning("W&B cannot start %s (%s); the files of %s are not affected", wanted, error, out)
+        return None

@@ -97,8 +97,7 @@ def _train(
     from nextstate.agents import grammar_training
 
     where = out / "models" / slugify(spec.title)
-    report = config.wandb != "disabled"
-    return grammar_training.train(config.training, spec, game.rules, where, config.seed, report, progress)
+    return grammar_training.train(config.training, spec, game.rules, where, config.seed, config.wandb, progress)
 
 
 def describe(game: CFG) -> dict[str, Any]:

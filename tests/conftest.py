@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nextstate.agents.architectures import DistanceConfig, DistanceModel
+from nextstate.agents.architectures import DistanceConfig, DistanceForCausalLM
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.training import TrainConfig, corpus, train_tokenizer
 
@@ -66,7 +66,7 @@ def build(architecture: str, vocabulary: int) -> Any:
     wide = {"intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": 0.3}
     if architecture == "nextstate_distances":
         config = DistanceConfig(**shape, n_positions=512, initializer_range=0.3, distances="relative")
-        return DistanceModel(config)
+        return DistanceForCausalLM(config)
     if architecture == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**shape, n_positions=512, initializer_range=0.3))
     if architecture == "gpt_neox":

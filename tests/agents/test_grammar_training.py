@@ -125,14 +125,14 @@ def test_corrupted_tokens_are_drawn_anew() -> None:
 @pytest.mark.parametrize("architecture", ["rotary", "relative", "masked"])
 def test_a_run_goes_on_where_it_was_killed(architecture: Any, tmp_path: Path) -> None:
     spec, config = ModelSpec(architecture=architecture), GrammarTraining(**TINY)
-    whole = train(config, spec, GRAMMAR, tmp_path / "whole", seed=1, report=False)
+    whole = train(config, spec, GRAMMAR, tmp_path / "whole", seed=1, mode="disabled")
     cut = tmp_path / "cut"
-    train(config, spec, GRAMMAR, cut, seed=1, report=False)
+    train(config, spec, GRAMMAR, cut, seed=1, mode="disabled")
     (cut / "history.json").unlink()  # as if killed after the checkpoint of step 3
     for left in (cut / "checkpoints" / "checkpoint-6").rglob("*"):
         left.unlink()
     (cut / "checkpoints" / "checkpoint-6").rmdir()
-    again = train(config, spec, GRAMMAR, cut, seed=1, report=False)
+    again = train(config, spec, GRAMMAR, cut, seed=1, mode="disabled")
     ids = torch.tensor([[0, 4, 5, 6, 4]])
     one, other = (load(folder, architecture).cpu()(ids).logits for folder in (whole, again))
     assert torch.allclose(one, other, atol=1e-5)
@@ -149,8 +149,8 @@ def test_a_run_goes_on_where_it_was_killed(architecture: Any, tmp_path: Path) ->
 
 def test_an_untrained_model_is_that_which_training_begins_with(tmp_path: Path) -> None:
     config = GrammarTraining(**TINY | {"steps": 1, "learning_rate": 0.0, "weight_decay": 0.0})
-    begun = train(config, ModelSpec(), GRAMMAR, tmp_path / "begun", report=False)
-    random = train(config, ModelSpec(untrained=True), GRAMMAR, tmp_path / "random", report=False)
+    begun = train(config, ModelSpec(), GRAMMAR, tmp_path / "begun", mode="disabled")
+    random = train(config, ModelSpec(untrained=True), GRAMMAR, tmp_path / "random", mode="disabled")
     ids = torch.tensor([[0, 4, 5, 6, 4]])
     one, other = (load(folder, "rotary").cpu()(ids).logits for folder in (begun, random))
     assert torch.equal(one, other)
@@ -164,7 +164,7 @@ import numpy as np
 from nextstate.agents.grammar_training import GrammarTraining, ModelSpec, train
 from nextstate.envs.grammar.sources import random_grammar
 train(GrammarTraining(**{TINY!r}), ModelSpec(), random_grammar(np.random.default_rng(0), levels=3),
-      Path({str(tmp_path / "two")!r}), report=False)
+      Path({str(tmp_path / "two")!r}), mode="disabled")
 """
     script = tmp_path / "train.py"
     script.write_text(code)
@@ -172,7 +172,7 @@ train(GrammarTraining(**{TINY!r}), ModelSpec(), random_grammar(np.random.default
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    one = train(GrammarTraining(**TINY), ModelSpec(), GRAMMAR, tmp_path / "one", report=False)
+    one = train(GrammarTraining(**TINY), ModelSpec(), GRAMMAR, tmp_path / "one", mode="disabled")
     ids = torch.tensor([[0, 4, 5, 6, 4]])
     logits = [load(folder, "rotary").cpu()(ids).logits for folder in (one, tmp_path / "two" / "model")]
     assert torch.allclose(*logits, atol=1e-3)
@@ -198,8 +198,8 @@ def test_operations_are_counted_as_a_linear_layer_does_them() -> None:
 def test_bad_input_is_named(tmp_path: Path) -> None:
     config = GrammarTraining(**TINY)
     with pytest.raises(ConfigError, match=r"window=10 is shorter than a string: .* 9 tokens.*expected at least 11"):
-        train(GrammarTraining(**TINY | {"window": 10}), ModelSpec(), GRAMMAR, tmp_path / "short", report=False)
-    train(config, ModelSpec(untrained=True), GRAMMAR, tmp_path / "a", report=False)
+        train(GrammarTraining(**TINY | {"window": 10}), ModelSpec(), GRAMMAR, tmp_path / "short", mode="disabled")
+    train(config, ModelSpec(untrained=True), GRAMMAR, tmp_path / "a", mode="disabled")
     other = random_grammar(np.random.default_rng(1), levels=3)
     for changed in (
         (config, ModelSpec(untrained=True), other),
@@ -207,7 +207,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         (GrammarTraining(**TINY | {"layers": 2}), ModelSpec(untrained=True), GRAMMAR),
     ):
         with pytest.raises(ConfigError, match="holds a training run of another config"):
-            train(*changed, tmp_path / "a", report=False)
+            train(*changed, tmp_path / "a", mode="disabled")
     with pytest.raises(ConfigError, match="terminals <mask> have names of special tokens"):
         make_tokenizer(Grammar.read("S -> <mask> b"))
     with pytest.raises(GameError, match=r"rate=1\.5 is not possible"):
