@@ -48,7 +48,7 @@ class Attending(Strict):
     """Where attention goes."""
 
     strings: int = Field(default=100, ge=1)
-    models: list[str] = Field(default=[], description="by name; all but masked ones by default")
+    models: list[str] = Field(default=[], description="by name; all by default")
 
 
 class GrammarConfig(RunConfig):
