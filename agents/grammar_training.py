@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -224,9 +225,11 @@ def train(
             f"window={config.window} is shorter than a string: this grammar has strings of {longest:,} tokens, and two "
             f"more stand at their ends; expected at least {longest + 2}, or a grammar with shorter strings"
         )
-    claim({**config.model_dump(), **spec.model_dump(), "grammar": str(grammar), "seed": seed}, out)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        claim({**config.model_dump(), **spec.model_dump(), "grammar": str(grammar), "seed": seed}, out)
     final, history = out / "model", out / "history.json"
-    if history.exists():
+    if history.exists() or (spec.untrained and not first):
         return final
     if progress is not None:
         disable_progress_bar()
@@ -246,7 +249,7 @@ def train(
             Trainer, config, out, spec.title, seed, [watch], mode, progress is not None,
             model=model, train_dataset=data, data_collator=default_data_collator,
         )  # fmt: skip
-        if not trainer.is_world_process_zero():
+        if not first:
             return final
         found |= _told(trainer, watch, config, model)
     model = model.to("cpu", torch.float32)

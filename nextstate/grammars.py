@@ -84,6 +84,8 @@ def run(config: GrammarConfig, out: Path, progress: Progress | None = None, comm
     """
     game = CFG(**config.grammar)
     if int(os.environ.get("RANK", "0")):
+        while not (out / "run.json").exists():  # the first process says whether `out` can be had, or ends all others
+            time.sleep(0.1)
         for spec in config.models:
             _train(config, spec, game, out)
         return out / "report.html"
@@ -140,7 +142,9 @@ class _Study:
         steps = self.config.training.steps
         share = max(1, steps // 10)  # what a stage counts for beside the steps of training
         self.progress.begin(len(self.config.models) * (steps + share * len(stages)))
-        for spec in self.config.models:
+        folders: dict[str, Path] = {}
+
+        def train(spec: ModelSpec) -> None:
             done = 0
 
             def advance(step: int) -> None:
@@ -149,10 +153,17 @@ class _Study:
                 done = step
 
             self.progress.on(f"training {spec.title}")
-            folder = _train(self.config, spec, self.game, self.out, advance)
+            folders[spec.title] = _train(self.config, spec, self.game, self.out, advance)
             advance(steps)
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # other processes are not kept waiting while we measure
+            for spec in self.config.models:
+                train(spec)
+        for spec in self.config.models:
+            if spec.title not in folders:
+                train(spec)
             for stage in stages:
-                stage(spec, folder)
+                stage(spec, folders[spec.title])
                 self.progress.advance(share)
             self.gather()
         self.progress.on("report")

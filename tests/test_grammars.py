@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_every_model_and_the_study_are_mirrored_to_wandb(folder: Path) -> None:
     told = json.dumps(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     for key in ("summary/rotary/accuracy_nothing", "summary/rotary/kl", "figures/generation"):
         assert key in told, key
+
+
+def test_processes_train_together_and_the_first_one_measures(folder: Path, tmp_path: Path) -> None:
+    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    config.write_text(json.dumps(TINY | {"wandb": "disabled"}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531"]
+    command += ["-m", "nextstate.cli", "grammar", str(config), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not load(out).absent
+    one, two = (pl.read_parquet(where / "diversity.parquet")["kl"] for where in (folder, out))
+    assert (one - two).abs().max() < 1e-3  # type: ignore[operator]
 
 
 def test_an_out_of_another_config_is_refused(folder: Path) -> None:
