@@ -285,13 +285,13 @@ def flops_per_token(model: Any, config: GrammarTraining) -> float:
     """Return the operations of a training step for each token: 6 N + 12 layers hidden window.
 
     After Chowdhery et al. 2022 (arXiv 2204.02311, appendix B).
-    N leaves out embeddings that are only looked up; those that also make the logits count.
+    N leaves out what is only looked up: positions, distances, embeddings that do not also make the logits.
     """
     own = model.get_output_embeddings()
     tied = own is not None and own.weight is model.get_input_embeddings().weight
     looked_up = 0 if tied else model.get_input_embeddings().weight.numel()
-    positions = sum(p.numel() for name, p in model.named_parameters() if name.endswith("wpe.weight"))
-    n = model.num_parameters() - looked_up - positions
+    tables = (p.numel() for name, p in model.named_parameters() if "wpe." in name or ".distances." in name)
+    n = model.num_parameters() - looked_up - sum(tables)
     return float(6 * n + 12 * config.layers * config.hidden_size * config.window)
 
 

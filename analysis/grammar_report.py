@@ -367,7 +367,12 @@ def _attention(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
         what: _reach([v for figure in made[what].values() for line in figure.data[0].z for v in line])
         for what in out if what != "profile"
     }  # fmt: skip
-    return {"figures": out, "strongest": strongest, "scales": scales, "floor": figures.FLOOR}
+    peaks = run.tables.get("attention-peaks")
+    above = [] if peaks is None else [
+        {"name": name, "levels": peaks.filter(name=name).sort("level").rows(named=True)}
+        for name in run.models if name in set(peaks["name"])
+    ]  # fmt: skip
+    return {"figures": out, "strongest": strongest, "scales": scales, "floor": figures.FLOOR, "above": above}
 
 
 def _robustness(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:

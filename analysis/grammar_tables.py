@@ -34,6 +34,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {  # by the name of the file, its columns
                "accuracy": _F, "low": _F, "high": _F, "chance": _F, "tokens": _N, "strings": _N},
     "attention-profile": {"name": _T, "layer": _N, "head": _N, "distance": _N, "weight": _F},
     "attention-ends": {"name": _T, "layer": _N, "head": _N, "level": _N, "delta": _N, "residual": _F, "pairs": _N},
+    "attention-peaks": {"name": _T, "level": _N, "residual": _F, "low": _F, "high": _F, "pairs": _N},
     "attention-pairs": {"name": _T, "layer": _N, "head": _N, "level": _N, "delta_query": _N, "delta_key": _N,
                         "residual": _F, "pairs": _N},
     "attention-adjacent": {"name": _T, "level_from": _N, "level_to": _N, "distance": _N, "residual": _F, "low": _F,
@@ -53,6 +54,7 @@ _GRAMMAR = ("name", "rules", "levels", "states", "strings", "length_mean", "leng
 _SAID = {  # what is not there yet, in words
     "generation": "written strings", "curve": "learning curves", "diversity": "diversity and divergence",
     "probes": "probes", "attention-profile": "attention by distance", "attention-ends": "attention to ends",
+    "attention-peaks": "attention to ends against tokens beside them",
     "attention-pairs": "attention from end to end", "attention-adjacent": "attention between neighbours",
 }  # fmt: skip
 

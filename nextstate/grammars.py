@@ -282,7 +282,7 @@ class _Study:
     def attend(self, spec: ModelSpec, folder: Path) -> None:
         """See where attention goes: by distance, to the ends of constituents, between them."""
         from nextstate.agents.grammar_training import codes_of, load
-        from nextstate.analysis.constituents import constituents, means, rows
+        from nextstate.analysis.constituents import constituents, means, peaks, rows
         from nextstate.envs.grammar.derivation import sample
 
         given, path = self.config.attention, self.part("attention-profile", spec)
@@ -295,8 +295,10 @@ class _Study:
         model = load(folder, spec.architecture, eager=True)
         found = constituents(model, codes_of(self.rules), drawn, causal)
         adjacent = means(found.adjacent, self.rng("attention", "intervals")).filter(pl.col("layer").is_null())
+        above = peaks(found.to_end, self.rng("attention", "intervals")).filter(pl.col("layer").is_null())
         tables = {
             "attention-ends": rows(found.to_end).rename({"value": "residual"}),
+            "attention-peaks": above.drop("layer").rename({"value": "residual"}),
             "attention-pairs": rows(found.between_ends).rename({
                 "value": "residual", "query_delta": "delta_query", "key_delta": "delta_key",
             }),

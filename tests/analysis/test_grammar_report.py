@@ -122,6 +122,9 @@ def tables(models: dict[str, tuple[str, bool, str, float]] = MODELS, seed: int =
                     for i, (a, b) in enumerate((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)):
                         value = (strength * 2 if a == b == 0 else -0.1 * strength) + noise[5 + i]
                         rows["attention-pairs"].append((name, layer, head, level, a, b, float(value), 30_000))
+        for level in LEVELS:
+            peak = 0.0 if untrained else 0.003 * (8 - level)
+            rows["attention-peaks"].append((name, level, peak, peak - 4e-4, peak + 4e-4, 90_000))
         for a in LEVELS:
             for b in LEVELS:
                 for r in range(0 if a != b else 1, 5):
@@ -329,6 +332,7 @@ def test_a_model_keeps_its_colour(folder: Path) -> None:
 ANCHORS = {
     "generation": "written strings", "curve": "learning curves", "diversity": "diversity and divergence",
     "probes": "probes", "attention-profile": "attention by distance", "attention-ends": "attention to ends",
+    "attention-peaks": "attention to ends against tokens beside them",
     "attention-pairs": "attention from end to end", "attention-adjacent": "attention between neighbours",
 }  # fmt: skip
 
@@ -343,6 +347,7 @@ def test_what_is_absent_is_left_out_and_said(tmp_path: Path, gone: list[str]) ->
     assert said[1] == ", ".join(ANCHORS[name] for name in gone)
     headings = {"generation": "Written strings that", "curve": "Learning curves", "diversity": "Diversity</h3>",
                 "probes": 'id="probes"', "attention-profile": "By distance", "attention-ends": "To the ends of",
+                "attention-peaks": "Ends against the tokens",
                 "attention-pairs": "From end to end", "attention-adjacent": "Between neighbours"}  # fmt: skip
     for name, words in headings.items():
         assert (words in above) == (name not in gone), name
