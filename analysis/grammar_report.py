@@ -95,6 +95,8 @@ def _percents(value: float | None) -> str:
 def _short(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "–"
+    if abs(value) >= 100:
+        return f"{value:,.0f}".replace("-", "−")
     if not value or abs(value) >= 1e-3:
         return f"{value:.2g}".replace("-", "−")
     digits, power = f"{value:.1e}".split("e")

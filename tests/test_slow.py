@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", ["patching", "replay", "response", "stepping"])
+@pytest.mark.parametrize("name", ["grammar", "patching", "replay", "response", "stepping"])
 def test_a_benchmark_agrees_with_its_peer_and_ends_in_json(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick"], cwd=ROOT, capture_output=True, text=True
@@ -51,3 +51,21 @@ def test_the_quickstart_has_ceilings_that_its_ideal_reader_reaches(tmp_path: Pat
     )
     assert open_cells["z"].abs().max() < 5  # type: ignore[operator]
     assert 0.8 < open_cells["z"].std() < 1.2  # type: ignore[operator]
+
+
+def test_the_grammar_quickstart_teaches_what_it_says(tmp_path: Path) -> None:
+    models = "models=[{architecture: rotary}, {architecture: absolute}, {architecture: rotary, untrained: true}]"
+    command = [sys.executable, "-m", "nextstate.cli", "grammar", "configs/grammar/quickstart.yaml", models]
+    command += ["writing.kinds=[nothing]", "writing.temperatures=[1.0]", "--out", str(tmp_path / "run")]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    written = pl.read_parquet(tmp_path / "run" / "generation.parquet")
+    rotary, absolute = (written.filter(name=name).row(0, named=True) for name in ("rotary", "absolute"))
+    assert rotary["accuracy"] > 0.95
+    assert absolute["high"] < rotary["low"]
+    probes = pl.read_parquet(tmp_path / "run" / "probes.parquet").filter(target="ancestor", where="all", shuffled=False)
+    for reach, apart in (("full", 0.1), ("diagonal", 0.05)):
+        for level in (2, 3):
+            own, random = (
+                probes.filter(name=name, reach=reach, level=level).row(0, named=True) for name in ("rotary", "random")
+            )
+            assert own["low"] > random["high"] + apart, (reach, level)
