@@ -196,6 +196,17 @@ def glance(model: Any, grammar: Grammar, rng: np.random.Generator, strings: int)
     return {"accuracy": right(grammar, written) / strings, "kl": float(np.mean(kl))}
 
 
+def check(config: GrammarTraining, grammar: Grammar) -> None:
+    """Raise `ConfigError` where a window is shorter than a string, or a terminal is called as a special token is."""
+    make_tokenizer(grammar)
+    longest = bounds(grammar)[0][1]
+    if config.window < longest + 2:
+        raise ConfigError(
+            f"window={config.window} is shorter than a string: this grammar has strings of {longest:,} tokens, and two "
+            f"more stand at their ends; expected at least {longest + 2}, or a grammar with shorter strings"
+        )
+
+
 def train(
     config: GrammarTraining,
     spec: ModelSpec,
@@ -219,12 +230,7 @@ def train(
     Raises:
         ConfigError: `out` holds a run of another config or grammar, or a window is shorter than a string.
     """
-    longest = bounds(grammar)[0][1]
-    if config.window < longest + 2:
-        raise ConfigError(
-            f"window={config.window} is shorter than a string: this grammar has strings of {longest:,} tokens, and two "
-            f"more stand at their ends; expected at least {longest + 2}, or a grammar with shorter strings"
-        )
+    check(config, grammar)
     first = os.environ.get("RANK", "0") == "0"
     if first:
         claim({**config.model_dump(), **spec.model_dump(), "grammar": str(grammar), "seed": seed}, out)

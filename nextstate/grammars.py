@@ -16,7 +16,7 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from nextstate.agents.config import Strict
-from nextstate.agents.grammar_training import GrammarTraining, ModelSpec
+from nextstate.agents.grammar_training import GrammarTraining, ModelSpec, check
 from nextstate.analysis.probe import ProbeConfig
 from nextstate.envs.games.grammar import CFG
 from nextstate.envs.grammar import sizes
@@ -83,6 +83,7 @@ def run(config: GrammarConfig, out: Path, progress: Progress | None = None, comm
         GameError, ConfigError, RunError: something asked for cannot be.
     """
     game = CFG(**config.grammar)
+    check(config.training, game.rules)  # before anything is written
     if int(os.environ.get("RANK", "0")):
         while not (out / "run.json").exists():  # the first process says whether `out` can be had, or ends all others
             time.sleep(0.1)
