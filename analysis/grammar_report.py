@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from nextstate.analysis import grammar_figures as figures
+from nextstate.analysis import grammar_heatmaps as heatmaps
 from nextstate.analysis.figures import SCALE, _plain
 from nextstate.analysis.grammar_tables import PERTURBATIONS, REACHES, SOURCE, TARGETS, GrammarRun, load, support
 from nextstate.analysis.log import _slug
@@ -305,7 +306,7 @@ def _probe_figures(run: GrammarRun) -> dict[tuple[str, str, str], Any]:
         for reach in REACHES:
             lines = _lines(run, reach, target, where)
             if lines:
-                out[target, where, reach] = figures.levels(lines, deepest, f"From {SEEN[reach]} (%)")
+                out[target, where, reach] = heatmaps.levels(lines, deepest, f"From {SEEN[reach]} (%)")
     return out
 
 
@@ -334,19 +335,19 @@ def _attention_figures(run: GrammarRun) -> dict[str, dict[str, Any]]:
     if "attention-profile" in run.tables:
         by_name = {name: run.tables["attention-profile"].filter(name=name) for name in run.of("attention-profile")}
         out["profile"] = {
-            name: figures.profile(rows, _plain(name)) for name, rows in by_name.items() if rows["weight"].count()
+            name: heatmaps.profile(rows, _plain(name)) for name, rows in by_name.items() if rows["weight"].count()
         }
     at_ends = run.averaged("attention-ends", "level", "delta")
     if at_ends is not None:
-        out["ends"] = _each(run, at_ends, figures.ends)
+        out["ends"] = _each(run, at_ends, heatmaps.ends)
         by_layer = run.averaged("attention-ends", "layer", "level", "delta")
         assert by_layer is not None
-        out["depth"] = _each(run, by_layer.filter(delta=0), figures.depth)
+        out["depth"] = _each(run, by_layer.filter(delta=0), heatmaps.depth)
     between = run.averaged("attention-pairs", "level", "delta_query", "delta_key")
     if between is not None:
-        out["pairs"] = _each(run, between, figures.pairs)
+        out["pairs"] = _each(run, between, heatmaps.pairs)
     if "attention-adjacent" in run.tables:
-        out["adjacent"] = _each(run, run.tables["attention-adjacent"], figures.adjacent)
+        out["adjacent"] = _each(run, run.tables["attention-adjacent"], heatmaps.adjacent)
     return out
 
 
@@ -374,7 +375,7 @@ def _attention(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
         {"name": name, "levels": peaks.filter(name=name).sort("level").rows(named=True)}
         for name in run.models if name in set(peaks["name"])
     ]  # fmt: skip
-    return {"figures": out, "strongest": strongest, "scales": scales, "floor": figures.FLOOR, "above": above}
+    return {"figures": out, "strongest": strongest, "scales": scales, "floor": heatmaps.FLOOR, "above": above}
 
 
 def _robustness(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import polars as pl
 import pytest
 
-from nextstate.analysis import grammar_figures, grammar_report
+from nextstate.analysis import grammar_figures, grammar_heatmaps, grammar_report
 from nextstate.analysis.grammar_report import _big, _percents, _short
 from nextstate.analysis.grammar_tables import SCHEMAS, load, published, published_robustness, support
 from nextstate.analysis.tables import RunError
@@ -496,14 +496,14 @@ def test_what_is_mirrored(folder: Path) -> None:
 
 def test_the_profile_keeps_the_mean_of_each_bin(folder: Path) -> None:
     rows = load(folder).tables["attention-profile"].filter(name="rotary")
-    trace = grammar_figures.profile(rows, "x").data[0]
+    trace = grammar_heatmaps.profile(rows, "x").data[0]
     assert list(trace.x)[:8] == ["0", "1", "2", "3", "4", "6", "8", "11"]
     at = list(trace.y).index("1.2")
     own = rows.filter(pl.col("layer") == 1, pl.col("head") == 2, pl.col("distance").is_between(8, 10))
     assert trace.z[at][6] == pytest.approx(np.log10(own["weight"].mean()), rel=1e-3)
     assert [name.split(".")[1] for name in list(trace.y)[:HEADS]] == ["0", "1", "2", "3"]  # nearest first
     both = pl.concat([rows, rows.filter(pl.col("distance") > 0).with_columns(distance=-pl.col("distance"))])
-    ahead = list(grammar_figures.profile(both, "x").data[0].x)
+    ahead = list(grammar_heatmaps.profile(both, "x").data[0].x)
     assert ahead[: ahead.index("0")] == [f"−{x}" for x in ahead[: ahead.index("0") : -1]]
 
 
