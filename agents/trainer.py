@@ -104,7 +104,7 @@ def fit(
             seed=seed,
             dataloader_num_workers=0,
             dataloader_pin_memory=gpu,
-            use_cpu=not gpu,
+            use_cpu=processes > 1 and not gpu,
             disable_tqdm=quiet,
             ddp_backend=None if gpu or processes == 1 else "gloo",
         ),
