@@ -33,7 +33,10 @@ class Writing(Strict):
     prefix: int = Field(default=50, ge=1, description="tokens given; of a shorter string all but its last one")
     kinds: list[Literal["nothing", "clean", "corrupted"]] = Field(default=["nothing", "clean"], min_length=1)
     temperatures: list[float] = Field(default=[1.0], min_length=1)
-    corruption: float = Field(default=0.15, ge=0, le=1, description="of the tokens of a corrupted prefix, drawn anew")
+    corruption: float = Field(
+        default=0.15, ge=0, le=1,
+        description="of the tokens of a corrupted prefix, drawn anew; what follows it is judged after the right one",
+    )  # fmt: skip
 
 
 class Probing(ProbeConfig):
@@ -199,24 +202,35 @@ class _Study:
             if found:
                 write_parquet(self.out / f"{stage.name}.parquet", pl.concat(found, how="diagonal_relaxed"))
 
-    def prefixes(self, kind: str) -> list[np.ndarray]:
-        """Return the prefixes that all models go on from."""
+    def prefixes(self) -> list[np.ndarray]:
+        """Return the beginnings of strings of the grammar that all models go on from."""
         from nextstate.envs.grammar.derivation import sample
+
+        drawn = [each.tokens for each in sample(self.rules, self.rng("prefixes"), self.config.writing.strings)]
+        return [x[: min(self.config.writing.prefix, len(x) - 1)] for x in drawn]
+
+    def continued(self, model: Any, kind: str, temperature: float) -> list[np.ndarray | None]:
+        """Let the model go on from prefixes of a kind; return whole strings, with the prefix as the grammar has it.
+
+        Judged with its errors, a corrupted prefix would be wrong whatever follows. The question is whether the model
+        goes on as if it had read the right one.
+        """
+        from nextstate.agents.generation import write
+        from nextstate.agents.grammar_training import codes_of
         from nextstate.envs.grammar.perturb import corrupt
 
-        given = self.config.writing
-        if kind == "nothing":
-            return [np.zeros(0, dtype=np.int64)] * given.strings
-        rng = self.rng("prefixes")
-        drawn = [each.tokens for each in sample(self.rules, rng, given.strings)]
-        cut = [x[: min(given.prefix, len(x) - 1)] for x in drawn]
-        many = len(self.rules.terminals)
-        return [corrupt(x, rng, given.corruption, many) for x in cut] if kind == "corrupted" else cut
+        given, many = self.config.writing, len(self.rules.terminals)
+        right = [np.zeros(0, dtype=np.int64)] * given.strings if kind == "nothing" else self.prefixes()
+        rng = self.rng("corruption")
+        shown = [corrupt(x, rng, given.corruption, many) for x in right] if kind == "corrupted" else right
+        draws = self.rng("writing", kind, f"{temperature:g}")
+        written = write(model, codes_of(self.rules), shown, draws, self.longest, temperature)
+        return [None if w is None else np.concatenate([x, w[len(x) :]]) for x, w in zip(right, written, strict=True)]
 
     def write(self, spec: ModelSpec, folder: Path) -> None:
         """Let the model write, from each kind of prefix at each temperature; keep what it wrote from nothing."""
-        from nextstate.agents.generation import right, write
-        from nextstate.agents.grammar_training import codes_of, load
+        from nextstate.agents.generation import right
+        from nextstate.agents.grammar_training import load
         from nextstate.analysis.tables import wilson
 
         path, given = self.part("generation", spec), self.config.writing
@@ -226,9 +240,7 @@ class _Study:
         for kind in given.kinds:
             for temperature in given.temperatures:
                 self.progress.on(f"{spec.title} writes from {kind} at temperature {temperature:g}")
-                rng = self.rng("writing", kind, f"{temperature:g}")
-                written = write(model, codes_of(self.rules), self.prefixes(kind), rng, self.longest, temperature)
-                hits = right(self.rules, written)
+                hits = right(self.rules, self.continued(model, kind, temperature))
                 low, high = wilson(np.array([float(hits)]), np.array([float(given.strings)]))[:, 0].tolist()
                 rows.append({
                     "name": spec.title, "prefix": kind, "given": 0 if kind == "nothing" else given.prefix,

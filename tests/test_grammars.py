@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from pydantic import ValidationError
@@ -107,6 +108,31 @@ def test_processes_train_together_and_the_first_one_measures(folder: Path, tmp_p
     assert not load(out).absent
     one, two = (pl.read_parquet(where / "diversity.parquet")["kl"] for where in (folder, out))
     assert (one - two).abs().max() < 1e-3  # type: ignore[operator]
+
+
+def test_what_follows_a_corrupted_prefix_is_judged_after_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nextstate.agents import generation
+
+    config = GrammarConfig(**TINY | {"writing": {"strings": 50, "prefix": 3, "corruption": 0.5}})
+    study = grammars._Study(config, make_game("CFG", **config.grammar), tmp_path, grammars.Progress(), {"seconds": 0})  # type: ignore[arg-type]
+    seen: dict[str, list[np.ndarray]] = {}
+
+    def goes_on(model: Any, codes: Any, shown: list[np.ndarray], *rest: Any) -> list[np.ndarray | None]:
+        seen[model] = shown
+        return [None if k == 7 else np.append(x, [0, k % 3]) for k, x in enumerate(shown)]
+
+    monkeypatch.setattr(generation, "write", goes_on)
+    clean, corrupted = (study.continued(kind, kind, 1.0) for kind in ("clean", "corrupted"))
+    assert any((a != b).any() for a, b in zip(seen["clean"], seen["corrupted"], strict=True))
+    assert all(len(x) == 3 for x in seen["clean"])
+    assert (clean[7], corrupted[7]) == (None, None)
+    for one, other in zip(clean, corrupted, strict=True):
+        assert one is None or (other is not None and one.tolist() == other.tolist())
+    nothing = study.continued("nothing", "nothing", 1.0)
+    assert nothing[4] is not None
+    assert nothing[4].tolist() == [0, 1]
 
 
 def test_an_out_of_another_config_is_refused(folder: Path) -> None:
