@@ -179,8 +179,13 @@ class GrammarRun:
 
     @property
     def absent(self) -> list[str]:
-        """What is not there yet, in words."""
-        return [words for name, words in _SAID.items() if name not in self.tables]
+        """What is not there yet, of what the config asks for, in words."""
+        config = self.info["config"]
+        unasked = [part for part in ("probes", "attention") if part in config and config[part] is None]
+        return [
+            words for name, words in _SAID.items()
+            if name not in self.tables and name.partition("-")[0] not in unasked
+        ]  # fmt: skip
 
     @cached_property
     def models(self) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,7 @@ from nextstate.agents.training import TrainConfig
 from nextstate.envs.game import GameError
 from nextstate.experiment import Config
 from nextstate.folder import ExperimentError, answered, left_out
+from nextstate.grammars import GrammarConfig
 from nextstate.patching import PatchConfig
 from nextstate.responding import ResponseConfig
 
@@ -231,6 +232,7 @@ def test_yaml_never_makes_objects(tmp_path: Path) -> None:
 def test_every_packaged_config_reads_and_names_its_command(name: str) -> None:
     verbs: dict[str, tuple[str, Any]] = {
         "train": ("train", TrainConfig), "heads": ("patch", PatchConfig), "response": ("response", ResponseConfig),
+        "grammar": ("grammar", GrammarConfig),
     }  # fmt: skip
     verb, kind = verbs.get(name.split("/")[1], ("run", Config))
     assert find_config(name).read_text().splitlines()[0] == f"# nextstate {verb} {name}"

@@ -356,6 +356,13 @@ def test_what_is_absent_is_left_out_and_said(tmp_path: Path, gone: list[str]) ->
     assert 'id="run"' in above
 
 
+def test_what_was_not_asked_for_is_not_missed(tmp_path: Path) -> None:
+    made = {name: rows for name, rows in tables().items() if name != "probes" and not name.startswith("attention")}
+    told = info()
+    told["config"] = told["config"] | {"probes": None, "attention": None}
+    assert not load(lay(tmp_path, told, made)).absent
+
+
 def test_without_perturbed_models_there_is_no_robustness(tmp_path: Path) -> None:
     made = tables({name: model for name, model in MODELS.items() if not model[2]})
     run = load(lay(tmp_path, info(), made))
