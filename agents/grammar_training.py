@@ -150,12 +150,13 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def block(self, rng: np.random.Generator) -> Int[np.ndarray, "row token"]:
         """Draw a stream and cut it."""
         offset = int(rng.integers(self.window))
+        tokens = np.array(self.codes.terminals)
         wanted, parts, have = offset + BLOCK * self.window, [], 0
         while have < wanted:
             many = 1 + int((wanted - have) / (length_moments(self.grammar)[0] + 2))
             for each in draw(self.grammar, rng, many, self.perturbation):
-                parts.append([*self.codes.encode(each.tokens), self.codes.end])
-                have += len(parts[-1])
+                parts += [[self.codes.begin], tokens[each.tokens], [self.codes.end]]
+                have += len(each.tokens) + 2
         return np.concatenate(parts)[offset:wanted].reshape(BLOCK, self.window)
 
 
