@@ -175,7 +175,7 @@ def pairs(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     x = [[f"level {level}" for level, _ in columns], [_signed(k) for _, k in columns]]
     y = [_signed(q) for q in query]
     axis = {"type": "multicategory", "dividercolor": "#8c8c8c", "dividerwidth": 1}
-    return _cells(title, z, text, hover, x, y, "δ of the token that is attended to", "δ attending", pitch=34, reach=reach,
+    return _cells(title, z, text, hover, x, y, "δ of the token attended to", "δ attending", pitch=34, reach=reach,
                   xaxis=axis)  # fmt: skip
 
 
