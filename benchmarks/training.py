@@ -97,8 +97,8 @@ def main() -> None:
     quick = parse(__doc__ or "").quick
     disable_progress_bar()
     small = SMALL | {"rows": 2} if quick else SMALL
-    shapes = {4: small} if quick else {30: small, 3: LARGE}  # by the number of steps
-    results = [beside(settings(steps, **shape), 1 if quick else 3) for steps, shape in shapes.items()]
+    shapes = {4: small} if quick else {30: small, 2: LARGE}  # by the number of steps
+    results = [beside(settings(steps, **shape), 3 if steps > 4 else 1) for steps, shape in shapes.items()]
     rates: dict[str, float] = {}
     for steps, shape in shapes.items():
         for architecture in ARCHITECTURES if shape is small else ("rotary",):
