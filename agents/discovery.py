@@ -8,6 +8,7 @@ pass is left out.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from nextstate.agents.tracing import BlockCall, Call
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
 _KINDS = ("layers_block_type", "layer_types", "block_types")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_head", "attention_heads")
-_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+_ATTENTION = re.compile(r"attention|attn|MLA$", re.IGNORECASE)
+_NO_MIXER = re.compile(r"norm|mlp|moe|feed_?forward|expert|rotary", re.IGNORECASE)
 # What else mixes tokens, by the names of classes: the kind of layer they make.
 _MIXERS = {
     "linear_attention": re.compile(r"linear_?att|lightning|delta", re.IGNORECASE),
@@ -164,7 +166,7 @@ def _layer(config: Any, index: int, block: nn.Module, call: BlockCall) -> LayerS
     calls, after = tracing.record(block, call)
     assert call.stream is not None
     heads = _heads(block, calls)
-    kind = _kind(config, index, calls, heads is not None)
+    kind = _kind(config, index, block, calls, heads is not None)
     attention, projection, count = heads or (_attention(kind, calls), None, 0)
     width = 0 if projection is None or projection.read is None else projection.read.shape[-1]
     sums = _terms(block, config, calls, call.stream, after)
@@ -187,32 +189,24 @@ def _layer(config: Any, index: int, block: nn.Module, call: BlockCall) -> LayerS
 
 
 def _heads(block: nn.Module, calls: Sequence[Call]) -> tuple[Call, Call, int] | None:
-    """Return the outermost attention module of a block that ends in a projection of heads, that projection, how many.
+    """Return a block's outermost attention module that ends in a projection of heads, the projection, and how many.
 
     Of the linear layers that return the stream's width the last one called must give attention's output. Heads are
     counted by silencing them.
     """
+    found: list[tuple[Call, Call, int]] = []
     for attention in sorted(calls, key=lambda c: c.depth):
-        if not _is_attention(attention):
-            continue
         inside = [c for c in calls if c.path.startswith(f"{attention.path}.") and tracing.is_linear(c.module)]
         inside = [c for c in inside if c.read is not None and c.output is not None]
-        if not inside or attention.output is None:
+        if not inside or attention.output is None or not _is_attention(attention):
             continue
         last = max(inside, key=lambda c: c.end)
         if last.output is None or not tracing.close(attention.output, last.output):
             continue
         count = tracing.measured_heads(attention, last)
-        if count and tracing.is_sum_of_heads(last, count):
-            return attention, last, count
-    return None
-
-
-def _is_attention(call: Call) -> bool:
-    if _ATTENTION.search(type(call.module).__name__):
-        return True
-    children = {name for name, _ in call.module.named_children()}
-    return {"q_proj", "k_proj", "v_proj"} <= children
+        if count and tracing.is_sum_of_heads(last, count) and all(last is not f[1] for f in found):
+            found.append((attention, last, count))
+    return found[0] if len(found) == 1 else None  # whose heads they are would be unclear with two
 
 
 def _attention(kind: str, calls: Sequence[Call]) -> Call | None:
@@ -224,25 +218,43 @@ def _attention(kind: str, calls: Sequence[Call]) -> Call | None:
 # What mixes tokens
 
 
-def _kind(config: Any, index: int, calls: Sequence[Call], heads: bool) -> str:
-    """Return what mixes tokens in a layer, as the config says it or the classes of its modules."""
+def _kind(config: Any, index: int, block: nn.Module, calls: Sequence[Call], heads: bool) -> str:
+    """Return what mixes tokens in a layer, as the classes of its modules say it, or else the config.
+
+    The config comes second since its lists call all that keeps a state "linear_attention", Mamba too.
+    """
     listed = next((v for v in (getattr(config, key, None) for key in _KINDS) if v), None)
     own = str(listed[index]) if listed is not None and len(listed) > index else ""
-    if own == "hybrid" or (own and not heads and not _ATTENTION.search(own)) or "linear" in own:
-        return own
-    if heads:
-        return "attention"
-    for kind, words in _MIXERS.items():
-        if any(words.search(type(c.module).__name__) for c in calls):
-            return kind
-    return "attention" if any(_is_attention(c) for c in calls) else own or "mlp"
+    if heads or own == "hybrid":
+        return own if own == "hybrid" else "attention"
+    mixers = sorted((c for c in calls if _is_mixer(block, c)), key=lambda c: c.depth)
+    for text in (lambda c: f"{_own_name(block, c)} {c.path}", lambda c: type(c.module).__name__):
+        for call in mixers:
+            found = [kind for kind, words in _MIXERS.items() if words.search(text(call))]
+            if found:
+                return found[0]
+    if not mixers:
+        return "mlp"
+    return "attention" if _ATTENTION.search(own) and "linear" not in own else own or "attention"
 
 
-def _is_mixer(call: Call) -> bool:
+def _own_name(block: nn.Module, call: Call) -> str:
+    """Return a module's class name without the architecture's name, which may itself speak of mixers or experts."""
     name = type(call.module).__name__
-    if re.search(r"norm|mlp|moe|feed_?forward", name, re.IGNORECASE):
+    return name[len(os.path.commonprefix([name, type(block).__name__])) :]
+
+
+def _is_attention(call: Call) -> bool:
+    if _ATTENTION.search(type(call.module).__name__):
+        return True
+    return {"q_proj", "k_proj", "v_proj"} <= {name for name, _ in call.module.named_children()}
+
+
+def _is_mixer(block: nn.Module, call: Call) -> bool:
+    if _NO_MIXER.search(_own_name(block, call)):
         return False
-    return _is_attention(call) or any(words.search(name) for words in _MIXERS.values())
+    name = type(call.module).__name__
+    return _is_attention(call) or "Mixer" in name or any(words.search(name) for words in _MIXERS.values())
 
 
 # What is added to the stream
@@ -261,7 +273,7 @@ def _terms(block: nn.Module, config: Any, calls: Sequence[Call], before: Tensor,
     own = {float(v) for v in vars(block).values() if isinstance(v, float) and v}
     multipliers = [1.0, *sorted((own | {float(getattr(config, "residual_multiplier", None) or 1.0)}) - {1.0})]
     calls = sorted((c for c in calls if c.output is not None and not isinstance(c.module, _IDLE)), key=lambda c: c.end)
-    mixing = {c.path for c in calls if _mixes(c, calls)}
+    mixing = {c.path for c in calls if _mixes(block, c, calls)}
     found = tracing.find_terms(before, after, calls, multipliers)
     if found is not None:
         terms, multiplier = found
@@ -271,10 +283,10 @@ def _terms(block: nn.Module, config: Any, calls: Sequence[Call], before: Tensor,
     return _steps(calls, mixing, before, after, multipliers)
 
 
-def _mixes(call: Call, calls: Sequence[Call]) -> bool:
+def _mixes(block: nn.Module, call: Call, calls: Sequence[Call]) -> bool:
     """Say whether a call is a mixer's, contains or is inside one, or reads just what such a call returned."""
     for mixer in calls:
-        if _is_mixer(mixer) and (
+        if _is_mixer(block, mixer) and (
             call.path == mixer.path
             or call.path.startswith(f"{mixer.path}.")
             or mixer.path.startswith(f"{call.path}.")
@@ -283,7 +295,7 @@ def _mixes(call: Call, calls: Sequence[Call]) -> bool:
     if call.read is None:
         return False
     earlier = (c for c in calls if c.end < call.start and c.output is not None and c.output.numel() == call.read.numel())
-    return any(torch.equal(c.output.flatten(), call.read.flatten()) and _mixes(c, calls) for c in earlier if c.output is not None)
+    return any(torch.equal(c.output.flatten(), call.read.flatten()) and _mixes(block, c, calls) for c in earlier if c.output is not None)
 
 
 def _steps(
@@ -308,7 +320,7 @@ def _steps(
 
     ordered = sorted(calls, key=lambda c: (c.depth, c.end))
     for multiplier in multipliers:
-        mixer = next((c for c in ordered if c.path in mixing and leads(c, states[:1], multiplier)), None)
+        mixer = next((c for c in ordered if c.path in mixing and leads(c, states, multiplier)), None)
         begin = mixer.end if mixer else -1
         rest = [c for c in ordered if c.path not in mixing and c.start > begin]
         starts = [(at, x) for at, x in states if at >= begin]
@@ -362,7 +374,7 @@ def _named_layer(config: Any, names: Names, index: int, block: nn.Module, call: 
             )
         multiplier = sums[0]
     return LayerSites(
-        kind=_kind(config, index, calls, heads > 0),
+        kind=_kind(config, index, block, calls, heads > 0),
         block=block,
         attention=attention,
         projection=projection,
