@@ -8,7 +8,6 @@ pass is left out.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,7 +118,7 @@ def discover(model: Any, names: Names | None) -> tuple[tuple[LayerSites, ...], i
 
 def _blocks(model: Any) -> tuple[tuple[nn.Module, ...], list[BlockCall]]:
     config = model.config.get_text_config()
-    counts = {getattr(config, key, None) for key in _COUNTS} - {None, 0}
+    counts = {n for key in _COUNTS if isinstance(n := getattr(config, key, None), int) and n}
     lists = {p: m for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts}
     lists = {p: m for p, m in lists.items() if not any(p.startswith(f"{other}.") for other in lists)}
     modules = [block for blocks in lists.values() for block in blocks]
@@ -228,11 +227,10 @@ def _kind(config: Any, index: int, block: nn.Module, calls: Sequence[Call], head
     if heads or own == "hybrid":
         return own if own == "hybrid" else "attention"
     mixers = sorted((c for c in calls if _is_mixer(block, c)), key=lambda c: c.depth)
-    for text in (lambda c: f"{_own_name(block, c)} {c.path}", lambda c: type(c.module).__name__):
-        for call in mixers:
-            found = [kind for kind, words in _MIXERS.items() if words.search(text(call))]
-            if found:
-                return found[0]
+    called = [f"{_own_name(block, c)} {c.path}" for c in mixers] + [type(c.module).__name__ for c in mixers]
+    found = [kind for name in called for kind, words in _MIXERS.items() if words.search(name)]
+    if found:
+        return found[0]
     if not mixers:
         return "mlp"
     return "attention" if _ATTENTION.search(own) and "linear" not in own else own or "attention"
@@ -241,7 +239,10 @@ def _kind(config: Any, index: int, block: nn.Module, calls: Sequence[Call], head
 def _own_name(block: nn.Module, call: Call) -> str:
     """Return a module's class name without the architecture's name, which may itself speak of mixers or experts."""
     name = type(call.module).__name__
-    return name[len(os.path.commonprefix([name, type(block).__name__])) :]
+    own, outer = list(name), list(type(block).__name__)
+    while own and outer and own[0] == outer[0]:
+        own, outer = own[1:], outer[1:]
+    return "".join(own)
 
 
 def _is_attention(call: Call) -> bool:
@@ -279,33 +280,47 @@ def _terms(block: nn.Module, config: Any, calls: Sequence[Call], before: Tensor,
         terms, multiplier = found
         mixers, others = [c for c in terms if c.path in mixing], [c for c in terms if c.path not in mixing]
         if len(mixers) < 2 and len(others) < 2:
-            return _Terms(*(c[0].module if c else None for c in (mixers, others)), multiplier, True)
-    return _steps(calls, mixing, before, after, multipliers)
+            attn_out, mlp_out = (c[0].module if c else None for c in (mixers, others))
+            return _Terms(attn_out, mlp_out, multiplier, True)
+    return _steps(block, calls, mixing, before, after, multipliers)
 
 
 def _mixes(block: nn.Module, call: Call, calls: Sequence[Call]) -> bool:
     """Say whether a call is a mixer's, contains or is inside one, or reads just what such a call returned."""
     for mixer in calls:
         if _is_mixer(block, mixer) and (
-            call.path == mixer.path
-            or call.path.startswith(f"{mixer.path}.")
-            or mixer.path.startswith(f"{call.path}.")
+            call.path == mixer.path or call.path.startswith(f"{mixer.path}.") or mixer.path.startswith(f"{call.path}.")
         ):
             return True
     if call.read is None:
         return False
-    earlier = (c for c in calls if c.end < call.start and c.output is not None and c.output.numel() == call.read.numel())
-    return any(torch.equal(c.output.flatten(), call.read.flatten()) and _mixes(block, c, calls) for c in earlier if c.output is not None)
+    earlier = (
+        c for c in calls if c.end < call.start and c.output is not None and c.output.numel() == call.read.numel()
+    )
+    return any(
+        torch.equal(c.output.flatten(), call.read.flatten()) and _mixes(block, c, calls)
+        for c in earlier
+        if c.output is not None
+    )
 
 
 def _steps(
-    calls: Sequence[Call], mixing: set[str], before: Tensor, after: Tensor, multipliers: Sequence[float]
+    block: nn.Module,
+    calls: Sequence[Call],
+    mixing: set[str],
+    before: Tensor,
+    after: Tensor,
+    multipliers: Sequence[float],
 ) -> _Terms:
     """Return what is added where a block's output is not the sum (a norm follows, or there are more terms).
 
     A term is proved if it leads from one state of the stream to another. States are the block's input and output, and
     what modules in it read.
     """
+    mixers = [c for c in calls if _is_mixer(block, c)]
+    mixers = [c for c in mixers if not any(c.path.startswith(f"{other.path}.") for other in mixers)]
+    if len({type(c.module) for c in mixers}) < len(mixers):
+        return _Terms()  # two of a kind: which of them would be meant is unclear
     last = max((c.end for c in calls), default=0) + 1
     read = [(c.start, c.read) for c in calls if c.read is not None and c.read.numel() == before.numel()]
     states = [(-1, before), *read, (last, after)]
@@ -326,7 +341,7 @@ def _steps(
         starts = [(at, x) for at, x in states if at >= begin]
         mlp = next((c for c in rest if leads(c, starts, multiplier)), None)
         if mixer or mlp:
-            return _Terms(mixer and mixer.module, mlp and mlp.module, multiplier)
+            return _Terms(mixer.module if mixer else None, mlp.module if mlp else None, multiplier)
     return _Terms()
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nextstate.agents.discovery import LayerSites, Names, SiteError, discover
-from nextstate.agents.tracing import stream_key, with_stream
+from nextstate.agents.tracing import given, with_stream
 
 __all__ = ["ATTENTIONS", "SITES", "Activation", "Edit", "LayerSites", "Names", "Site", "SiteError", "Sites"]
 
@@ -152,33 +152,36 @@ class Sites:
         """
         self.check(site, layer)
         own, stack, axes = self.per_layer[layer], ExitStack(), self.shape(site, layer)
-        leading: list[torch.Size] = []  # (row, token), for modules that have them flattened into one
+        leading: list[torch.Size] = []  # (row, token) while the block runs
 
         def edited(x: Tensor) -> Tensor:
-            shape = x.shape[:-1] if x.ndim == 3 else leading[-1]
-            new = edit(x.reshape(*shape, *axes))
+            new = edit(x.reshape(*leading[0], *axes))
             return x if new is None else new.reshape(x.shape)
 
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream = given(args, kwargs)
+            leading[:] = [] if stream is None else [stream.shape[:2]]
+
+        def end(*_: Any) -> None:
+            leading.clear()
+
         def entering(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            key = stream_key(args, kwargs)
-            return with_stream(args, kwargs, edited(args[0] if key == 0 else kwargs[key]))
+            stream = given(args, kwargs)
+            return with_stream(args, kwargs, edited(stream)) if leading and stream is not None else None
 
         def leaving(_: nn.Module, __: tuple[Any, ...], out: Any) -> Any:
+            if not leading:  # a module that other blocks use too
+                return None
             return type(out)((edited(out[0]), *out[1:])) if isinstance(out, tuple | list) else edited(out)
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            key = stream_key(args, kwargs)
-            leading[:] = [(args[0] if key == 0 else kwargs[key]).shape[:2]]
-
-        if site == "resid_pre":
-            stack.callback(own.block.register_forward_pre_hook(entering, with_kwargs=True).remove)
-            return stack
-        stack.callback(own.block.register_forward_pre_hook(note, with_kwargs=True).remove)
-        if site == "head" and own.projection is not None:
-            stack.callback(own.projection.register_forward_pre_hook(entering, with_kwargs=True).remove)
-        module = {"attn_out": own.attn_out, "mlp_out": own.mlp_out}.get(site)
-        if module is not None:
-            stack.callback(module.register_forward_hook(leaving).remove)
+        stack.callback(own.block.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        stack.callback(own.block.register_forward_hook(end).remove)
+        before = {"resid_pre": own.block, "head": own.projection}.get(site)
+        after = {"attn_out": own.attn_out, "mlp_out": own.mlp_out}.get(site)
+        if before is not None:
+            stack.callback(before.register_forward_pre_hook(entering, with_kwargs=True).remove)
+        if after is not None:
+            stack.callback(after.register_forward_hook(leaving).remove)
         return stack
 
 

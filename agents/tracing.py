@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 ROWS, TOKENS = 2, 11  # of the pass that is recorded
-_ULPS = 4.0  # the rounding errors, of each number that is added, that a sum may be off by
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -158,9 +157,7 @@ def record(block: nn.Module, call: BlockCall) -> tuple[list[Call], Tensor]:
                 begun: list[tuple[int, Tensor | None]] = begun,
             ) -> None:
                 start, read = begun.pop()
-                calls.append(
-                    Call(path, module, args, kwargs, read, copy(first_tensor(out), False), start, clock[0])
-                )
+                calls.append(Call(path, module, args, kwargs, read, copy(first_tensor(out), False), start, clock[0]))
                 clock[0] += 1
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -181,20 +178,23 @@ def close(ours: Tensor, theirs: Tensor) -> bool:
     """Say whether two tensors of as many numbers are the same up to what their dtype allows."""
     if ours.numel() != theirs.numel():
         return False
-    ours, theirs = _wide(ours).flatten(), _wide(theirs).flatten()
-    tolerance = _TOLERANCE.get(theirs.dtype, 5e-2)
-    ours, theirs = ours.double(), theirs.double()
+    tolerance = max(_TOLERANCE.get(dtype, 5e-2) for dtype in (ours.dtype, theirs.dtype))
+    ours, theirs = _double(ours), _double(theirs)
     return bool((ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max())))
 
 
 def adds_up(before: Tensor, after: Tensor, terms: Sequence[Tensor], multiplier: float = 1.0) -> bool:
-    """Say whether `after` is `before` plus the multiplied terms, each element within its rounding error."""
+    """Say whether `after` is `before` plus the multiplied terms, each element within its rounding error.
+
+    Each addition and multiplication rounds by half an eps of its result; all of them together, by less than one eps of
+    the sum of all magnitudes. Numbers much smaller than the mean are held to a thousandth of it.
+    """
     eps = max(torch.finfo(t.dtype).eps for t in (before, after, *terms))
     total, scale = _double(before), _double(before).abs() + _double(after).abs()
     for term in terms:
         total, scale = total + multiplier * _double(term), scale + abs(multiplier) * _double(term).abs()
     scale = scale + 1e-3 * scale.mean()
-    return bool(((total - _double(after)).abs() <= _ULPS * eps * scale).all())
+    return bool(((total - _double(after)).abs() <= eps * scale).all())
 
 
 def find_terms(
@@ -217,17 +217,15 @@ def find_terms(
     scored: list[tuple[float, float, tuple[int, ...]]] = []
     for multiplier in multipliers:
         single = size + multiplier**2 * own - 2 * multiplier * along
-        double = (
-            size
-            + multiplier**2 * (own[:, None] + 2 * gram + own)
-            - 2 * multiplier * (along[:, None] + along)
-        )
+        double = size + multiplier**2 * (own[:, None] + 2 * gram + own) - 2 * multiplier * (along[:, None] + along)
         scored += [(float(e), multiplier, (i,)) for i, e in enumerate(single)]
         scored += [(float(double[i, j]), multiplier, (i, j)) for i in range(n) for j in range(i + 1, n)]
     errors = [max(e, 0.0) / len(x) for e, _, _ in scored]
     least = max(2 * min(errors), eps**2)  # mean squares
     near = [(m, [calls[i] for i in which]) for e, (_, m, which) in zip(errors, scored, strict=True) if e <= least]
-    near.sort(key=lambda f: (max(c.depth for c in f[1]), len(f[1]), sum(c.depth for c in f[1]), f[1][0].end, f[1][-1].end))
+    near.sort(
+        key=lambda f: (max(c.depth for c in f[1]), len(f[1]), sum(c.depth for c in f[1]), f[1][0].end, f[1][-1].end)
+    )
     for multiplier, found in near[:64]:
         if adds_up(before, after, [c.output for c in found if c.output is not None], multiplier):
             return tuple(sorted(found, key=lambda c: c.end)), multiplier
@@ -257,9 +255,11 @@ class _Silence(TorchFunctionMode):
         self.counts.append(heads)
         if self.silent is None or len(self.silent) != heads:
             return out
-        return out.reshape(ROWS, heads, *out.shape[-2:]).masked_fill(
-            self.silent.to(out.device)[None, :, None, None], 0
-        ).view(out.shape)
+        return (
+            out.reshape(ROWS, heads, *out.shape[-2:])
+            .masked_fill(self.silent.to(out.device)[None, :, None, None], 0)
+            .view(out.shape)
+        )
 
 
 def measured_heads(attention: Call, projection: Call) -> int | None:
@@ -298,7 +298,8 @@ def measured_heads(attention: Call, projection: Call) -> int | None:
 
 def is_sum_of_heads(projection: Call, heads: int) -> bool:
     """Say whether a projection's output is the sum of what it makes of each head alone."""
-    assert projection.read is not None and projection.output is not None
+    assert projection.read is not None
+    assert projection.output is not None
     z = projection.read.reshape(ROWS * TOKENS, heads, -1)[:TOKENS]
     alone = torch.eye(heads, device=z.device, dtype=z.dtype)[:, None, :, None] * z  # [head, token, head, dim]
     bias = projection.module(torch.zeros_like(z.flatten(1)))
@@ -309,7 +310,3 @@ def is_sum_of_heads(projection: Call, heads: int) -> bool:
 def _double(x: Tensor | None) -> Float[Tensor, " number"]:
     assert x is not None
     return x.detach().to("cpu", torch.float64).flatten()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.detach().to("cpu")
