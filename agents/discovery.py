@@ -9,6 +9,7 @@ pass is left out.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ _MIXERS = {
     "recurrent": re.compile(r"rwkv|recurrent|lstm|rglru", re.IGNORECASE),
     "conv": re.compile(r"shortconv", re.IGNORECASE),
 }
+_LAST = sys.maxsize  # when a block returns
 _IDLE = (nn.Dropout, nn.Identity)  # do nothing in a model that is not being trained
 
 
@@ -273,6 +275,7 @@ def _terms(block: nn.Module, config: Any, calls: Sequence[Call], before: Tensor,
     """Return the modules whose outputs a block adds to the stream."""
     own = {float(v) for v in vars(block).values() if isinstance(v, float) and v}
     multipliers = [1.0, *sorted((own | {float(getattr(config, "residual_multiplier", None) or 1.0)}) - {1.0})]
+    reads = [(c.start, c.read) for c in calls if c.read is not None and c.read.numel() == before.numel()]
     calls = sorted((c for c in calls if c.output is not None and not isinstance(c.module, _IDLE)), key=lambda c: c.end)
     mixing = {c.path for c in calls if _mixes(block, c, calls)}
     found = tracing.find_terms(before, after, calls, multipliers)
@@ -282,7 +285,7 @@ def _terms(block: nn.Module, config: Any, calls: Sequence[Call], before: Tensor,
         if len(mixers) < 2 and len(others) < 2:
             attn_out, mlp_out = (c[0].module if c else None for c in (mixers, others))
             return _Terms(attn_out, mlp_out, multiplier, True)
-    return _steps(block, calls, mixing, before, after, multipliers)
+    return _steps(block, calls, mixing, [(-1, before), *reads, (_LAST, after)], multipliers)
 
 
 def _mixes(block: nn.Module, call: Call, calls: Sequence[Call]) -> bool:
@@ -308,22 +311,18 @@ def _steps(
     block: nn.Module,
     calls: Sequence[Call],
     mixing: set[str],
-    before: Tensor,
-    after: Tensor,
+    states: Sequence[tuple[int, Tensor]],
     multipliers: Sequence[float],
 ) -> _Terms:
     """Return what is added where a block's output is not the sum (a norm follows, or there are more terms).
 
     A term is proved if it leads from one state of the stream to another. States are the block's input and output, and
-    what modules in it read.
+    what modules in it read, with the times of reading.
     """
     mixers = [c for c in calls if _is_mixer(block, c)]
     mixers = [c for c in mixers if not any(c.path.startswith(f"{other.path}.") for other in mixers)]
     if len({type(c.module) for c in mixers}) < len(mixers):
         return _Terms()  # two of a kind: which of them would be meant is unclear
-    last = max((c.end for c in calls), default=0) + 1
-    read = [(c.start, c.read) for c in calls if c.read is not None and c.read.numel() == before.numel()]
-    states = [(-1, before), *read, (last, after)]
 
     def leads(call: Call, starts: Sequence[tuple[int, Tensor]], multiplier: float) -> bool:
         ends = [(at, x) for at, x in states if at > call.end]
