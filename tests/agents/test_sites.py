@@ -436,10 +436,10 @@ def test_gemma_adds_what_comes_after_its_norms() -> None:
 def test_what_a_model_has_not_got() -> None:
     sites = Sites.of(make("gpt2"))
     for arguments, words in [
-        (("resid_post",), "unknown site 'resid_post': expected one of resid_pre, head, attn_out, mlp_out"),
-        (("head", 2), "layer=2 is out of range: gpt2 has layers 0 to 1"),
+        (("resid_post",), "site='resid_post' is not possible: expected one of resid_pre, head, attn_out, mlp_out"),
+        (("head", 2), "layer=2 is not possible: gpt2 has layers 0 to 1"),
         (("head", -1), "layer=-1"),
-        (("head", 0, 4), "head=4 is out of range: layer 0 of gpt2 has heads 0 to 3"),
+        (("head", 0, 4), "head=4 is not possible: layer 0 of gpt2 has heads 0 to 3"),
         (("mlp_out", 0, 0), "mlp_out has no heads"),
     ]:
         with pytest.raises(SiteError, match=words):
