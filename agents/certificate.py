@@ -43,6 +43,7 @@ class Certificate:
     tolerance: float
     depth: int  # tokens of the longest path, for which it holds
     columns: int  # nodes of a tree, for which it holds
+    attention: tuple[str, ...]  # the attention functions that were used
     seconds: float
     tried: dict[str, str]  # the roads that were not taken, and why
 
@@ -50,6 +51,7 @@ class Certificate:
         """Return what `run.json` says of it."""
         numbers = {"error": float(f"{self.error:.2g}"), "tolerance": float(f"{self.tolerance:.2g}")}
         where = {"road": self.road, "live": self.live, **numbers, "depth": self.depth, "columns": self.columns}
+        where["attention"] = ", ".join(self.attention)
         return {**where, "seconds": round(self.seconds, 2), "tried": self.tried}
 
 
@@ -79,9 +81,7 @@ def certify(forward: Forward, depth: int, columns: int, live: bool, known: Certi
     if known is not None:  # a little beyond, so that episodes that grow step by step do not ask each time
         depth, columns = max(depth, known.depth * 5 // 4), max(columns, known.columns * 5 // 4)
     context = context_of(forward.model.config)
-    depth = max(depth, TRUNK if context is None else min(TRUNK, context))
-    if context is not None:
-        depth = min(depth, max(context, TRUNK))
+    depth = max(depth, TRUNK) if context is None else min(max(depth, TRUNK), context)
     columns = max(columns, COLUMNS, depth + 24)
     try:
         with torch.inference_mode():
@@ -132,7 +132,8 @@ class _Ladder:
                         self.tried[road] = f"off by {off:.2g} nats{why}"
                         break
                 else:
-                    return Certificate(road, self.live, error, bound, depth, columns, 0.0, dict(self.tried))
+                    names = self.forward.masks.attention
+                    return Certificate(road, self.live, error, bound, depth, columns, names, 0.0, dict(self.tried))
             except Exception as error_:  # noqa: BLE001  (a model that cannot be run so may raise anything)
                 if isinstance(error_, RuntimeError | MemoryError) and out_of_memory(error_):
                     raise
@@ -207,7 +208,8 @@ class _Ladder:
 
 
 def _check_causal(forward: Forward) -> None:
-    tokens = torch.tensor([_tokens(forward, np.random.default_rng(5), 40)], device=forward.device)
+    length = min(40, context_of(forward.model.config) or 40)
+    tokens = torch.tensor([_tokens(forward, np.random.default_rng(5), length)], device=forward.device)
     half = tokens.shape[1] // 2
     one = forward.plain(tokens, range(half))[0].float().log_softmax(-1)
     two = forward.plain(tokens[:, :half], range(half))[0].float().log_softmax(-1)

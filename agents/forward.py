@@ -148,6 +148,8 @@ class Forward:
         from nextstate.agents.certificate import certify
 
         known = self.certificates.get(live)
+        if known is not None and known.attention != self.masks.attention:
+            known = None
         if known is None or depth > known.depth or columns > known.columns:
             self.proving = True
             try:
@@ -253,9 +255,10 @@ class Forward:
         self, tokens: Int[Tensor, "row token"], places: Places, cache: Any = None
     ) -> Float[Tensor, "row token vocabulary"]:
         """Run tokens that see each other as `places` says, and nothing else; the head gives what it is made to give."""
-        given: dict[str, Any] = {"attention_mask": torch.ones_like(places.depths), "use_cache": cache is not None}
+        ones = torch.ones(len(tokens), places.depths.shape[1], dtype=torch.long, device=tokens.device)
+        given: dict[str, Any] = {"attention_mask": ones, "use_cache": cache is not None}
         if self._positions or self._any:
-            given["position_ids"] = places.own
+            given["position_ids"] = places.own.expand(len(tokens), -1)
         if cache is not None:
             given["past_key_values"] = cache
         with self.masks(places):

@@ -282,9 +282,10 @@ class LanguageModel(Agent):
         reading = Reading(tuple(trunks), questions, before, memory is not None)
         trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
         scores = self.forward.scores(road, trees, spines, wants, reading, memory)
+        finished, self.forward.finished = self.forward.finished, None
         for done in self._done:
-            assert self.forward.finished is not None
-            done(self.forward.finished)
+            assert finished is not None
+            done(finished)
         return scores
 
     def _prediction(

@@ -27,13 +27,16 @@ _LOCK = threading.RLock()  # the mask functions of transformers are shared by al
 
 
 class Places(NamedTuple):
-    """Where the tokens of a forward pass stand. Columns are cached tokens first, then those of the pass."""
+    """Where the tokens of a forward pass stand. Columns are cached tokens first, then those of the pass.
 
-    seen: Bool[Tensor, "row token column"]  # what each token may attend to, itself included
-    depths: Int[Tensor, "row column"]  # the position of each column's token on its own path
+    Where all rows are alike, one row stands for all of them.
+    """
+
+    seen: Bool[Tensor, "#row token column"]  # what each token may attend to, itself included
+    depths: Int[Tensor, "#row column"]  # the position of each column's token on its own path
 
     @property
-    def own(self) -> Int[Tensor, "row token"]:
+    def own(self) -> Int[Tensor, "#row token"]:
         """The positions of the tokens of the pass."""
         return self.depths[:, -self.seen.shape[1] :]
 
@@ -49,17 +52,22 @@ class PathMasks:
 
     def __init__(self, model: Any) -> None:
         modules = list(model.modules())
-        self._names = {m.config._attn_implementation for m in modules if isinstance(m, PreTrainedModel)}
+        self._models = [m for m in modules if isinstance(m, PreTrainedModel)]
         self._buffers = [m for m in modules if _is_triangle(m._buffers.get("bias"))]
         self._alibi = [m for m in modules if _makes_alibi(m)]
         # MPT's ALiBi has no row axis, so all rows of a pass must have the same positions.
         self.one_layout = any(hasattr(m, "build_mpt_alibi_tensor") for m in modules)
 
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """The attention functions that the model uses, by the names that transformers knows them by."""
+        return tuple(sorted({m.config._attn_implementation for m in self._models}))
+
     @contextmanager
     def __call__(self, places: Places) -> Iterator[None]:
         """Use path coordinates until the context is closed; `places` are on the model's device."""
         with _LOCK, ExitStack() as stack:
-            for name in self._names:
+            for name in self.attention:
                 kind = MASKS[name] if name in MASKS else None
                 if kind in (sdpa_mask, eager_mask):
                     MASKS[name] = _masks(places, additive=kind is eager_mask)
@@ -85,14 +93,17 @@ def _masks(places: Places, additive: bool) -> Callable[..., Tensor]:
     """Return a mask function as transformers calls it, evaluated at positions instead of columns."""
     queries, keys = places.own[:, None, :, None], places.depths[:, None, None, :]
 
-    def mask(*_: Any, mask_function: Callable[..., Any], dtype: torch.dtype = torch.float32, **__: Any) -> Tensor:
+    def mask(
+        batch_size: int, *_: Any, mask_function: Callable[..., Any], dtype: torch.dtype = torch.float32, **__: Any
+    ) -> Tensor:
         rows = torch.arange(len(keys), device=keys.device)[:, None, None, None]
         seen = places.seen[:, None]
         if mask_function is not causal_mask_function:  # what is seen is never later
             seen = seen & mask_function(rows, torch.zeros_like(rows[:1]), queries, keys)
-        if not additive:
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        if additive:
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+            seen = zeros.masked_fill_(~seen, torch.finfo(dtype).min)
+        return seen.expand(batch_size, -1, -1, -1)
 
     return mask
 
@@ -131,7 +142,7 @@ def _replace_alibi(module: nn.Module, places: Places, stack: ExitStack) -> None:
         def build(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
             ones = torch.ones(1, last + 1, dtype=torch.long, device=places.depths.device)
             slopes = builds(ones, num_heads, dtype)[:, 0]  # [head position]
-            found = slopes[:, places.depths].transpose(0, 1)  # [row head column]
+            found = slopes[:, places.depths].transpose(0, 1).expand(len(attention_mask), -1, -1)  # [row head column]
             return found.reshape(-1, 1, places.depths.shape[1])
 
         return build

@@ -17,6 +17,7 @@ from nextstate.agents.tracing import Call
 _KINDS = ("layers_block_type", "layer_types", "block_types")
 _ATTENTION = re.compile(r"attention|attn|MLA$", re.IGNORECASE)
 _NO_MIXER = re.compile(r"norm|mlp|moe|feed_?forward|expert|rotary", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn|moe", re.IGNORECASE)
 # What else mixes tokens, by the names of classes: the kind of layer they make.
 _MIXERS = {
     "linear_attention": re.compile(r"linear_?att|lightning|delta", re.IGNORECASE),
@@ -95,9 +96,16 @@ def residual_terms(block: nn.Module, config: Any, calls: Sequence[Call], before:
         terms, multiplier = found
         mixers, others = [c for c in terms if c.path in mixing], [c for c in terms if c.path not in mixing]
         if len(mixers) < 2 and len(others) < 2:
+            others = others or [c for c in calls if c.depth == 1 and _is_silent_mlp(c)][:1]
             attn_out, mlp_out = (c[0].module if c else None for c in (mixers, others))
             return Terms(attn_out, mlp_out, multiplier, True)
     return _steps(block, calls, mixing, [(-1, before), *reads, (_LAST, after)], multipliers)
+
+
+def _is_silent_mlp(call: Call) -> bool:
+    """Say whether a call is an MLP's that returned zeros, so that the sum holds with it as well as without."""
+    name = f"{type(call.module).__name__} {call.path}"
+    return _MLP.search(name) is not None and call.output is not None and not call.output.any()
 
 
 def _mixes(block: nn.Module, call: Call, calls: Sequence[Call]) -> bool:

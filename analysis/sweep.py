@@ -413,8 +413,7 @@ def _in_tree(
     only: Int[Tensor, "row token"] | None = None,
 ) -> Float[Tensor, "row asked vocab"]:
     """Run tokens under a mask that all rows share; the vocabulary, or `only` some of it, where asked alone."""
-    rows, ask = len(tokens), ask.to(model.device)
-    places = Places(visible.to(model.device).expand(rows, -1, -1), depths.to(model.device).expand(rows, -1))
+    ask, places = ask.to(model.device), Places(visible.to(model.device)[None], depths.to(model.device)[None])
     with read_out(model.model, lambda x: x[:, ask], only):
         return model.forward.in_tree(tokens, places, cache)
 

@@ -117,18 +117,17 @@ def test_memory_that_runs_out_halves_the_batch(folders: dict[str, Path], monkeyp
     agent = LanguageModel(str(folders["gpt2"]), device="cpu")
     episodes = episodes_of(make_game("Box", boxes=3), range(9), 3)
     before = replay(agent, episodes).rows
-    forward = agent.forward
+    in_tree, most = agent.forward.in_tree, 2
 
-    def narrow(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(batch.tokens) > 2:
+    def narrow(tokens: Any, *args: Any) -> Any:
+        if len(tokens) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-        return forward(batch, *args, **kwargs)
+        return in_tree(tokens, *args)
 
-    monkeypatch.setattr(agent, "forward", narrow)
+    monkeypatch.setattr(agent.forward, "in_tree", narrow)
     same(before, replay(agent, episodes).rows)
     assert agent.batch_size <= 2
-
-    monkeypatch.setattr(agent, "forward", lambda *a, **k: narrow(type("B", (), {"tokens": [0] * 3})))
+    most = 0
     with pytest.raises(AgentError, match="runs out of memory on one episode"):
         replay(agent, episodes)
 
@@ -141,9 +140,11 @@ def test_other_errors_of_a_forward_pass_are_not_swallowed(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(agent, "forward", broken)
+    episodes = episodes_of(make_game("Box", boxes=3), range(2), 3)
+    replay(agent, episodes)
+    monkeypatch.setattr(agent.forward, "in_tree", broken)
     with pytest.raises(RuntimeError, match="mat1"):
-        replay(agent, episodes_of(make_game("Box", boxes=3), range(2), 3))
+        replay(agent, episodes)
 
 
 def test_a_context_too_short_is_said_and_nothing_is_cut(folders: dict[str, Path]) -> None:

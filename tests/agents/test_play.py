@@ -282,16 +282,16 @@ def test_memory_that_runs_out_halves_the_episodes_side_by_side(folders: dict[str
     model = LanguageModel(str(folders["gpt2"]), device="cpu")
     case = ("DFA", {"states": 4}, 6)
     before = rows(AgentPlayer(model), case, 8)
-    forward = model.forward
+    in_tree, most = model.forward.in_tree, 2
 
-    def small(batch: Any, *arguments: Any, **more: Any) -> Any:
-        if len(batch.tokens) > 2:
+    def small(tokens: Any, *arguments: Any) -> Any:
+        if len(tokens) > most:
             raise RuntimeError("CUDA out of memory")
-        return forward(batch, *arguments, **more)
+        return in_tree(tokens, *arguments)
 
-    model.forward = small  # type: ignore[method-assign]
+    model.forward.in_tree = small  # type: ignore[method-assign]
     assert rows(AgentPlayer(model), case, 8) == before
-    model.forward = lambda *a, **k: (_ for _ in ()).throw(MemoryError())  # type: ignore[method-assign]
+    most = 0
     with pytest.raises(OutOfMemory, match="1 episodes side by side"):
         rows(AgentPlayer(model), case, 2)
 

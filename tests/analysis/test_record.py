@@ -273,15 +273,15 @@ def test_memory_that_runs_out_records_nothing_twice(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     agent, episodes = LanguageModel(str(folders["gpt2"]), device="cpu"), episodes_of(make_game("Box"), range(6), 2)
-    forward = agent.forward
+    in_tree = agent.forward.in_tree
 
-    def narrow(batch: Any, *args: Any, **kwargs: Any) -> Any:
-        out = forward(batch, *args, **kwargs)
-        if len(batch.tokens) > 2:
+    def narrow(tokens: Any, *args: Any) -> Any:
+        out = in_tree(tokens, *args)
+        if len(tokens) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return out
 
-    monkeypatch.setattr(agent, "forward", narrow)
+    monkeypatch.setattr(agent.forward, "in_tree", narrow)
     with record(agent, tmp_path / "r"):
         replay(agent, episodes)
     index, _ = load(tmp_path / "r")
