@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from nextstate.agents.agent import AgentError
 from nextstate.agents.failures import one_line
+from nextstate.agents.text import before_text
 
 # Buffers that older versions of transformers wrote and newer ones compute.
 _OLD = re.compile(
@@ -104,14 +105,14 @@ def check_finite(name: str, model: Any) -> None:
 def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
     """Raise `AgentError` where a tokenizer writes tokens that the model has no embedding for.
 
-    Special tokens beyond the table that no text begins, ends or is filled up with do no harm: some models of text are
-    published with the tokenizer of a larger one that also reads images.
+    Special tokens beyond the table do no harm where they begin no text, as text alone never becomes one: some models of
+    text are published with the tokenizer of a larger one that also reads images, some tokenizers bring a pad token.
     """
     if len(tokenizer) <= rows:
         return
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    first = {*before_text(tokenizer), tokenizer.bos_token_id}
     added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
-    spare = {i for i, token in added.items() if token.special and i not in used}
+    spare = {i for i, token in added.items() if token.special and i not in first}
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows and i not in spare)
     if beyond:
         raise AgentError(

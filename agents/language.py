@@ -91,7 +91,8 @@ class LanguageModel(Agent):
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
         self.context = _context(self.model.config)
-        self.pad = int(self.tokenizer.pad_token_id or 0)
+        pad = int(self.tokenizer.pad_token_id or 0)
+        self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # any will do: nobody looks at it
         self._reading: Reading | None = None
         self._done: list[Callable[[Reading], None]] = []
 

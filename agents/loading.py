@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from nextstate.agents import architectures  # noqa: F401  (transformers then knows those that are our own)
@@ -25,6 +25,8 @@ from nextstate.agents.failures import guarded, one_line
 
 BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
 PATIENCE = 5.0  # seconds in which the hub has to answer, name look-up included
+
+_LONG = 200  # letters of a message from elsewhere, beyond which its first sentence has to do
 
 DeviceMap = str | dict[str, Any]
 Quantization = Literal["4bit", "8bit"]
@@ -78,18 +80,26 @@ def load(name: str, how: Loading) -> Loaded:
         source, offline = str(folder), True
     else:
         config, source, offline = {}, name, _offline(name, how.revision)
-    told = partial(_told, name, config)
-    given |= {"revision": how.revision, "trust_remote_code": False, "local_files_only": offline}
-    with _quiet():
+    told = partial(_told, name, how, config)
+    where = {"revision": how.revision, "trust_remote_code": False, "local_files_only": offline}
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what an incomplete checkpoint lacks is random, and the same each time
+        described = guarded(
+            lambda: AutoConfig.from_pretrained(source, **where), partial(told, what="its config.json cannot be used: ")
+        )
         tokenizer = guarded(
-            lambda: AutoTokenizer.from_pretrained(
-                source, revision=how.revision, trust_remote_code=False, local_files_only=offline
-            ),
-            lambda error: told(error, "its tokenizer does not load: "),
+            lambda: AutoTokenizer.from_pretrained(source, config=described, **where),
+            partial(told, what=_tokens(folder)),
         )
         model, info = guarded(
             lambda: AutoModelForCausalLM.from_pretrained(
-                source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **given
+                source,
+                config=described,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **where,
+                **given,
             ),
             told,
         )
@@ -185,7 +195,9 @@ def _options(name: str, how: Loading) -> dict[str, Any]:
 
 def _quantized(name: str, how: Loading, wanted: Any) -> Any:
     if how.quantization not in ("4bit", "8bit"):
-        raise AgentError(f"quantization={how.quantization!r} is not possible: expected 4bit or 8bit")
+        raise AgentError(
+            f"cannot load {name}: quantization={how.quantization!r} is not possible: expected 4bit or 8bit"
+        )
     lacks = "bitsandbytes is not installed" if importlib.util.find_spec("bitsandbytes") is None else ""
     if not lacks and not torch.cuda.is_available():
         lacks = "torch finds no GPU here"
@@ -202,16 +214,33 @@ def _quantized(name: str, how: Loading, wanted: Any) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
 
 
-def _told(name: str, config: Mapping[str, Any], error: BaseException, what: str = "") -> str:
-    if "custom code" in str(error) or "trust_remote_code" in str(error):
-        code = ", ".join(str(x) for x in config.get("auto_map", {}).values()) if config.get("auto_map") else "auto_map"
+def _tokens(folder: Path | None) -> str:
+    lacks = folder is not None and not (folder / "tokenizer.json").is_file()
+    return f"its tokenizer does not load{' (there is no tokenizer.json)' if lacks else ''}: "
+
+
+def _told(name: str, how: Loading, config: Mapping[str, Any], error: BaseException, what: str = "") -> str:
+    text = str(error)
+    if "custom code" in text or "trust_remote_code" in text:
+        code = config.get("auto_map")
+        which = ", ".join(map(str, code.values())) if isinstance(code, dict) else "auto_map"
         return (
-            f"cannot load {name}: it comes with code of its own ({code}), which is never run; give a checkpoint whose "
+            f"cannot load {name}: it comes with code of its own ({which}), which is never run; give a checkpoint whose "
             "architecture transformers has"
         )
-    return (
-        f"cannot load {name}: {what}{one_line(error)}. Give another folder, a name on the hub, or {', '.join(BUILT_IN)}"
-    )
+    if "automatic conversion of the weights" in text:
+        return (
+            f"cannot load {name}: tensors that are joined when they are read, such as those of experts, do not fit "
+            "together: one is missing or has another shape; give the whole checkpoint"
+        )
+    said = one_line(error)
+    said = (said if len(said) <= _LONG else said.partition(". ")[0]).rstrip(".,;: ")
+    if how.attn_implementation is not None and ("attention" in text.lower() or "attn" in text):
+        return (
+            f"cannot load {name} with attn_implementation={how.attn_implementation!r}: {said}; give eager, or leave "
+            "the key out"
+        )
+    return f"cannot load {name}: {what}{said}. Give another folder, a name on the hub, or {', '.join(BUILT_IN)}"
 
 
 @contextmanager
