@@ -85,6 +85,7 @@ class LanguageModel(Agent):
             found = Loaded(*loaded, device_of(loaded[0]))
         self.model, self.tokenizer, self.device = found.model, found.tokenizer, found.device
         self.fit: Fit = found.fit
+        self.commit = found.commit
         self.incomplete = found.incomplete
         self.quantization = quantization
         self.encoder = _encoder(name, self.tokenizer, bos)
@@ -150,7 +151,7 @@ class LanguageModel(Agent):
             "attention": getattr(config, "_attn_implementation", None),
             "context": self.context,
             "bos": bool(self.encoder.bos),
-            "revision": getattr(config, "_commit_hash", None),
+            "revision": self.commit,
             "hash": weights_hash(self.name),
             "incomplete": self.incomplete,
             "ignored_weights": self.fit.describe(),

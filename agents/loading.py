@@ -53,6 +53,7 @@ class Loaded:
     tokenizer: Any
     device: torch.device  # where its inputs go
     fit: Fit = field(default_factory=Fit)
+    commit: str | None = None  # of a model from the hub
 
     @property
     def incomplete(self) -> str:
@@ -109,10 +110,11 @@ def load(name: str, how: Loading) -> Loaded:
                 f"cannot load {name}: the checkpoint does not fit its config.json: {fit.problems}; give the whole "
                 "checkpoint, or allow_incomplete=true to load it all the same"
             )
-        return guarded(lambda: _ready(name, model, tokenizer, how, fit), told)
+        commit = None if folder is not None else _commit(name, how.revision)
+        return guarded(lambda: _ready(name, model, tokenizer, how, fit, commit), told)
 
 
-def _ready(name: str, model: Any, tokenizer: Any, how: Loading, fit: Fit) -> Loaded:
+def _ready(name: str, model: Any, tokenizer: Any, how: Loading, fit: Fit, commit: str | None) -> Loaded:
     if model.get_output_embeddings() is None:
         raise AgentError(f"{name} ({type(model).__name__}) has no output embeddings: it is no language model")
     if how.device_map is None and how.quantization is None:
@@ -120,7 +122,7 @@ def _ready(name: str, model: Any, tokenizer: Any, how: Loading, fit: Fit) -> Loa
     table = model.get_input_embeddings()
     check_finite(name, model)
     check_tokenizer(name, tokenizer, int(table.weight.shape[0]))
-    return Loaded(model.eval(), tokenizer, device_of(model), fit)
+    return Loaded(model.eval(), tokenizer, device_of(model), fit, commit)
 
 
 def device_of(model: Any) -> torch.device:
@@ -266,16 +268,21 @@ def _offline(name: str, revision: str | None) -> bool:
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(name, revision)
     if not reason:
         return False
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        cached = None
-    if isinstance(cached, str):
+    if _commit(name, revision) is not None:
         return True
     raise AgentError(
         f"cannot load {name}: there is no such folder, it is not among the models kept on this computer, and the hub "
         f"cannot be asked ({reason}); give a folder or {', '.join(BUILT_IN)}, or connect to a network"
     )
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of a model that is kept on this computer, None where it is not."""
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _unreachable(name: str, revision: str | None) -> str:
