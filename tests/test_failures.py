@@ -200,7 +200,7 @@ def test_incomplete_models_are_marked_in_every_row_and_on_the_page(tmp_path: Pat
         assert {agent: value for agent, value in marked.items() if value} == {broken: True}
     (remark,) = info(tmp_path / "run")["remarks"]
     assert "incomplete checkpoint (9 tensors are missing" in remark
-    assert "incomplete checkpoint" in page.read_text()
+    assert "<strong>Incomplete checkpoint.</strong>" in page.read_text()
     assert "9 tensors are missing" in info(tmp_path / "run")["agents"][0]["incomplete"]
 
 
