@@ -60,6 +60,7 @@ class Agent(ABC):
 
     name: str
     batch_size: int = 64  # most episodes that it reads side by side
+    incomplete: str = ""  # what a model's checkpoint lacks, where it was loaded all the same
 
     @abstractmethod
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
@@ -74,9 +75,16 @@ class Agent(ABC):
         """Return an agent that answers step by step and may keep what it has read; by default this one."""
         return self
 
+    def warnings(self) -> tuple[str, ...]:
+        """Return what a reader of any result of this agent should know."""
+        return ()
+
     def remark(self, episode: Episode) -> str:
-        """Return what a reader of the results should know of how this agent reads such an episode, "" if nothing."""
-        return ""
+        """Return what a reader of the results should know of how this agent reads such an episode, "" if nothing.
+
+        Each remark is a line; `warnings` are among them.
+        """
+        return "\n".join(self.warnings())
 
     def describe(self) -> dict[str, Any]:
         """Return what `run.json` says about this agent."""

@@ -28,6 +28,7 @@ from transformers import DynamicCache
 
 from nextstate.agents.agent import AgentError
 from nextstate.agents.branches import Batch, Layout, Reading, Tree, pack
+from nextstate.agents.loading import device_of
 from nextstate.agents.masks import PathMasks, Places
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class Forward:
 
     def __init__(self, model: Any, name: str, pad: int = 0, batch_tokens: int = 8192) -> None:
         self.model, self.name, self.pad, self.batch_tokens = model, name, pad, batch_tokens
+        self.device = device_of(model)  # where tokens go in
         self.masks = PathMasks(model)
         self.reading: Reading | None = None  # what is read now, for hooks
         self.finished: Reading | None = None  # what was read last, with all its passes
@@ -125,12 +127,6 @@ class Forward:
         self._cache = next((name for name in _CACHES if name in parameters), None)
         self._positions = "position_ids" in parameters
         self._any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-    @property
-    def device(self) -> torch.device:
-        """Where tokens go in."""
-        found: torch.device = self.model.get_input_embeddings().weight.device
-        return found
 
     def not_finite(self) -> AgentError:
         """Return the error of a model whose numbers overflow or are none."""

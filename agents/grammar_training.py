@@ -29,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from nextstate.agents.architectures import ARCHITECTURES, Architecture, new_model
 from nextstate.agents.config import ConfigError, Strict
 from nextstate.agents.generation import Codes, divergences, right, write
+from nextstate.agents.text import begins_with
 from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
 from nextstate.envs.grammar.derivation import sample
 from nextstate.envs.grammar.grammar import Grammar
@@ -95,7 +96,7 @@ class ModelSpec(Strict):
 
 
 def make_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of terminals with spaces between; no text gets special tokens by itself.
+    """Return a tokenizer of terminals with spaces between; it puts the begin token before a text by itself.
 
     Raises:
         ConfigError: a terminal has the name of a special token.
@@ -106,6 +107,7 @@ def make_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
     words = {word: i for i, word in enumerate((*SPECIAL, *grammar.terminals))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = begins_with(BEGIN, words[BEGIN])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=PAD, mask_token=MASK
     )

@@ -200,6 +200,7 @@ class Intervened(Agent):
         self.model, self.intervention = model, intervention
         self.name, self.batch_size = intervention.named(model.name), model.batch_size
         self._puts = _Puts(model, intervention)
+        self.incomplete = model.incomplete
         self._reader: Agent = model
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
@@ -210,6 +211,9 @@ class Intervened(Agent):
         twin = Intervened(self.model, self.intervention)
         twin._puts, twin._reader = self._puts, self.model.live()
         return twin
+
+    def warnings(self) -> tuple[str, ...]:
+        return self.model.warnings()
 
     def remark(self, episode: Episode) -> str:
         return self.model.remark(episode)

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
-from nextstate.agents import architectures  # noqa: F401  (transformers then knows those that are our own)
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
 from nextstate.agents.branches import Asked, Planted, Reading, Trunk, size_of
 from nextstate.agents.certificate import Certificate
+from nextstate.agents.checkpoints import Fit
 from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
+from nextstate.agents.loading import BUILT_IN as BUILT_IN
+from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load, weights_hash
+from nextstate.agents.loading import default_device as default_device
 from nextstate.agents.sites import Edit, Site, Sites
-from nextstate.agents.text import Encoder
+from nextstate.agents.text import Encoder, TokenizerError
 from nextstate.envs.contrast import pieces
 from nextstate.envs.game import Episode
-
-BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
-
-
-def default_device() -> str:
-    """Return "cuda" where there is one, else "mps" where there is one, else "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 class LanguageModel(Agent):
@@ -40,8 +30,13 @@ class LanguageModel(Agent):
     Args:
         name: a built-in model ("nextstate/tiny"), a folder written by `save_pretrained`, or a name on the hub.
         device: "cpu", "cuda", "mps"; by default the best there is.
+        device_map: spreads a model over devices, "auto" or by module, as transformers takes it; instead of `device`.
         dtype: "float32", "bfloat16", "float16"; by default float32 on the CPU, and what the checkpoint holds on a GPU.
+        quantization: "4bit" or "8bit", with bitsandbytes on a GPU.
+        attn_implementation: "sdpa", "eager" or another that transformers has; by default sdpa where the model can.
         revision: branch, tag or commit on the hub.
+        allow_incomplete: load a checkpoint that lacks tensors or has some too many; what it lacks is random.
+        bos: begin transcripts with the beginning-of-sequence token, or not; by default as the tokenizer does.
         batch_size: most episodes in one forward pass.
         batch_tokens: most tokens in one forward pass, padding included (one episode always goes). Batches halve
             themselves when memory runs out.
@@ -57,20 +52,34 @@ class LanguageModel(Agent):
         name: str,
         *,
         device: str | None = None,
+        device_map: DeviceMap | None = None,
         dtype: str | None = None,
+        quantization: Quantization | None = None,
+        attn_implementation: str | None = None,
         revision: str | None = None,
+        allow_incomplete: bool = False,
+        bos: bool | None = None,
         batch_size: int = 64,
         batch_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
     ) -> None:
         self.name = name
-        self.device = torch.device(device or default_device()) if loaded is None else loaded[0].device
-        self.model, self.tokenizer = loaded or _load(name, self.device, dtype, revision)
-        self.encoder = Encoder(self.tokenizer)
+        if loaded is None:
+            how = Loading(device, device_map, dtype, quantization, attn_implementation, revision, allow_incomplete)
+            found = load(name, how)
+        else:
+            found = Loaded(*loaded, device_of(loaded[0]))
+        self.model, self.tokenizer, self.device = found.model, found.tokenizer, found.device
+        self.fit: Fit = found.fit
+        self.commit = found.commit
+        self.incomplete = found.incomplete
+        self.quantization = quantization
+        self.encoder = _encoder(name, self.tokenizer, bos)
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
         self.context = context_of(self.model.config)
-        self.pad = int(self.tokenizer.pad_token_id or 0)
+        pad = int(self.tokenizer.pad_token_id or 0)
+        self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # any will do: nobody looks at it
         self.forward = Forward(self.model, name, self.pad, self.batch_tokens)
         self._done: list[Callable[[Reading], None]] = []
 
@@ -133,19 +142,36 @@ class LanguageModel(Agent):
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.device),
+            "quantization": self.quantization,
+            "attention": getattr(config, "_attn_implementation", None),
             "context": self.context,
             "certificates": [c.describe() for c in self.forward.certificates.values()],
             "bos": bool(self.encoder.bos),
-            "revision": getattr(config, "_commit_hash", None),
-            "hash": _hash(BUILT_IN.get(self.name, Path(self.name))),
+            "revision": self.commit,
+            "hash": weights_hash(self.name),
+            "incomplete": self.incomplete,
+            "ignored_weights": self.fit.describe(),
         }
 
+    def warnings(self) -> tuple[str, ...]:
+        found = []
+        if self.incomplete:
+            found.append(
+                f"{self.name} was loaded from an incomplete checkpoint ({self.incomplete}); its numbers say nothing "
+                "about the model of that name"
+            )
+        if self.encoder.differs:
+            found.append(f"{self.name} {self.encoder.differs}")
+        return tuple(found)
+
     def remark(self, episode: Episode) -> str:
-        if self.encoder.natural(pieces(episode)):
-            return ""
-        return (
-            f"{self.name} would split a whole transcript into other tokens than its pieces, which are what it was given"
-        )
+        found = list(self.warnings())
+        if not self.encoder.natural(pieces(episode)):
+            found.append(
+                f"{self.name} would split a whole transcript into other tokens than its pieces, which are what it was "
+                "given"
+            )
+        return "\n".join(found)
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
         if not all(p.asked.choices for p in prompts):  # to be written, a token a forward pass
@@ -322,44 +348,8 @@ class LanguageModel(Agent):
         return Prediction(answer, greedy, best[0], best[1], best[2], tuple(sums), prompt_tokens)
 
 
-def _load(name: str, device: torch.device, dtype: str | None, revision: str | None) -> tuple[Any, Any]:
-    folder = BUILT_IN.get(name, Path(name))
-    local = name in BUILT_IN or folder.is_dir() or name.startswith((".", "/", "~"))
-    if local and not (folder / "config.json").is_file():
-        raise AgentError(
-            f"{name} is no model: expected a folder with config.json, *.safetensors and a tokenizer, as "
-            f"`save_pretrained` writes it, or one of {', '.join(BUILT_IN)}, or a name on the hub"
-        )
-    source = str(folder) if local else name
-    wanted: Any = "auto" if dtype is None and device.type == "cuda" else getattr(torch, dtype or "float32", None)
-    if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise AgentError(f"dtype={dtype!r} is not possible: expected float32, bfloat16 or float16")
-    disable_progress_bar()  # ours shows what goes on
+def _encoder(name: str, tokenizer: Any, bos: bool | None) -> Encoder:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=wanted,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise AgentError(
-            f"cannot load {name}: {error}. Give a folder, a name on the hub, or {', '.join(BUILT_IN)}"
-        ) from error
-    if model.get_output_embeddings() is None:
-        raise AgentError(f"{name} ({type(model).__name__}) has no output embeddings: it is no language model")
-    return model.to(device).eval(), tokenizer
-
-
-def _hash(folder: Path) -> str | None:
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as f:
-            while block := f.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+        return Encoder(tokenizer, bos)
+    except TokenizerError as error:
+        raise AgentError(f"{name} cannot be asked: {error}") from error

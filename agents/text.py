@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,17 +19,59 @@ class TokenizerError(ValueError):
     """A tokenizer cannot be used as asked; the message says for which text."""
 
 
+def before_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the special tokens that a tokenizer puts before a text by itself, as `tokenizer(text)` does.
+
+    GPT-2's puts none, though it has a BOS; Llama's puts its BOS. What stands behind a text is left out.
+    """
+    for text in _ANCHORS:
+        whole, bare = tuple(tokenizer.encode(text)), tuple(tokenizer.encode(text, add_special_tokens=False))
+        for start in range(len(whole) - len(bare) + 1 if bare else 0):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start]
+    return ()
+
+
+def begins_with(token: str, number: int) -> processors.TemplateProcessing:
+    """Return what makes a tokenizer put a token before each text."""
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
+    )
+
+
+def _id(token: Any) -> int | None:
+    return None if token is None else int(token)
+
+
 class Encoder:
     """Encodes an opening, and pieces that continue a text.
 
     A piece is encoded behind a short anchor whose tokens are then cut off, which asks the tokenizer how it writes the
     piece in the middle of a text (leading spaces, SentencePiece markers) instead of assuming it. Pieces never merge
     with their neighbours, so that live and replayed transcripts, and all choices of one question, have the same tokens.
+
+    Args:
+        tokenizer: any of transformers.
+        bos: begin with BOS, or with nothing; by default as the tokenizer does by itself.
+
+    Raises:
+        TokenizerError: `bos` is asked for where there is none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> None:
         self.tokenizer = tokenizer
-        self.bos: tuple[int, ...] = () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
+        natural = before_text(tokenizer)
+        self.bos: tuple[int, ...] = natural  # what stands before each transcript
+        self.differs = ""  # how that is not what the tokenizer puts there by itself
+        if bos is not None:
+            begin = _id(tokenizer.bos_token_id)
+            if bos and begin is None:
+                raise TokenizerError(f"bos={bos} is not possible: {type(tokenizer).__name__} has no BOS; leave it out")
+            self.bos = () if begin is None or not bos else (begin,)
+            if self.bos != natural:
+                own = tokenizer.decode(list(natural)) if natural else "nothing"
+                given = tokenizer.decode(list(self.bos)) if self.bos else "nothing"
+                self.differs = f"read transcripts with {given} before them (bos={bos}); its tokenizer puts {own} there"
         self._cache: dict[str, tuple[int, ...]] = {}
         self._anchors = [(a, self._raw(a)) for a in _ANCHORS]
 
@@ -35,11 +79,17 @@ class Encoder:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def opening(self, text: str) -> tuple[int, ...]:
-        """Return the tokens a transcript begins with: BOS where the tokenizer has one, then `text`."""
+        """Return the tokens a transcript begins with: the special tokens that the tokenizer puts there, then `text`.
+
+        Where that is nothing at all, it is BOS, or else EOS, as something has to be read from.
+        """
         tokens = self.bos + self._raw(text)
         if not tokens:
+            first = [_id(x) for x in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)]
+            tokens = tuple(i for i in first if i is not None)[:1]
+        if not tokens:
             raise TokenizerError(
-                f"the opening {text!r} has no tokens and the tokenizer has no BOS: nothing to read from"
+                f"the opening {text!r} has no tokens and the tokenizer has no BOS or EOS: nothing to read from"
             )
         return tokens
 

@@ -28,7 +28,7 @@ from nextstate.agents.config import ConfigError, Strict
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import PathMasks, Places
 from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
-from nextstate.agents.text import Encoder
+from nextstate.agents.text import Encoder, begins_with
 from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
 from nextstate.envs.game import Episode, Game, score, unroll
 from nextstate.envs.games import make_game
@@ -318,7 +318,10 @@ def corpus(config: TrainConfig, episodes: int = 4000) -> Iterator[str]:
 
 
 def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer, which takes any text, with the games' words as single tokens."""
+    """Return a byte-level tokenizer, which takes any text, with the games' words as single tokens.
+
+    It puts BOS before a text by itself, as the models that are trained with it see it.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -329,6 +332,7 @@ def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(config), trainer)
+    tokenizer.post_processor = begins_with(BOS, tokenizer.get_vocab()[BOS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

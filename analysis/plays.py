@@ -26,6 +26,7 @@ PLAYS: dict[str, pl.DataType] = {
     "success": pl.Boolean(), "steps": pl.Int64(), "optimum": pl.Int64(), "steps_over": pl.Int64(),
     "illegal": pl.Int64(), "ended": pl.String(), "opening": pl.String(), "commands": pl.List(pl.String()),
     "legal": pl.List(pl.Boolean()), "observations": pl.List(pl.String()),
+    "incomplete": pl.Boolean(),
 }  # fmt: skip
 LOOK = {"random": figures.REFERENCES["chance"], "walkthrough": figures.REFERENCES["ideal"]}
 PLACE = ("game", "variant", "size", "setting")

@@ -44,7 +44,9 @@ ROWS: dict[str, pl.DataType] = {
     "determined": pl.Boolean(),
     "chance": pl.Float64(),
     "prompt_tokens": pl.Int64(),
+    "incomplete": pl.Boolean(),
 }
+LATER: dict[str, Any] = {"incomplete": False}  # columns that earlier versions did not write, and what they meant
 # What is averaged in a cell: column of the rows -> name in the tables. "accuracy" is that of the greedy answer.
 MEANS = {
     "greedy_correct": "accuracy",
@@ -152,8 +154,9 @@ def scan(file: Path, command: str, columns: Mapping[str, pl.DataType]) -> pl.Laz
         found = frame.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise RunError(f"{file} cannot be read ({error}): delete it and run `{command}` again") from error
+    frame = frame.with_columns(pl.lit(value).alias(key) for key, value in LATER.items() if key not in found)
     for column in columns:
-        if column not in found:
+        if column not in found and column not in LATER:
             raise RunError(f"{file} has no column {column!r}: delete it and run `{command}` again")
     return frame.select(pl.col(column).cast(kind) for column, kind in columns.items())
 

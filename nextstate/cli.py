@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +30,6 @@ from nextstate.folder import Progress, answered, left_out
 
 app = typer.Typer(
     name="nextstate",
-    help="Does a language model know what state a system is in? Games, agents, and one report page.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -41,6 +42,24 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Overrides, such as [cyan]seed=3 games.0.episodes=20[/].", metavar="[KEY=VALUE]..."),
 ]
+
+
+@dataclass
+class Options:
+    """What is given before the command."""
+
+    debug: bool = False
+
+
+options = Options()
+
+
+@app.callback()
+def before(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of whatever goes wrong.")] = False,
+) -> None:
+    """Does a language model know what state a system is in? Games, agents, and one report page."""
+    options.debug = debug
 
 
 class Drawn(Progress):
@@ -59,7 +78,11 @@ class Drawn(Progress):
         self.bar.advance(self.task, questions)
 
     def warn(self, message: str) -> None:
-        self.bar.console.print(Text(f"note: {message}", style="yellow"))
+        self.bar.console.print(Text(f"note: {message}", style="yellow"), soft_wrap=True)
+
+    def failed(self, error: BaseException) -> None:
+        if options.debug:
+            self.bar.console.print(Text(_traceback(error)), soft_wrap=True)
 
 
 @app.command(epilog="Example:  nextstate run configs/quickstart.yaml games.0.episodes=20 --out runs/short")
@@ -87,7 +110,13 @@ def run(
         errors.print(
             Text(f"{len(missing)} cells were left out or asked in part; the report says which and why.", style="yellow")
         )
-        if not all(answered(folder, entry["agent"]) for entry in missing):
+        failed = [x for x in missing if x.get("failed") or not answered(folder, x["agent"])]
+        told = dict.fromkeys(
+            x["reason"] if x["agent"] in x["reason"] else f"{x['agent']}: {x['reason']}" for x in failed
+        )
+        for line in told:
+            errors.print(Text(line, style="red"), soft_wrap=True)
+        if failed:
             raise typer.Exit(1)
 
 
@@ -360,19 +389,27 @@ def _games() -> None:
         console.print(f"    shortcuts: {', '.join(cls.shortcuts)}", soft_wrap=True)
 
 
+def _traceback(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
 def main() -> None:
-    """Run the command line; errors that a user can mend are one message, not a traceback."""
+    """Run the command line; errors are one message, not a traceback, unless `--debug` is given."""
     from nextstate.agents.agent import AgentError
     from nextstate.agents.config import ConfigError
+    from nextstate.agents.failures import Broken, guarded, one_line
     from nextstate.analysis.tables import RunError
     from nextstate.envs.game import GameError
-    from nextstate.folder import ExperimentError
+    from nextstate.folder import ExperimentError, ModelFailed
 
+    known = (AgentError, ConfigError, ExperimentError, GameError, RunError)
     try:
-        app()
-    except (AgentError, ConfigError, ExperimentError, GameError, RunError) as error:
+        guarded(app, lambda error: f"{one_line(error)} (unforeseen; `nextstate --debug ...` shows where)", known)
+    except known as error:
+        if options.debug:
+            errors.print(Text(_traceback(error)), soft_wrap=True)
         errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, (Broken, ModelFailed)) else 2)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, model_validator
 
 from nextstate.agents.agent import Agent, AgentError
-from nextstate.agents.config import Strict
+from nextstate.agents.failures import Broken, guarded, one_line
 from nextstate.agents.play import Player
-from nextstate.agents.reference import SHORTCUT, Reference
 from nextstate.agents.rollout import Grid, Road, episodes_of, live, replay, seeds_for
+from nextstate.entrants import AgentConfig, Entrant, InterveneConfig, entrants, is_reference
 from nextstate.envs.game import Episode, GameError, check_steps
-from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, slugify, write_json, write_parquet
+from nextstate.folder import (
+    ExperimentError,
+    ModelFailed,
+    Progress,
+    RunConfig,
+    begin,
+    now,
+    slugify,
+    write_json,
+    write_parquet,
+)
 from nextstate.grid import GridConfig, Setting, games_of
-from nextstate.playing import PlayConfig, PlaySetting, play_cell, play_settings, plays_path, reference
+from nextstate.playing import PlayConfig, play_cell, play_settings, plays_path
 
-REFERENCES = ("ideal", "chance")
 _CHUNK = 64  # episodes whose trees are in memory at a time; fixed, so that rows do not depend on the batch size
 
 SCHEMA: dict[str, Any] = {
@@ -32,7 +41,7 @@ SCHEMA: dict[str, Any] = {
     "greedy_correct": pl.Boolean, "choice": pl.String, "choice_correct": pl.Boolean,
     "choice_token_correct": pl.Boolean, "choice_byte_correct": pl.Boolean, "logprobs": pl.List(pl.Float32),
     "p_accepted": pl.Float64, "rank": pl.Int64, "ceiling": pl.Float64, "determined": pl.Boolean,
-    "chance": pl.Float64, "prompt_tokens": pl.Int64,
+    "chance": pl.Float64, "prompt_tokens": pl.Int64, "incomplete": pl.Boolean,
 }  # fmt: skip
 TRANSCRIPTS: dict[str, Any] = {
     "episode": pl.Int64, "opening": pl.String, "feedback": pl.String,
@@ -41,35 +50,12 @@ TRANSCRIPTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-class AgentConfig(Strict):
-    """A language model and how to load it; a bare name in `agents` means all defaults."""
-
-    name: str
-    device: str | None = None
-    dtype: str | None = None
-    revision: str | None = None
-    batch_size: int = Field(default=64, ge=1)
-    batch_tokens: int | None = Field(default=None, ge=1)
-
-
 class GameConfig(GridConfig):
     """A game that questions are asked about, over a grid of settings."""
 
     steps: int | list[int] = Field(10, description="at most so many; a list only with grid=cells")
     episodes: int = Field(50, ge=1, le=1_000_000)
     ask: int | Literal["all"] = 1
-
-
-class InterveneConfig(Strict):
-    """Heads to do without; every language model is then asked twice, as it is and without them."""
-
-    heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
-    mode: Literal["zero", "mean", "resample"] = "zero"
-    episodes: int = Field(16, ge=1, le=10_000, description="reference episodes of mean and resample")
-
-
-def _is_reference(agent: str) -> bool:
-    return agent in (*REFERENCES, "shortcuts") or agent.startswith(SHORTCUT)
 
 
 class Config(RunConfig):
@@ -95,7 +81,7 @@ class Config(RunConfig):
                 )
             if self.road == "live" and (game.ask != 1 or self.grid == "cells"):
                 raise ValueError(f"{game.game}: the live road asks one question after each step (ask=1, grid=episodes)")
-        if self.intervene and all(isinstance(a, str) and _is_reference(a) for a in self.agents):
+        if self.intervene and all(isinstance(a, str) and is_reference(a) for a in self.agents):
             raise ValueError("intervene: only language models have heads, and `agents` names none")
         return self
 
@@ -124,68 +110,14 @@ def settings_of(config: Config) -> list[Setting]:
     return out
 
 
-class Entrant(NamedTuple):
-    """An agent or player of a run: how to make it, the settings it is asked about, and what it plays."""
-
-    name: str
-    load: Callable[[], Agent | Player]
-    asked: list[Setting]
-    plays: list[PlaySetting]
-
-
-def entrants(config: Config, settings: list[Setting], plays: list[PlaySetting]) -> Iterator[Entrant]:
-    """Yield who takes part, in order; "shortcuts" stands for all. Language models play, and so do `players`."""
-    for entry in config.agents:
-        if entry == "shortcuts":
-            for name in dict.fromkeys(s for setting in settings for s in setting.game.shortcuts):
-                mine = [s for s in settings if name in s.game.shortcuts]
-                yield Entrant(SHORTCUT + name, partial(Reference, SHORTCUT + name), mine, [])
-        elif isinstance(entry, str) and _is_reference(entry):
-            mine = [s for s in settings if entry in REFERENCES or entry.removeprefix(SHORTCUT) in s.game.shortcuts]
-            if not mine and settings:
-                known = sorted({s for setting in settings for s in setting.game.shortcuts})
-                raise ExperimentError(f"no game of this run has {entry!r}: expected one of {', '.join(known)}")
-            yield Entrant(entry, partial(Reference, entry), mine, [])
-        else:
-            model = AgentConfig(name=entry) if isinstance(entry, str) else entry
-            yield Entrant(*_model(model), settings, plays)
-            if config.intervene:
-                yield Entrant(*_intervened(model, config.intervene), settings, plays)
-    for name in config.players if plays else []:
-        yield Entrant(name, partial(reference, name, plays), [], plays)
-
-
-def _model(entry: AgentConfig) -> tuple[str, Callable[[], Agent]]:
-    def load() -> Agent:
-        from nextstate.agents.language import LanguageModel  # torch and transformers take seconds to import
-
-        return LanguageModel(**entry.model_dump())
-
-    return entry.name, load
-
-
-def _intervened(entry: AgentConfig, how: InterveneConfig) -> tuple[str, Callable[[], Agent]]:
-    from nextstate.agents.intervene import Intervened, Intervention  # imports torch, as the model does
-
-    what = Intervention(tuple(how.heads), how.mode, how.episodes)
-
-    def load() -> Agent:
-        from nextstate.agents.language import LanguageModel
-        from nextstate.agents.sites import SiteError
-
-        try:
-            return Intervened(LanguageModel(**entry.model_dump()), what)
-        except SiteError as error:
-            raise AgentError(f"{entry.name} cannot be asked without these heads: {error}") from error
-
-    return what.named(entry.name), load
-
-
 def run(config: Config, out: Path, progress: Progress | None = None, command: str = "") -> Path:
     """Run an experiment, or finish one that was begun in `out`; return the report page.
 
+    What an agent cannot answer is left out, and said in `run.json` and on the page; the others go on.
+
     Raises:
         ExperimentError: `out` belongs to another config.
+        ModelFailed: no agent answered anything; the message says why.
         GameError: something asked for cannot be; where that shows only when a game is made, its cells are left out.
     """
     from nextstate.analysis import log, report, tables
@@ -193,7 +125,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
     progress = progress or Progress()
     settings = settings_of(config)
     plays = play_settings(config.play, config.seed)
-    todo = list(entrants(config, settings, plays))
+    todo = list(entrants(config.agents, config.players, config.intervene, settings, plays))
     record = begin(config, [s.describe() for s in settings], out, command)
     record["plays"] = [p.describe() for p in plays]
     began = time.monotonic()
@@ -210,44 +142,83 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
     if broken and len(broken) == len(settings) and not plays:
         raise GameError(next(iter(broken.values())))
     for entrant in todo:
-        name, agent, tasks = entrant.name, None, _tasks(entrant, config, out, progress)
-        for task in [t for t in tasks if t.label in broken]:
-            note(left_out=_noted(record["left_out"], name, [task], broken[task.label]))
-        tasks = [t for t in tasks if t.label not in broken]
-        for task in tasks:
-            progress.on(f"{name} on {task.label}")
-            if not task.path.exists():
-                try:
-                    if agent is None:
-                        agent = entrant.load()
-                        if isinstance(agent, Agent):
-                            note(agents=[a for a in record["agents"] if a["name"] != name] + [agent.describe()])
-                    remark = task.remark(agent)
-                    if remark and remark not in record["remarks"]:
-                        progress.warn(remark)
-                        note(remarks=[*record["remarks"], remark])
-                    frame, left_out = task.do(agent)
-                except (AgentError, GameError) as error:  # a game may break down while it is played
-                    frame, left_out = None, str(error)
-                if left_out:
-                    progress.warn(left_out)
-                    affected = tasks if agent is None else [task]  # it cannot be loaded: the same for every setting
-                    note(left_out=_noted(record["left_out"], name, affected, left_out))
-                if frame is None:
-                    progress.advance(sum(t.cost for t in affected))
-                    if agent is None:
-                        break
-                    continue
-                write_parquet(task.path, frame)
-            else:
-                frame = pl.read_parquet(task.path)
+        turn = _Turn(entrant, record, progress, note)
+        for task in _tasks(entrant, config, out, progress):
+            progress.on(f"{entrant.name} on {task.label}")
+            if task.label in broken:
+                note(left_out=_noted(record["left_out"], entrant.name, task, broken[task.label]))
+                continue
+            if task.path.exists():
+                frame: pl.DataFrame | None = pl.read_parquet(task.path)
                 progress.advance(task.cost)
-            mirror.cell(task.metrics(frame))
+            elif (frame := turn.take(task)) is not None:
+                write_parquet(task.path, frame)
+            if frame is not None:
+                mirror.cell(task.metrics(frame))
     progress.on("report")
+    if not any(any(out.glob(f"{part}/*/*.parquet")) for part in ("rows", "plays")):
+        mirror.close({})
+        raise ModelFailed("; ".join(dict.fromkeys(x["reason"] for x in record["left_out"])) or "nothing was asked")
     note(finished=now())
     page = report.write(out)
     mirror.finish(tables.load(out))
     return page
+
+
+class _Turn:
+    """One agent's or player's part of a run: loaded once it is needed, asked until something unforeseen happens."""
+
+    def __init__(self, entrant: Entrant, record: dict[str, Any], progress: Progress, note: Callable[..., None]) -> None:
+        self.entrant, self.record, self.progress, self.note = entrant, record, progress, note
+        self.agent: Agent | Player | None = None
+        self.gone = ""  # why it is asked no more
+
+    def take(self, task: Task) -> pl.DataFrame | None:
+        """Do a task; return its table, or None where it is left out."""
+        if self.gone:
+            self._leave(task, self.gone, True)
+            self.progress.advance(task.cost)
+            return None
+        name = self.entrant.name
+        failed = False
+        try:
+            frame, reason = guarded(lambda: self._do(task), lambda error: f"{name} failed: {one_line(error)}")
+        except (AgentError, GameError) as error:  # a game may break down while it is played
+            frame, reason, failed = None, " ".join(str(error).split()), isinstance(error, AgentError)
+            if self.agent is None or isinstance(error, Broken):
+                self.gone = reason
+            self.progress.failed(error)
+        if reason:
+            self.progress.warn(reason)
+            self._leave(task, reason, failed)
+        else:
+            kept = [x for x in self.record["left_out"] if (x["agent"], x["setting"]) != (name, task.label)]
+            if len(kept) < len(self.record["left_out"]):  # of an earlier try
+                self.note(left_out=kept)
+        if frame is None:
+            self.progress.advance(task.cost)
+        return frame
+
+    def _do(self, task: Task) -> tuple[pl.DataFrame | None, str]:
+        if self.agent is None:
+            agent = self.entrant.load()
+            if isinstance(agent, Agent):
+                others = [a for a in self.record["agents"] if a["name"] != self.entrant.name]
+                self.note(agents=[*others, agent.describe()])
+                self._remark("\n".join(agent.warnings()))
+            self.agent = agent
+        self._remark(task.remark(self.agent))
+        return task.do(self.agent)
+
+    def _remark(self, text: str) -> None:
+        for line in text.splitlines():
+            if line not in self.record["remarks"]:
+                self.progress.warn(line)
+                self.note(remarks=[*self.record["remarks"], line])
+
+    def _leave(self, task: Task, reason: str, failed: bool) -> None:
+        more = {"failed": True} if failed and self.entrant.model else {}
+        self.note(left_out=_noted(self.record["left_out"], self.entrant.name, task, reason, **more))
 
 
 class Task(NamedTuple):
@@ -286,10 +257,9 @@ def _remark(setting: Setting, agent: Agent) -> str:
     return agent.remark(episodes_of(setting.game, setting.seeds[:1], setting.steps)[0])
 
 
-def _noted(old: list[dict[str, str]], agent: str, tasks: list[Task], reason: str) -> list[dict[str, str]]:
-    slugs = {t.label for t in tasks}
-    kept = [x for x in old if x["agent"] != agent or x["setting"] not in slugs]
-    return kept + [{"agent": agent, "setting": slug, "reason": reason} for slug in sorted(slugs)]
+def _noted(old: list[dict[str, Any]], agent: str, task: Task, reason: str, **more: bool) -> list[dict[str, Any]]:
+    kept = [x for x in old if (x["agent"], x["setting"]) != (agent, task.label)]
+    return [*kept, {"agent": agent, "setting": task.label, "reason": reason, **more}]
 
 
 def rows_path(out: Path, agent: str, setting: Setting) -> Path:
@@ -318,7 +288,9 @@ def _ask(setting: Setting, config: Config, progress: Progress, agent: Agent) -> 
         progress.advance(round(planned * len(chunk)))
     if not rows:
         return None, said[0] if said else "no questions"
-    return frame_of(rows, {"agent": agent.name, **setting.columns}), said[0] if said else ""
+    return frame_of(rows, {"agent": agent.name, "incomplete": bool(agent.incomplete), **setting.columns}), said[
+        0
+    ] if said else ""
 
 
 def frame_of(rows: list[dict[str, Any]], constant: dict[str, Any]) -> pl.DataFrame:

@@ -9,20 +9,30 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import polars as pl
 from pydantic import Field
 
+from nextstate.agents.agent import AgentError
 from nextstate.agents.config import Strict
+from nextstate.agents.failures import guarded, one_line
+from nextstate.envs.game import GameError
 
+T = TypeVar("T")
+ALL = "everything"  # what is left out where the only model of a run fails
 _PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "wandb")
 
 
 class ExperimentError(RuntimeError):
     """An experiment cannot be run as asked; the message says what stands in the way."""
+
+
+class ModelFailed(ExperimentError):
+    """The models of a run cannot be loaded or asked; the message is one line that says why."""
 
 
 class RunConfig(Strict):
@@ -47,6 +57,9 @@ class Progress:
 
     def warn(self, message: str) -> None:
         """Something was left out, or should be known."""
+
+    def failed(self, error: BaseException) -> None:
+        """An agent raised this; what it says comes as a warning too."""
 
 
 def slugify(name: str) -> str:
@@ -144,9 +157,37 @@ def write_parquet(path: Path, frame: pl.DataFrame) -> None:
     beside.replace(path)
 
 
-def left_out(out: Path) -> list[dict[str, str]]:
-    """Return what a run left out: agent, setting, reason."""
-    found: list[dict[str, str]] = json.loads((out / "run.json").read_text(encoding="utf-8"))["left_out"]
+def of_one_model(do: Callable[[], T], name: str, out: Path, record: dict[str, Any], *also: type[Exception]) -> T:
+    """Do what asks one model; where that fails, say why in `run.json`.
+
+    Args:
+        do: the run.
+        name: of the model.
+        out: the run's folder.
+        record: what `run.json` says, which `do` may change.
+        also: exceptions by which the project itself says that a model cannot be used.
+
+    Raises:
+        ModelFailed: the model cannot be loaded, or failed, however that was.
+    """
+    ours: tuple[type[Exception], ...] = (AgentError, *also)
+    record["left_out"] = [x for x in record["left_out"] if x["setting"] != ALL]
+    try:
+        return guarded(
+            do,
+            lambda error: f"{name} failed: {one_line(error)}",
+            (GameError, ExperimentError, *ours),
+        )
+    except ours as error:
+        reason = " ".join(str(error).split())
+        record["left_out"].append({"agent": name, "setting": ALL, "reason": reason, "failed": True})
+        write_json(out / "run.json", record)
+        raise ModelFailed(reason) from error
+
+
+def left_out(out: Path) -> list[dict[str, Any]]:
+    """Return what a run left out: agent, setting, reason, and `failed` where a model failed."""
+    found: list[dict[str, Any]] = json.loads((out / "run.json").read_text(encoding="utf-8"))["left_out"]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,11 @@ import numpy as np
 import polars as pl
 from pydantic import Field, model_validator
 
+from nextstate.entrants import AgentConfig, load_model
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Game, GameError
 from nextstate.envs.games import make_game
-from nextstate.experiment import AgentConfig
-from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, write_json, write_parquet
+from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, of_one_model, write_json, write_parquet
 
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # of the published state pairs
 PAPER_DISTANCES = (1, 5, 10, 20, 40)  # and noop pairs
@@ -123,8 +124,9 @@ def run(config: PatchConfig, out: Path, progress: Progress | None = None, comman
         model: a `LanguageModel` to use instead of loading the one that the config names.
 
     Raises:
-        ExperimentError: `out` belongs to another config, or patching fails; the message says why.
-        GameError, AgentError: something asked for cannot be.
+        ExperimentError: `out` belongs to another config.
+        ModelFailed: the model cannot be loaded or patched; the message says why, and so does `run.json`.
+        GameError: something asked for cannot be.
     """
     from nextstate.agents.sites import SiteError
     from nextstate.analysis.pairs import PatchError
@@ -133,10 +135,9 @@ def run(config: PatchConfig, out: Path, progress: Progress | None = None, comman
     kinds = kinds_of(config, game)
     drawn = {which: draw(config, game, *which) for which in kinds}  # before anything is written
     record = begin(config, [{"design": d, "kind": k, "pairs": len(p)} for (d, k), p in drawn.items()], out, command)
-    try:
-        return _run(config, out, progress or Progress(), record, drawn, model)
-    except (PatchError, SiteError) as error:
-        raise ExperimentError(str(error)) from error
+    name = config.model if isinstance(config.model, str) else config.model.name
+    do = partial(_run, config, out, progress or Progress(), record, drawn, model)
+    return of_one_model(do, name if model is None else model.name, out, record, PatchError, SiteError)
 
 
 def _run(
@@ -147,7 +148,6 @@ def _run(
     drawn: dict[tuple[str, str], list[Pair]],
     model: Any,
 ) -> Path:
-    from nextstate.agents.language import LanguageModel
     from nextstate.analysis import heads_report, log
     from nextstate.analysis.heads import layout
     from nextstate.analysis.heads_tables import PAIRS, load, sweep_rows
@@ -160,8 +160,7 @@ def _run(
 
     progress.on("loading the model")
     if model is None:
-        entry = AgentConfig(name=config.model) if isinstance(config.model, str) else config.model
-        model = LanguageModel(**entry.model_dump())
+        model = load_model(config.model)
     note(agents=[model.describe() | {"layers": model.sites.layers, "heads": model.sites.heads}])
     mirror = log.Log(config.wandb)
     mirror.start(out, config.name, config.model_dump())
@@ -238,8 +237,8 @@ def _measure(model: Any, design: str, kind: str, pairs: list[Pair]) -> tuple[lis
 
 
 def _remarks(model: Any, drawn: dict[tuple[str, str], list[Pair]]) -> list[str]:
-    found = [model.remark(pairs[0].clean) for pairs in drawn.values()]
-    return [*dict.fromkeys(filter(None, found))]
+    found = [line for pairs in drawn.values() for line in model.remark(pairs[0].clean).splitlines()]
+    return [*dict.fromkeys(found)]
 
 
 def _sweep(config: PatchConfig, model: Any, job: Any, pairs: list[Any], where: Any) -> tuple[Any, Any]:

@@ -24,7 +24,7 @@ SCHEMA: dict[str, Any] = {
     "episode": pl.Int64, "states": pl.Int64, "goal": pl.String, "score": pl.Float64, "max_score": pl.Float64,
     "success": pl.Boolean, "steps": pl.Int64, "optimum": pl.Int64, "steps_over": pl.Int64, "illegal": pl.Int64,
     "ended": pl.String, "opening": pl.String, "commands": pl.List(pl.String), "legal": pl.List(pl.Boolean),
-    "observations": pl.List(pl.String),
+    "observations": pl.List(pl.String), "incomplete": pl.Boolean,
 }  # fmt: skip
 
 
@@ -136,5 +136,6 @@ def play_cell(cell: PlaySetting, advance: Callable[[int], None], who: Agent | Pl
         rows.extend(result.rows)
         said = said or result.left_out
         advance(len(chunk) * setting.steps)
-    constant = {"agent": player.name, **setting.columns}
+    incomplete = isinstance(who, Agent) and bool(who.incomplete)
+    constant = {"agent": player.name, "incomplete": incomplete, **setting.columns}
     return pl.DataFrame([constant | row for row in rows], schema=SCHEMA), said

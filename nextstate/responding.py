@@ -14,10 +14,10 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from nextstate.agents.config import Strict
+from nextstate.entrants import AgentConfig, load_model
 from nextstate.envs.contrast import Pair
 from nextstate.envs.games import make_game
-from nextstate.experiment import AgentConfig
-from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, write_json, write_parquet
+from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, of_one_model, write_json, write_parquet
 
 SHOWN = 24  # heads of a patching run that are looked at again
 
@@ -106,8 +106,10 @@ def run(
         model: a `LanguageModel` to use instead of loading the one that the config names.
 
     Raises:
-        ExperimentError: `out` belongs to another config, or responses cannot be measured; the message says why.
-        GameError, AgentError, RunError: something asked for cannot be.
+        ExperimentError: `out` belongs to another config.
+        ModelFailed: the model cannot be loaded, or its responses not measured; the message says why, and so does
+            `run.json`.
+        GameError, RunError: something asked for cannot be.
     """
     from nextstate.agents.sites import SiteError
     from nextstate.analysis.heads_tables import load
@@ -116,10 +118,12 @@ def run(
     drawn = draw(config)  # before anything is written
     patched = load(Path(config.patching)) if config.patching else None
     record = begin(config, [{"bridge": name, "pairs": len(pairs)} for name, pairs in drawn.items()], out, command)
-    try:
+    name = config.model if isinstance(config.model, str) else config.model.name
+
+    def do() -> Path:
         return _Run(config, out, progress or Progress(), record, model, patched).go(drawn)
-    except (ResponseError, SiteError) as error:
-        raise ExperimentError(str(error)) from error
+
+    return of_one_model(do, name if model is None else model.name, out, record, ResponseError, SiteError)
 
 
 class _Run:
@@ -128,14 +132,12 @@ class _Run:
     def __init__(
         self, config: ResponseConfig, out: Path, progress: Progress, record: dict[str, Any], model: Any, patched: Any
     ) -> None:
-        from nextstate.agents.language import LanguageModel
         from nextstate.analysis import log
 
         self.config, self.out, self.progress, self.record, self.patched = config, out, progress, record, patched
         self.began, self.before = time.monotonic(), float(record["seconds"])
         progress.on("loading the model")
-        entry = AgentConfig(name=config.model) if isinstance(config.model, str) else config.model
-        self.model: Any = LanguageModel(**entry.model_dump()) if model is None else model
+        self.model: Any = load_model(config.model) if model is None else model
         sites = self.model.sites
         size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
         if patched is not None and patched.info["agents"][0]["name"] != self.model.name:
@@ -144,6 +146,8 @@ class _Run:
                 f"{self.model.name}"
             )
         self.note(agents=[self.model.describe() | size])
+        for warning in self.model.warnings():
+            self.remark(warning)
         self.log = log.Log(config.wandb)
         self.log.start(out, config.name, config.model_dump())
 

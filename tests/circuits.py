@@ -31,6 +31,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from nextstate.agents.language import LanguageModel
+from nextstate.agents.text import begins_with
 
 STATES = (*ascii_lowercase, "x1", "x2", "x3", "x4")  # the last ones are those of the published designs
 ACTIONS = (*ascii_uppercase, "A1", "A2", "A3")
@@ -196,6 +197,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+| ?[^\w\s]|\s"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = begins_with("<bos>", 1)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>")
 
 

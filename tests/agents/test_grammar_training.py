@@ -144,7 +144,9 @@ def test_a_run_goes_on_where_it_was_killed(architecture: Any, tmp_path: Path) ->
         assert [row["step"] for row in told["curve"] if "kl" in row] == [3, 6]
         assert all(0 <= row["accuracy"] <= 1 for row in told["curve"] if "accuracy" in row)
     tokenizer = make_tokenizer(GRAMMAR)
-    assert tokenizer.encode("1 2 3") == list(codes_of(GRAMMAR).terminals)
+    codes = codes_of(GRAMMAR)
+    assert tokenizer.encode("1 2 3", add_special_tokens=False) == list(codes.terminals)
+    assert tokenizer.encode("1 2 3") == [codes.begin, *codes.terminals]
 
 
 def test_an_untrained_model_is_that_which_training_begins_with(tmp_path: Path) -> None:

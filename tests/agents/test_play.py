@@ -189,7 +189,7 @@ def test_only_the_transcript_is_kept_between_commands(folders: dict[str, Path]) 
         longest = max(longest, len(tokens(model, transcript(asked))))
         playing.take("no command")
     branches = max(len(model.encoder.piece(f" {c}\n")) for c in playing.info["admissible_commands"]) * 6
-    assert reader.width <= longest + branches  # type: ignore[attr-defined]
+    assert reader.memory.width <= longest + branches  # type: ignore[attr-defined]
     assert playing.ended == "steps"
 
 

@@ -1,0 +1,310 @@
+"""From a name to a model and its tokenizer: built in, a folder, or the hub; whole checkpoints, without their code."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from nextstate.agents import architectures  # noqa: F401  (transformers then knows those that are our own)
+from nextstate.agents.agent import AgentError
+from nextstate.agents.checkpoints import Fit, check_files, check_finite, check_tokenizer, fit_of, read_config_json
+from nextstate.agents.failures import guarded, one_line
+
+BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
+PATIENCE = 5.0  # seconds in which the hub has to answer, name look-up included
+
+_LONG = 200  # letters of a message from elsewhere, beyond which its first sentence has to do
+
+DeviceMap = str | dict[str, Any]
+Quantization = Literal["4bit", "8bit"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded; see `nextstate.agents.language.LanguageModel` for what each key means."""
+
+    device: str | None = None
+    device_map: DeviceMap | None = None
+    dtype: str | None = None
+    quantization: Quantization | None = None
+    attn_implementation: str | None = None
+    revision: str | None = None
+    allow_incomplete: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, ready to be asked, and what its checkpoint lacks or has besides."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device  # where its inputs go
+    fit: Fit = field(default_factory=Fit)
+    commit: str | None = None  # of a model from the hub
+
+    @property
+    def incomplete(self) -> str:
+        """What the checkpoint lacks, "" for a whole one."""
+        return self.fit.problems
+
+
+def default_device() -> str:
+    """Return "cuda" where there is one, else "mps" where there is one, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load(name: str, how: Loading) -> Loaded:
+    """Load a model and its tokenizer, in evaluation mode.
+
+    Raises:
+        AgentError: there is no such model, or it is not one that can be used; the message is one line.
+    """
+    given = _options(name, how)
+    folder = folder_of(name)
+    if folder is not None:
+        config = _check_folder(name, folder)
+        source, offline = str(folder), True
+    else:
+        config, source, offline = {}, name, _offline(name, how.revision)
+    told = partial(_told, name, how, config)
+    where = {"revision": how.revision, "trust_remote_code": False, "local_files_only": offline}
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what an incomplete checkpoint lacks is random, and the same each time
+        described = guarded(
+            lambda: AutoConfig.from_pretrained(source, **where), partial(told, what="its config.json cannot be used: ")
+        )
+        tokenizer = guarded(
+            lambda: AutoTokenizer.from_pretrained(source, config=described, **where),
+            partial(told, what=_tokens(folder)),
+        )
+        model, info = guarded(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                source,
+                config=described,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **where,
+                **given,
+            ),
+            told,
+        )
+        fit = guarded(lambda: fit_of(model, info), told)
+        if fit.problems and not how.allow_incomplete:
+            raise AgentError(
+                f"cannot load {name}: the checkpoint does not fit its config.json: {fit.problems}; give the whole "
+                "checkpoint, or allow_incomplete=true to load it all the same"
+            )
+        commit = None if folder is not None else _commit(name, how.revision)
+        return guarded(lambda: _ready(name, model, tokenizer, how, fit, commit), told)
+
+
+def _ready(name: str, model: Any, tokenizer: Any, how: Loading, fit: Fit, commit: str | None) -> Loaded:
+    if model.get_output_embeddings() is None:
+        raise AgentError(f"{name} ({type(model).__name__}) has no output embeddings: it is no language model")
+    if how.device_map is None and how.quantization is None:
+        model = model.to(how.device or default_device())
+    table = model.get_input_embeddings()
+    check_finite(name, model)
+    check_tokenizer(name, tokenizer, int(table.weight.shape[0]))
+    return Loaded(model.eval(), tokenizer, device_of(model), fit, commit)
+
+
+def device_of(model: Any) -> torch.device:
+    """Return where a model's inputs go: where its embedding is, or is brought to when it is used."""
+    table = model.get_input_embeddings()
+    hook = getattr(table, "_hf_hook", None)
+    brought = getattr(hook, "execution_device", None)
+    return torch.device(table.weight.device if brought is None else brought)
+
+
+def folder_of(name: str) -> Path | None:
+    """Return the folder that a name means, None where it is a name on the hub."""
+    folder = BUILT_IN.get(name, Path(name).expanduser())
+    local = name in BUILT_IN or folder.is_dir() or name.startswith((".", "/", "~"))
+    return folder if local else None
+
+
+def weights_hash(name: str) -> str | None:
+    """Return the SHA-256 over the safetensors of a local model, None for one on the hub."""
+    folder = folder_of(name)
+    files = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            while block := f.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_folder(name: str, folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        what = "the folder has no config.json" if folder.is_dir() else "there is no such folder"
+        raise AgentError(
+            f"{name} is no model: expected a folder with config.json, *.safetensors and a tokenizer, as "
+            f"`save_pretrained` writes it, or one of {', '.join(BUILT_IN)}, or a name on the hub, but {what}"
+        )
+    config = read_config_json(name, folder)
+    check_files(name, folder)
+    return config
+
+
+def _options(name: str, how: Loading) -> dict[str, Any]:
+    """Return what `from_pretrained` is given for precision and place, or raise where that cannot be."""
+    if how.device is not None and how.device_map is not None:
+        raise AgentError(
+            f"cannot load {name}: device={how.device!r} and device_map={how.device_map!r} exclude each other; give one"
+        )
+    try:
+        device = torch.device(how.device or default_device())
+    except RuntimeError as error:
+        raise AgentError(f"device={how.device!r} is not possible: expected cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise AgentError(f"device={how.device!r} is not possible: torch finds no GPU here; leave it out, or give cpu")
+    mapped = how.device_map is not None and torch.cuda.is_available()
+    wanted: Any = getattr(torch, how.dtype or "float32", None)
+    if how.dtype is None and (device.type == "cuda" or mapped):
+        wanted = "auto"
+    if wanted != "auto" and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise AgentError(f"dtype={how.dtype!r} is not possible: expected float32, bfloat16 or float16")
+    given: dict[str, Any] = {"dtype": wanted}
+    if how.attn_implementation is not None:
+        given["attn_implementation"] = how.attn_implementation
+    if how.device_map is not None:
+        given["device_map"] = how.device_map
+    if how.quantization is not None:
+        given |= {"quantization_config": _quantized(name, how, wanted)}
+        given.setdefault("device_map", {"": str(device)})  # such a model is made where it stays
+    return given
+
+
+def _quantized(name: str, how: Loading, wanted: Any) -> Any:
+    if how.quantization not in ("4bit", "8bit"):
+        raise AgentError(
+            f"cannot load {name}: quantization={how.quantization!r} is not possible: expected 4bit or 8bit"
+        )
+    lacks = "bitsandbytes is not installed" if importlib.util.find_spec("bitsandbytes") is None else ""
+    if not lacks and not torch.cuda.is_available():
+        lacks = "torch finds no GPU here"
+    if lacks:
+        raise AgentError(
+            f"cannot load {name} with quantization={how.quantization}: {lacks}; it needs a GPU and the package "
+            "bitsandbytes, or leave the key out"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if how.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = wanted if isinstance(wanted, torch.dtype) else torch.bfloat16
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+
+
+def _tokens(folder: Path | None) -> str:
+    lacks = folder is not None and not (folder / "tokenizer.json").is_file()
+    return f"its tokenizer does not load{' (there is no tokenizer.json)' if lacks else ''}: "
+
+
+def _told(name: str, how: Loading, config: Mapping[str, Any], error: BaseException, what: str = "") -> str:
+    text = str(error)
+    if "custom code" in text or "trust_remote_code" in text:
+        code = config.get("auto_map")
+        which = ", ".join(map(str, code.values())) if isinstance(code, dict) else "auto_map"
+        return (
+            f"cannot load {name}: it comes with code of its own ({which}), which is never run; give a checkpoint whose "
+            "architecture transformers has"
+        )
+    if "automatic conversion of the weights" in text:
+        return (
+            f"cannot load {name}: tensors that are joined when they are read, such as those of experts, do not fit "
+            "together: one is missing or has another shape; give the whole checkpoint"
+        )
+    said = one_line(error)
+    said = (said if len(said) <= _LONG else said.partition(". ")[0]).rstrip(".,;: ")
+    if how.attn_implementation is not None and ("attention" in text.lower() or "attn" in text):
+        return (
+            f"cannot load {name} with attn_implementation={how.attn_implementation!r}: {said}; give eager, or leave "
+            "the key out"
+        )
+    return f"cannot load {name}: {what}{said}. Give another folder, a name on the hub, or {', '.join(BUILT_IN)}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from telling what we tell in one line."""
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()  # ours shows what goes on
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+# --- the hub
+
+
+def _offline(name: str, revision: str | None) -> bool:
+    """Tell whether a hub model is to be read from the cache alone; raise where it is not there either.
+
+    The hub is asked once, and has to answer within `PATIENCE`: a machine without a network says so at once.
+    """
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(name, revision)
+    if not reason:
+        return False
+    if _commit(name, revision) is not None:
+        return True
+    raise AgentError(
+        f"cannot load {name}: there is no such folder, it is not among the models kept on this computer, and the hub "
+        f"cannot be asked ({reason}); give a folder or {', '.join(BUILT_IN)}, or connect to a network"
+    )
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Return the commit of a model that is kept on this computer, None where it is not."""
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def _unreachable(name: str, revision: str | None) -> str:
+    """Return why the hub cannot be asked about a model, "" where it answers (also that there is none)."""
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(_ask(name, revision)), daemon=True)
+    thread.start()  # looking up a host's name has no limit of its own
+    thread.join(PATIENCE)
+    return found[0] if found else f"no answer from {constants.ENDPOINT} within {PATIENCE:g} seconds"
+
+
+def _ask(name: str, revision: str | None) -> str:
+    def head() -> str:
+        with suppress(RepositoryNotFoundError, GatedRepoError, EntryNotFoundError, HFValidationError):
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=PATIENCE)
+        return ""  # it answered, and be it that there is no such model: transformers says more about that
+
+    return _reason(head)
+
+
+def _reason(ask: Callable[[], str]) -> str:
+    try:
+        return guarded(ask, lambda error: f"{constants.ENDPOINT}: {one_line(error)}")
+    except AgentError as error:
+        return str(error)

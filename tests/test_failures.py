@@ -1,0 +1,262 @@
+"""One model never takes the others with it: broken folders, an unreachable hub, one line for each, exit code 1."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from nextstate import cli, experiment, patching, responding
+from nextstate.agents.agent import Agent
+from nextstate.analysis import plays, tables
+from nextstate.experiment import Config
+from nextstate.folder import ModelFailed, answered, left_out
+from nextstate.patching import PatchConfig
+from nextstate.responding import ResponseConfig
+from tests.checkpoints import Tensors, build, edit_tensors, save
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "games": [{"game": "Cycle", "over": {"period": [2, 3]}, "steps": 3, "episodes": 4}],
+    "wandb": "disabled",
+}
+
+
+def nextstate(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "nextstate.cli", *arguments],
+        capture_output=True, text=True, cwd=cwd, env=os.environ | environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def without_layer(folder: Path) -> Path:
+    edit_tensors(save("llama", folder), lambda t: {k: v for k, v in t.items() if ".layers.1." not in k})
+    return folder
+
+
+def speechless(folder: Path) -> Path:
+    """A whole model with a tokenizer that knows no letter of any game; it fails when it is asked."""
+    build("llama").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"♠": 0, "♥": 1}, []))).save_pretrained(folder)
+    return folder
+
+
+def overflowing(folder: Path) -> Path:
+    def spoil(tensors: Tensors) -> Tensors:
+        return tensors | {"lm_head.weight": tensors["lm_head.weight"].sign() * 3e38}
+
+    edit_tensors(save("llama", folder), spoil)
+    return folder
+
+
+def info(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "run.json").read_text())
+    return read
+
+
+def test_broken_models_are_left_out_in_a_line_each_and_the_others_are_answered(tmp_path: Path) -> None:
+    good, broken, mute = (
+        save("gpt2", tmp_path / "good"),
+        without_layer(tmp_path / "broken"),
+        speechless(tmp_path / "mute"),
+    )
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(SMALL | {"agents": ["./broken", "./mute", "./good", "ideal"]}))
+    code, out, err = nextstate("run", str(config), "--out", "run", cwd=tmp_path)
+    assert code == 1
+    assert "Traceback" not in out + err
+    last = err.strip().splitlines()[-2:]
+    assert last[0].startswith(
+        "cannot load ./broken: the checkpoint does not fit its config.json: 9 tensors are missing"
+    )
+    assert last[1].startswith("./mute failed: the opening ")
+    folder = tmp_path / "run"
+    assert [answered(folder, a) for a in ("./broken", "./mute", "./good", "ideal")] == [False, False, True, True]
+    assert {(x["agent"], x["setting"], x["failed"]) for x in left_out(folder)} == {
+        (agent, f"Cycle-period={n}", True) for agent in ("./broken", "./mute") for n in (2, 3)
+    }
+    assert info(folder)["finished"]
+    page = (folder / "report.html").read_text()
+    assert "9 tensors are missing" in page
+    # With --debug the traceback is there too, and once the models are mended the same command finishes the run.
+    code, out, err = nextstate("--debug", "run", str(config), "--out", "run", cwd=tmp_path)
+    assert code == 1
+    assert out.count("Traceback (most recent call last)") >= 2
+    assert "TokenizerError" in out
+    for name in (broken, mute):
+        shutil.rmtree(name)
+        shutil.copytree(good, name)
+    experiment_config = Config(**json.loads(config.read_text()))
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        experiment.run(experiment_config, folder)
+    finally:
+        os.chdir(before)
+    assert left_out(folder) == []
+
+
+def test_a_model_that_cannot_answer_one_cell_may_answer_another(tmp_path: Path) -> None:
+    good, bad = save("gpt2", tmp_path / "good"), overflowing(tmp_path / "bad")
+    games = [
+        {"game": "Cycle", "over": {"period": [2]}, "steps": 3, "episodes": 4},
+        {"game": "DFA", "over": {"states": [9]}, "steps": 8, "episodes": 1},  # too long to be read
+    ]
+    experiment.run(Config(**SMALL | {"games": games, "agents": [str(bad), str(good)]}), tmp_path / "run")
+    reasons = {(x["agent"], x["setting"].split("-")[0]): x for x in left_out(tmp_path / "run")}
+    assert "not finite" in reasons[str(bad), "Cycle"]["reason"]
+    assert reasons[str(bad), "Cycle"]["failed"]
+    assert "too long" in reasons[str(good), "DFA"]["reason"]
+    assert "failed" not in reasons[str(good), "DFA"]
+    assert answered(tmp_path / "run", str(good))
+
+
+def test_after_something_unforeseen_a_model_is_asked_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def remark(self: Agent, episode: Any) -> str:
+        asked.append(self.name)
+        if self.name == "chance":
+            raise ZeroDivisionError("nobody foresaw this\nand this")
+        return ""
+
+    monkeypatch.setattr(Agent, "remark", remark)
+    experiment.run(Config(**SMALL | {"agents": ["chance", "ideal"]}), tmp_path / "run")
+    assert asked == ["chance", "ideal", "ideal"]
+    assert {x["reason"] for x in left_out(tmp_path / "run")} == {
+        "chance failed: ZeroDivisionError: nobody foresaw this"
+    }
+    assert len(left_out(tmp_path / "run")) == 2
+
+    def stop(self: Agent, episode: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Agent, "remark", stop)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(Config(**SMALL | {"agents": ["ideal"]}), tmp_path / "stopped")
+
+
+def test_where_every_agent_fails_the_last_line_says_why(tmp_path: Path) -> None:
+    without_layer(tmp_path / "broken")
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(SMALL | {"agents": ["./broken", "./nowhere"]}))
+    code, out, err = nextstate("run", str(config), cwd=tmp_path)
+    assert code == 1
+    (last,) = err.strip().splitlines()
+    assert "tensors are missing" in last
+    assert "./nowhere is no model" in last
+    assert "has not got that far" not in out + err
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [
+        ("patch", {"pairs": 2, "settings": {"states": 3}, "steps": 5, "kinds": ["state"], "resamples": 100}),
+        ("response", {"block": 3, "prompts": 2, "window_prompts": 1}),
+    ],
+)
+def test_runs_of_one_model_say_why_it_failed(tmp_path: Path, what: str, given: dict[str, Any]) -> None:
+    folder = str(without_layer(tmp_path / "broken"))
+    config = {"name": "one", "wandb": "disabled", "model": folder, **given}
+    run = (
+        (lambda out: patching.run(PatchConfig(**config), out))
+        if what == "patch"
+        else lambda out: responding.run(ResponseConfig(**config), out)
+    )
+    with pytest.raises(ModelFailed, match="9 tensors are missing"):
+        run(tmp_path / "run")
+    (left,) = left_out(tmp_path / "run")
+    assert left["agent"] == folder
+    assert "9 tensors are missing" in left["reason"]
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    refused = CliRunner().invoke(cli.app, [what, str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
+    assert isinstance(refused.exception, ModelFailed)
+
+
+def test_incomplete_models_are_marked_in_every_row_and_on_the_page(tmp_path: Path) -> None:
+    broken = str(without_layer(tmp_path / "broken"))
+    agents = [{"name": broken, "allow_incomplete": True}, "ideal"]
+    play = [{"game": "Cycle", "settings": {"period": 3}, "steps": 3, "episodes": 3}]
+    page = experiment.run(Config(**SMALL | {"agents": agents, "play": play}), tmp_path / "run")
+    loaded = tables.load(tmp_path / "run")
+    for frame in (loaded.rows.collect(), plays.load(loaded)):
+        marked = dict(frame.group_by("agent").agg(pl.col("incomplete").all()).iter_rows())
+        assert {agent: value for agent, value in marked.items() if value} == {broken: True}
+    (remark,) = info(tmp_path / "run")["remarks"]
+    assert "incomplete checkpoint (9 tensors are missing" in remark
+    assert "<strong>Incomplete checkpoint.</strong>" in page.read_text()
+    assert "9 tensors are missing" in info(tmp_path / "run")["agents"][0]["incomplete"]
+
+
+def test_tables_of_earlier_versions_are_those_of_complete_models(tmp_path: Path) -> None:
+    experiment.run(Config(**SMALL | {"agents": ["ideal"]}), tmp_path / "run")
+    for file in (tmp_path / "run").glob("rows/*/*.parquet"):
+        pl.read_parquet(file).drop("incomplete").write_parquet(file)
+    assert not tables.load(tmp_path / "run").rows.collect()["incomplete"].any()
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    asked: Counter[str] = Counter()
+
+    def _answer(self) -> None:
+        _Hub.asked[self.path] += 1
+        self.send_response(503)
+        self.end_headers()
+
+    do_HEAD = do_GET = _answer
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """A hub that is down."""
+    _Hub.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_hub_that_is_down_is_asked_once_and_models_kept_here_load(tmp_path: Path, hub: str) -> None:
+    kept = tmp_path / "cache" / "models--someone--kept"
+    save("gpt2", kept / "snapshots" / ("a" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("a" * 40)
+    config = tmp_path / "c.yaml"
+    agents = ["someone/missing", "someone/kept", "chance"]
+    config.write_text(json.dumps(SMALL | {"agents": agents, "intervene": {"heads": [[0, 1]]}}))
+    given = {"HF_ENDPOINT": hub, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    code, out, err = nextstate("run", str(config), "--out", "run", cwd=tmp_path, **given)
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert "cannot load someone/missing: there is no such folder, it is not among the models kept" in last
+    assert "503" in last
+    assert "Traceback" not in out + err
+    folder = tmp_path / "run"
+    names = ("someone/missing", "someone/kept", "someone/kept [without 0.1]", "chance")
+    assert [answered(folder, name) for name in names] == [False, True, True, True]
+    # Asked for once, though the model is wanted with its heads and without; no other file is asked for.
+    assert _Hub.asked["/someone/missing/resolve/main/config.json"] == 1
+    found = {path for path in _Hub.asked if "someone" in path}
+    assert found == {f"/someone/{name}/resolve/main/config.json" for name in ("missing", "kept")}
+    assert info(folder)["agents"][0]["revision"] == "a" * 40
