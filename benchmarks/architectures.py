@@ -40,7 +40,7 @@ Which causal language models of transformers {transformers} are read exactly, an
 depends on the model, so each model is first compared with its own plain forward passes, and takes the first road on
 which they agree: **tree** (everything in one pass), **fork** (the transcript once, questions as rows that go on from a
 copy of its state), **step** (the same, token by token) or **rows** (a row a question, nothing shared). A model for
-which none is exact is refused, with a reason.
+which none is exact is refused, with a reason. Where live sessions take another road, it stands after a stroke.
 
 This table is the check of that check. For each architecture a tiny random model (2 to 4 layers, at least one of each
 kind that it mixes; windows, chunks and convolutions of {window} tokens or so) plays
@@ -63,7 +63,7 @@ class Line:
     name: str
     kind: str  # the class of the model
     verdict: str  # "exact", "wrong", "refused", "failed"
-    road: str = ""
+    roads: tuple[str, ...] = ()  # by replay and live
     reason: str = ""
     tolerance: float = 0.0
     spread: float = 0.0
@@ -72,7 +72,7 @@ class Line:
     depth: int = 0
     layers: int = 0
     heads: tuple[int, ...] = ()
-    certificate: dict[str, Any] = field(default_factory=dict)
+    certificates: tuple[dict[str, Any], ...] = ()
     seconds: float = 0.0
 
 
@@ -97,12 +97,12 @@ def examine(name: str, tokenizer: Any, jobs: Sequence[Job] = JOBS, most: int = 2
     spread = min(m.spread for m in measured)
     bound, greedy = tolerance(model, spread, own), sum(m.greedy for m in measured)
     exact = max(m.error for m in measured) <= bound and not greedy
-    certificate = getattr(agent, "certificate", None)
+    certificates = {c["live"]: c for c in agent.describe()["certificates"]}
     return Line(
         name,
         kind,
         "exact" if exact else "wrong",
-        getattr(certificate, "road", ""),
+        tuple(certificates[live]["road"] for live in (False, True)),
         "",
         bound,
         spread,
@@ -111,9 +111,7 @@ def examine(name: str, tokenizer: Any, jobs: Sequence[Job] = JOBS, most: int = 2
         max(m.depth for m in measured),
         model.config.get_text_config().num_hidden_layers,
         _heads(agent),
-        {k: getattr(certificate, k) for k in ("error", "tolerance", "depth", "columns", "seconds")}
-        if certificate
-        else {},
+        tuple(certificates.values()),
         perf_counter() - begun,
     )
 
@@ -121,14 +119,14 @@ def examine(name: str, tokenizer: Any, jobs: Sequence[Job] = JOBS, most: int = 2
 def _heads(agent: LanguageModel) -> tuple[int, ...]:
     try:
         return tuple(agent.sites.layers_with("head"))
-    except (SiteError, AttributeError):
+    except SiteError:
         return ()
 
 
 def summary(lines: Sequence[Line]) -> str:
     """Return the one line that counts verdicts and roads."""
     verdicts = Counter(line.verdict for line in lines)
-    roads = Counter(line.road for line in lines if line.verdict == "exact")
+    roads = Counter(line.roads[0] for line in lines if line.verdict == "exact")
     shares = ", ".join(f"{road} {roads[road]}" for road in ORDER)
     rest = f"{verdicts['refused']} refused, {verdicts['wrong']} wrong"
     failed = f", {verdicts['failed']} failed" if verdicts["failed"] else ""
@@ -147,7 +145,8 @@ def page(lines: Sequence[Line]) -> str:
         errors = [" / ".join(f"{e:.0e}" for e in line.errors[j.name].values()) if line.errors else "" for j in JOBS]
         layers = f"{len(line.heads)} of {line.layers}" if line.layers else ""
         verdict = line.verdict + (f": {line.reason}" if line.reason else "").replace("|", "\\|")
-        out.append(f"| {line.name} | {line.road} | {' | '.join(errors)} | {layers} | {verdict} |\n")
+        road = " / ".join(dict.fromkeys(line.roads))
+        out.append(f"| {line.name} | {road} | {' | '.join(errors)} | {layers} | {verdict} |\n")
     return "".join(out)
 
 
@@ -174,7 +173,9 @@ def main() -> None:
             lines.append(line)
             if line.verdict != "exact" and not (line.verdict == "refused" and name in BOTH_WAYS):
                 worst = max((max(by_road.values()) for by_road in line.errors.values()), default=0)
-                progress.console.print(f"{name}: {line.verdict} {line.road} {worst:.1e} {line.reason}", highlight=False)
+                progress.console.print(
+                    f"{name}: {line.verdict} {line.roads} {worst:.1e} {line.reason}", highlight=False, soft_wrap=True
+                )
             progress.advance(task)
     print(summary(lines))
     if args.out:

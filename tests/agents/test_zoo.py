@@ -60,8 +60,9 @@ def test_a_model_that_breaks_the_rules_is_caught(odd: str, seed: int, tokenizer:
     """It mixes neighbours, has a window that its masks do not know, or takes columns for positions."""
     agent = LanguageModel(odd, loaded=(build_odd(odd, len(tokenizer), seed), tokenizer))
     check(agent, SHORT_BOX, most=6)
-    assert agent.certificate is not None
-    assert agent.certificate.road != "tree"
+    roads = [c["road"] for c in agent.describe()["certificates"]]
+    assert len(roads) == len(ROADS)
+    assert "tree" not in roads
 
 
 @pytest.mark.parametrize("name", HALF)
