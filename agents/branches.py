@@ -6,7 +6,7 @@ the position it has on its own path, and a mask shows it its ancestors and nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,11 @@ class Trunk:
             self._ends.append(self._told(len(self._ends) - 1))
         return self._ends[step]
 
+    @property
+    def end(self) -> int:
+        """The node at which the last step that has begun begins; all nodes on its path stay in the tree."""
+        return self._ends[-1]
+
     def leads_to(self, episode: Episode) -> bool:
         """Tell whether `episode` has the steps that this trunk has told, and one more at least."""
         told = len(self._ends) - 1
@@ -128,49 +133,82 @@ class Trunk:
         return Planted(node, tuple(choices))
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Trees side by side, ready for a forward pass; shorter rows are padded on the right.
+def size_of(trunks: Iterable[Trunk]) -> tuple[int, int]:
+    """Return the tokens of the longest path and the nodes of the largest of some trees."""
+    trees = [t.tree for t in trunks]
+    return 1 + max(max(t.depths) for t in trees), max(map(len, trees))
 
-    `mask` is None where every tree is one path, so that plain causal attention does.
+
+class Layout(NamedTuple):
+    """Which token of which tree stands where in a forward pass.
+
+    Either a row is a whole tree and the columns of its tokens are in the order of its nodes (`cached` is given), or a
+    row is one path of a tree and the column of a token is its position.
     """
 
-    tokens: Int[np.ndarray, "row node"]
-    positions: Int[np.ndarray, "row node"]
-    mask: Bool[np.ndarray, "row node column"] | None
+    trees: tuple[int, ...]  # the tree of each row
+    nodes: Int[np.ndarray, "row token"]  # the node of each token, -1 for padding
+    cached: tuple[Sequence[int], ...] | None  # for each row the columns of the nodes that were read before
+    width: int  # columns before those of this pass
+
+    def columns(self, row: int, path: Sequence[int]) -> list[int]:
+        """Return the columns of the attention matrix that the nodes of a path from the root have."""
+        if self.cached is None:
+            return list(range(len(path)))
+        known = self.cached[row]
+        return [known[n] if n < len(known) else self.width + n - len(known) for n in path]
+
+    @property
+    def total(self) -> int:
+        """The number of columns, those read before included."""
+        return self.width + self.nodes.shape[1]
+
+
+class Batch(NamedTuple):
+    """Trees side by side, ready for a forward pass; shorter rows are padded on the right.
+
+    `seen` is None where every tree is one path and there is no cache: plain causal attention does it.
+    """
+
+    tokens: Int[np.ndarray, "row token"]
+    seen: Bool[np.ndarray, "row token column"] | None
+    depths: Int[np.ndarray, "row column"]  # the position of each column's token on its path
+    layout: Layout
 
 
 def pack(
     trees: Sequence[Tree],
     pad: int = 0,
-    start: Sequence[int] | None = None,
-    columns: Sequence[Sequence[int]] | None = None,
+    cached: Sequence[Sequence[int]] | None = None,
     width: int = 0,
 ) -> Batch:
-    """Lay the nodes of each tree from `start` on (default: all) side by side.
+    """Lay the nodes of each tree side by side that have not been read before.
 
     Args:
         trees: one a row.
         pad: token that fills up shorter rows.
-        start: for each row the first node that is new; the keys and values of older ones are cached.
-        columns: for each row the cache column of each older node.
+        cached: for each row the columns of the nodes that were read before, which are the tree's first ones.
         width: number of columns in the cache. New nodes take the columns after these, in order.
     """
-    first = [0] * len(trees) if start is None else list(start)
-    longest = max(len(t) - s for t, s in zip(trees, first, strict=True))
+    known: Sequence[Sequence[int]] = [()] * len(trees) if cached is None else cached
+    longest = max(len(t) - len(c) for t, c in zip(trees, known, strict=True))
+    nodes = np.full((len(trees), longest), -1, dtype=np.int64)
     tokens = np.full((len(trees), longest), pad, dtype=np.int64)
-    positions = np.zeros((len(trees), longest), dtype=np.int64)
-    chains = width == 0 and all(t.parents == list(range(-1, len(t) - 1)) for t in trees)
-    mask = None if chains else np.zeros((len(trees), longest, width + longest), dtype=bool)
-    for row, (tree, begin) in enumerate(zip(trees, first, strict=True)):
-        n = len(tree) - begin
+    depths = np.zeros((len(trees), width + longest), dtype=np.int64)
+    chains = cached is None and all(t.parents == list(range(-1, len(t) - 1)) for t in trees)
+    seen = None if chains else np.zeros((len(trees), longest, width + longest), dtype=bool)
+    for row, (tree, columns) in enumerate(zip(trees, known, strict=True)):
+        begin, n = len(columns), len(tree) - len(columns)
+        nodes[row, :n] = np.arange(begin, len(tree))
         tokens[row, :n] = tree.tokens[begin:]
-        positions[row, :n] = tree.depths[begin:]
-        if mask is not None:
-            _fill(mask[row], tree, begin, [] if columns is None else columns[row], width)
+        depths[row, columns] = tree.depths[:begin]
+        depths[row, width : width + n] = tree.depths[begin:]
+        if seen is not None:
+            _fill(seen[row], tree, begin, columns, width)
             pads = np.arange(n, longest)
-            mask[row, pads, width + pads] = True  # a token that sees nothing would be NaN
-    return Batch(tokens, positions, mask)
+            seen[row, pads, width + pads] = True  # a token that sees nothing would be NaN
+    layout = Layout(tuple(range(len(trees))), nodes, tuple(known), width)
+    return Batch(tokens, seen, depths, layout)
 
 
 def _fill(mask: Bool[np.ndarray, "node column"], tree: Tree, begin: int, columns: Sequence[int], width: int) -> None:
@@ -194,72 +232,69 @@ def _fill(mask: Bool[np.ndarray, "node column"], tree: Tree, begin: int, columns
 
 
 class Asked(NamedTuple):
-    """A question that a forward pass answers, and the place of the last token of its prompt (the answering token)."""
+    """A question that is answered now: its tree, and the node of the last token of its prompt (the answering token)."""
 
-    row: int
-    token: int
+    tree: int
+    node: int
     prompt: Prompt
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a forward pass reads: an episode a row; token i of row r is node `start[r] + i` of `trunks[r].tree`.
-
-    Rows are padded on the right.
+    """What a model reads while it answers: transcripts with the questions planted on them, in one or more passes.
 
     Args:
-        trunks: the transcript of each row's episode, with the questions planted on it.
-        asked: the questions of this pass.
-        start: for each row the first node that is new; live sessions have the keys and values of older ones cached.
-        columns: for each row the cache column of each older node.
-        width: number of columns in the cache.
+        trunks: the transcripts, a tree each.
+        asked: the questions.
+        before: for each transcript how many nodes of its tree were read in earlier calls of a live session.
+        live: whether a session reads on, with what it has read before in a cache.
+        passes: the layouts of the forward passes that have been finished.
+        layout: that of the forward pass that is running, None between passes.
     """
 
     trunks: tuple[Trunk, ...]
     asked: tuple[Asked, ...]
-    start: tuple[int, ...]
-    columns: tuple[Sequence[int], ...] = ()
-    width: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        trunks: Sequence[Trunk],
-        asked: Sequence[tuple[int, int, Planted]],
-        prompts: Sequence[Prompt],
-        start: Sequence[int] | None = None,
-        columns: Sequence[Sequence[int]] = (),
-        width: int = 0,
-    ) -> Reading:
-        """Return what is read where `asked` has row, index of the prompt, and place in the tree of each question."""
-        first = (0,) * len(trunks) if start is None else tuple(start)
-        questions = tuple([Asked(row, q.node - first[row], prompts[i]) for row, i, q in asked])
-        return cls(tuple(trunks), questions, first, tuple(columns), width)
+    before: tuple[int, ...]
+    live: bool = False
+    passes: tuple[Layout, ...] = ()
+    layout: Layout | None = None
 
     @property
-    def live(self) -> bool:
-        """Whether a session reads on, with keys and values of what it has read before."""
-        return bool(self.columns)
+    def now(self) -> Layout:
+        """The layout of the forward pass that is running."""
+        assert self.layout is not None
+        return self.layout
+
+    @property
+    def rows(self) -> list[Trunk]:
+        """The transcript of each row of this pass. Several rows can be paths of one transcript."""
+        return [self.trunks[tree] for tree in self.now.trees]
 
     @property
     def answering(self) -> tuple[list[int], list[int]]:
-        """Rows and tokens at which the questions of this pass wait for their answers: `x[rows, tokens]`."""
-        return [a.row for a in self.asked], [a.token for a in self.asked]
+        """Rows and tokens of this pass at which questions wait for their answers, `x[rows, tokens]`.
+
+        A question whose answering token is in several rows has all of them here; one that is not in this pass has none.
+        """
+        waiting: dict[int, list[int]] = {}
+        for asked in self.asked:
+            waiting.setdefault(asked.tree, []).append(asked.node)
+        rows, tokens = [], []
+        for row, (tree, nodes) in enumerate(zip(self.now.trees, self.now.nodes, strict=True)):
+            found = np.flatnonzero(np.isin(nodes, waiting.get(tree, [])))
+            rows += [row] * len(found)
+            tokens += found.tolist()
+        return rows, tokens
 
     @property
     def positions(self) -> Int[np.ndarray, "row token"]:
         """Each token's position in its own prompt, from 0; padding has 0."""
-        depths = [t.tree.depths[s:] for t, s in zip(self.trunks, self.start, strict=True)]
-        out = np.zeros((len(depths), max(map(len, depths))), dtype=np.int64)
-        for row, own in enumerate(depths):
-            out[row, : len(own)] = own
+        out = np.zeros_like(self.now.nodes)
+        for row, (trunk, nodes) in enumerate(zip(self.rows, self.now.nodes, strict=True)):
+            real = nodes >= 0
+            out[row, real] = np.array(trunk.tree.depths)[nodes[real]]
         return out
 
     def path(self, asked: Asked) -> list[int]:
         """Return the nodes of a question's prompt, by position."""
-        return self.trunks[asked.row].tree.path(self.start[asked.row] + asked.token)
-
-    def seen(self, row: int, nodes: Sequence[int]) -> list[int]:
-        """Return the columns of the attention matrix in which some nodes of a row are."""
-        start = self.start[row]
-        return [self.columns[row][n] if n < start else self.width + n - start for n in nodes]
+        return self.trunks[asked.tree].tree.path(asked.node)

@@ -128,29 +128,36 @@ class _Puts:
         if self.what.mode == "zero":
             return torch.zeros((), dtype=x.dtype, device=x.device)
         reading = self.model.reading
-        seen = [self.known[_Setting.of(trunk.episode)][layer] for trunk in reading.trunks]
+        rows = reading.rows
+        seen = [self.known[_Setting.of(trunk.episode)][layer] for trunk in rows]
         if self.what.mode == "mean":
             return torch.stack([s.float().mean(0).to(x.dtype) for s in seen])[:, None]
         positions = reading.positions
         picks = [
             drawn(trunk.episode, len(s), int(positions.max()) + 1)[own]
-            for trunk, s, own in zip(reading.trunks, seen, positions, strict=True)
+            for trunk, s, own in zip(rows, seen, positions, strict=True)
         ]
         return torch.stack([s[torch.from_numpy(pick).to(s.device)] for s, pick in zip(seen, picks, strict=True)])
 
     def _read(self, setting: _Setting) -> Reference:
         episodes = [unroll(setting.game, _REFERENCE_SEED + i, setting.steps) for i in range(self.what.episodes)]
         seen: dict[int, list[tuple[int, Tensor]]] = {layer: [] for layer in self.what.by_layer}
-        passed: dict[int, Tensor] = {}
+        passed: dict[tuple[int, int], Tensor] = {}  # by layer and tree, for each node
 
         def look(layer: int, x: Activation) -> None:
-            passed[layer] = x[:, :, self.what.by_layer[layer]]
+            reading, own = self.model.reading, x[:, :, self.what.by_layer[layer]]
+            for row, (tree, nodes) in enumerate(zip(reading.now.trees, reading.now.nodes, strict=True)):
+                real = nodes >= 0
+                if (layer, tree) not in passed:
+                    passed[layer, tree] = own.new_zeros(len(reading.trunks[tree].tree), *own.shape[2:])
+                passed[layer, tree][nodes[real]] = own[row, torch.from_numpy(real).to(own.device)]
 
         def done(reading: Reading) -> None:
             for asked in reading.asked:
                 path = torch.tensor(reading.path(asked), device=self.model.device)
-                for layer, x in passed.items():
-                    seen[layer].append((asked.prompt.episode.seed, x[asked.row, path]))
+                for layer in self.what.by_layer:
+                    seen[layer].append((asked.prompt.episode.seed, passed[layer, asked.tree][path]))
+            passed.clear()
 
         looks: list[tuple[Site, int, Edit]] = [("head", layer, partial(look, layer)) for layer in self.what.by_layer]
         with self.model.hooks(*looks, done=done):

@@ -7,29 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nextstate.agents import architectures  # noqa: F401  (transformers then knows those that are our own)
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
-from nextstate.agents.branches import Batch, Planted, Reading, Trunk, pack
-from nextstate.agents.sites import ATTENTIONS, Edit, Site, Sites
+from nextstate.agents.branches import Asked, Planted, Reading, Trunk, size_of
+from nextstate.agents.certificate import Certificate
+from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
+from nextstate.agents.sites import Edit, Site, Sites
 from nextstate.agents.text import Encoder
 from nextstate.envs.contrast import pieces
 from nextstate.envs.game import Episode
 
 BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory ran out, on any device; torch has a class of its own for the GPU alone."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def default_device() -> str:
@@ -37,13 +32,6 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-class Scores(NamedTuple):
-    """What a forward pass says at the nodes asked about, in their order."""
-
-    argmax: Int[np.ndarray, " node"]
-    logprobs: list[Float[np.ndarray, " token"]]  # for each node those of the tokens asked about
 
 
 class LanguageModel(Agent):
@@ -81,9 +69,9 @@ class LanguageModel(Agent):
         self.encoder = Encoder(self.tokenizer)
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
-        self.context = _context(self.model.config)
+        self.context = context_of(self.model.config)
         self.pad = int(self.tokenizer.pad_token_id or 0)
-        self._reading: Reading | None = None
+        self.forward = Forward(self.model, name, self.pad, self.batch_tokens)
         self._done: list[Callable[[Reading], None]] = []
 
     @cached_property
@@ -122,10 +110,16 @@ class LanguageModel(Agent):
 
     @property
     def reading(self) -> Reading:
-        """What the forward pass that goes on reads, for use in hooks; `AgentError` where none goes on."""
-        if self._reading is None:
+        """What the forward pass that is running reads, for use in hooks; `AgentError` where none is running."""
+        if self.forward.reading is None:
             raise AgentError(f"{self.name} reads nothing now: ask from within a hook, while it answers")
-        return self._reading
+        return self.forward.reading
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What was proved of how this model is run, of replay where it was; None before its first answer."""
+        found = self.forward.certificates
+        return found.get(False) or found.get(True)
 
     def describe(self) -> dict[str, Any]:
         config = self.model.config
@@ -137,6 +131,7 @@ class LanguageModel(Agent):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.device),
             "context": self.context,
+            "certificates": [c.describe() for c in self.forward.certificates.values()],
             "bos": bool(self.encoder.bos),
             "revision": getattr(config, "_commit_hash", None),
             "hash": _hash(BUILT_IN.get(self.name, Path(self.name))),
@@ -153,9 +148,10 @@ class LanguageModel(Agent):
         if not all(p.asked.choices for p in prompts):  # to be written, a token a forward pass
             return self.live().predict(prompts)
         trunks, planted = self.plant(prompts)
+        road = self.forward.require(*size_of(trunks.values()))
         out: list[Prediction | None] = [None] * len(prompts)
-        for episodes in self._batches(trunks):
-            self._halving(trunks, planted, episodes, prompts, out)
+        for episodes in self._batches(trunks, road):
+            self._halving(road, trunks, planted, episodes, prompts, out)
         return [p for p in out if p is not None]
 
     def live(self) -> Agent:
@@ -198,12 +194,13 @@ class LanguageModel(Agent):
                 tuple(sorted(long)),
             )
 
-    def _batches(self, trunks: dict[int, Trunk]) -> Iterator[list[int]]:
-        """Yield episodes of like length together, within the limits of a batch."""
+    def _batches(self, trunks: dict[int, Trunk], road: Road) -> Iterator[list[int]]:
+        """Yield episodes of like length together, within the limits of a batch; only trees share a forward pass."""
         batch: list[int] = []
         for key in sorted(trunks, key=lambda k: len(trunks[k].tree), reverse=True):
             longest = len(trunks[batch[0]].tree) if batch else 0
-            if batch and (len(batch) == self.batch_size or longest * (len(batch) + 1) > self.batch_tokens):
+            full = road == "tree" and longest * (len(batch) + 1) > self.batch_tokens
+            if batch and (len(batch) == self.batch_size or full):
                 yield batch
                 batch = []
             batch.append(key)
@@ -212,6 +209,7 @@ class LanguageModel(Agent):
 
     def _halving(
         self,
+        road: Road,
         trunks: dict[int, Trunk],
         planted: dict[int, list[tuple[int, Planted]]],
         episodes: list[int],
@@ -219,10 +217,8 @@ class LanguageModel(Agent):
         out: list[Prediction | None],
     ) -> None:
         try:
-            batch = pack([trunks[k].tree for k in episodes], self.pad)
             asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
-            reading = Reading.of([trunks[k] for k in episodes], asked, prompts)
-            for i, prediction in self.score(batch, asked, prompts, reading):
+            for i, prediction in self.score(road, [trunks[k] for k in episodes], asked, prompts):
                 out[i] = prediction
             return
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -237,54 +233,55 @@ class LanguageModel(Agent):
             torch.cuda.empty_cache()
         self.batch_size = max(1, len(episodes) // 2)
         for half in (episodes[: self.batch_size], episodes[self.batch_size :]):
-            self._halving(trunks, planted, half, prompts, out)
+            self._halving(road, trunks, planted, half, prompts, out)
 
     def score(
         self,
-        batch: Batch,
+        road: Road,
+        trunks: Sequence[Trunk],
         asked: Sequence[tuple[int, int, Planted]],
         prompts: Sequence[Prompt],
-        reading: Reading,
-        cache: DynamicCache | None = None,
+        memory: Memory | None = None,
     ) -> Iterator[tuple[int, Prediction]]:
-        """Run a batch and yield a prediction for each question asked, as (index of its prompt, prediction).
+        """Read transcripts and yield a prediction for each question asked, as (index of its prompt, prediction).
 
         Args:
-            batch: packed trees.
-            asked: row, index of the prompt, and where its question stands in the row's tree.
+            road: how the model is run.
+            trunks: the transcripts with the questions planted on them.
+            asked: index of the transcript, index of the prompt, and where its question stands in the tree.
             prompts: all prompts.
-            reading: what the batch is of.
-            cache: has the keys and values of the nodes before the batch's, and takes the batch's too, where given.
+            memory: what has been read before, and takes what is read now.
         """
-        wanted: dict[tuple[int, int], dict[int, int]] = {}  # (row, node) -> token -> place among the node's tokens
-        for row, _, question in asked:
+        wanted: dict[tuple[int, int], dict[int, int]] = {}  # (tree, node) -> token -> place among the node's tokens
+        for tree, _, question in asked:
             for choice in question.choices:
                 for node, token in zip(choice.nodes, choice.tokens, strict=True):
-                    wanted.setdefault((row, node), {}).setdefault(token, len(wanted[row, node]))
-        where = list(wanted)
-        places = [(r, n - reading.start[r]) for r, n in where]
-        scores = self.read(batch, places, [list(t) for t in wanted.values()], reading, cache)
-        index = {key: k for k, key in enumerate(where)}
-        for row, i, question in asked:
-            length = reading.trunks[row].tree.depths[question.node] + 1
-            yield i, self._prediction(row, question, prompts[i], wanted, index, scores, length)
+                    wanted.setdefault((tree, node), {}).setdefault(token, len(wanted[tree, node]))
+        wants = [Want(tree, node, list(tokens)) for (tree, node), tokens in wanted.items()]
+        scores = self.read(road, trunks, wants, asked, prompts, memory)
+        index = {key: k for k, key in enumerate(wanted)}
+        for tree, i, question in asked:
+            length = trunks[tree].tree.depths[question.node] + 1
+            yield i, self._prediction(tree, question, prompts[i], wanted, index, scores, length)
 
     def read(
         self,
-        batch: Batch,
-        where: Sequence[tuple[int, int]],
-        tokens: Sequence[Sequence[int]],
-        reading: Reading,
-        cache: DynamicCache | None = None,
+        road: Road,
+        trunks: Sequence[Trunk],
+        wants: Sequence[Want],
+        asked: Sequence[tuple[int, int, Planted]],
+        prompts: Sequence[Prompt],
+        memory: Memory | None = None,
     ) -> Scores:
-        """Run a batch as `forward` does, while hooks are told what is read."""
-        self._reading = reading
-        try:
-            scores = self.forward(batch, where, tokens, cache=cache)
-        finally:
-            self._reading = None
+        """Read transcripts as `Forward.scores` does, while hooks are told what is read."""
+        questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
+        before = (0,) * len(trunks) if memory is None else tuple(memory.read)
+        reading = Reading(tuple(trunks), questions, before, memory is not None)
+        trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
+        scores = self.forward.scores(road, trees, spines, wants, reading, memory)
         for done in self._done:
-            done(reading)
+            assert self.forward.finished is not None
+            done(self.forward.finished)
         return scores
 
     def _prediction(
@@ -320,52 +317,6 @@ class LanguageModel(Agent):
         best = [int(np.argmax(x)) for x in (sums, per_token, per_byte)]
         return Prediction(answer, greedy, best[0], best[1], best[2], tuple(sums), prompt_tokens)
 
-    @torch.inference_mode()
-    def forward(
-        self,
-        batch: Batch,
-        where: Sequence[tuple[int, int]],
-        tokens: Sequence[Sequence[int]],
-        cache: DynamicCache | None = None,
-    ) -> Scores:
-        """Run a batch; at each (row, node) of `where` return the argmax and the log-probabilities of `tokens`.
-
-        The vocabulary is computed at these nodes alone.
-        """
-        rows, nodes = torch.tensor(where, device=self.device).T
-        head = self.model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][rows, nodes],))
-        mask = None if batch.mask is None else torch.from_numpy(batch.mask)[:, None].to(self.device)
-        if mask is not None:
-            mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
-                ~mask, torch.finfo(self.model.dtype).min
-            )
-        try:
-            logits = self.model(
-                input_ids=torch.from_numpy(batch.tokens).to(self.device),
-                position_ids=torch.from_numpy(batch.positions).to(self.device),
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).logits
-        finally:
-            hook.remove()
-        argmax, norm, picked = [], [], []
-        flat = [(k, t) for k, ts in enumerate(tokens) for t in ts]
-        node, token = torch.tensor(flat, device=self.device).T
-        picked = logits[node, token].float()
-        for chunk in logits.split(512):  # float32 copies of the whole would double the memory
-            argmax.append(chunk.argmax(-1))
-            norm.append(chunk.float().logsumexp(-1))
-        logprobs = (picked - torch.cat(norm)[node]).cpu().numpy()
-        if not np.isfinite(logprobs).all():
-            raise AgentError(
-                f"{self.name} gives logits that are not finite in {self.model.dtype} on {self.device}; "
-                "load it with dtype=float32, or check its weights"
-            )
-        ends = np.cumsum([len(t) for t in tokens])[:-1]
-        return Scores(torch.cat(argmax).cpu().numpy(), np.split(logprobs, ends))
-
 
 def _load(name: str, device: torch.device, dtype: str | None, revision: str | None) -> tuple[Any, Any]:
     folder = BUILT_IN.get(name, Path(name))
@@ -393,22 +344,9 @@ def _load(name: str, device: torch.device, dtype: str | None, revision: str | No
         raise AgentError(
             f"cannot load {name}: {error}. Give a folder, a name on the hub, or {', '.join(BUILT_IN)}"
         ) from error
-    if model.config._attn_implementation not in ATTENTIONS:
-        raise AgentError(
-            f"{name} loads with {model.config._attn_implementation} attention, which takes no mask of our own; "
-            "load it with attn_implementation sdpa or eager"
-        )
     if model.get_output_embeddings() is None:
         raise AgentError(f"{name} ({type(model).__name__}) has no output embeddings: it is no language model")
     return model.to(device).eval(), tokenizer
-
-
-def _context(config: Any) -> int | None:
-    """Return the most tokens a model reads as it was trained to; a sliding window counts, since branches ignore it."""
-    config = config.get_text_config()
-    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "sliding_window")]
-    known = [int(n) for n in limits if n]
-    return min(known) if known else None
 
 
 def _hash(folder: Path) -> str | None:

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import DynamicCache
-
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, OutOfMemory, Prediction, Prompt
-from nextstate.agents.branches import Batch, Planted, Reading, Trunk, pack
+from nextstate.agents.branches import Planted, Trunk, size_of
+from nextstate.agents.forward import Memory, Road, Want, out_of_memory
 from nextstate.envs.game import Episode
 
 if TYPE_CHECKING:
@@ -35,10 +33,8 @@ class Session(Agent):
 
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.name = model, model.name
-        self.cache = DynamicCache()
         self.trunks: dict[int, Trunk] = {}  # by the id of its episode, which the trunk keeps alive
-        self.columns: dict[int, list[int]] = {}
-        self.width = 0
+        self.memory: Memory | None = None  # of these trunks, in their order
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
         self._go_on([p.episode for p in prompts])
@@ -47,15 +43,21 @@ class Session(Agent):
             raise AgentError(f"this session reads {len(self.trunks)} episodes; begin a new one for other episodes")
         self.trunks, planted = self.model.plant(prompts, self.trunks)
         asked = [(r, i, q) for r, key in enumerate(self.trunks) for i, q in planted.get(key, [])]
-        if any(q.node < len(self.columns.get(id(prompts[i].episode), ())) for _, i, q in asked):
+        if self.memory is not None and any(q.node < self.memory.read[row] for row, _, q in asked):
             raise AgentError("this session has answered that question already; give it the episode as it went on")
-        if not all(p.asked.choices for p in prompts):
-            return self._write(asked, prompts)
-        batch, reading = self._next(asked, prompts)
         with self._guarded():
-            found = dict(self.model.score(batch, asked, prompts, reading, self.cache))
-        self._keep(batch)
-        return [found[i] for i in range(len(prompts))]
+            if all(p.asked.choices for p in prompts):
+                trunks, (road, memory) = list(self.trunks.values()), self._road()
+                found = dict(self.model.score(road, trunks, asked, prompts, memory))
+                return [found[i] for i in range(len(prompts))]
+            return self._write(asked, prompts)
+
+    def _road(self) -> tuple[Road, Memory]:
+        """Return how the model is run, proved for what is read now, and what has been read."""
+        road = self.model.forward.require(*size_of(self.trunks.values()), live=True)
+        if self.memory is None or self.memory.road != road:  # a longer text may need another road: read it anew
+            self.memory = Memory.of(road, len(self.trunks))
+        return road, self.memory
 
     def _write(self, asked: Sequence[tuple[int, int, Planted]], prompts: Sequence[Prompt]) -> list[Prediction]:
         tokenizer, trees = self.model.tokenizer, [t.tree for t in self.trunks.values()]
@@ -63,11 +65,9 @@ class Session(Agent):
         lines = dict.fromkeys(written, "")
         lengths = {i: trees[row].depths[q.node] + 1 for row, i, q in asked}
         while asked:
-            batch, reading = self._next(asked, prompts)
-            places = [(row, q.node - reading.start[row]) for row, _, q in asked]
-            with self._guarded():
-                scores = self.model.read(batch, places, [[self.model.pad]] * len(places), reading, self.cache)
-            self._keep(batch)
+            trunks, (road, memory) = list(self.trunks.values()), self._road()
+            wants = [Want(row, q.node) for row, _, q in asked]
+            scores = self.model.read(road, trunks, wants, asked, prompts, memory)
             going = []
             for (row, i, q), token in zip(asked, scores.argmax.tolist(), strict=True):
                 if token != tokenizer.eos_token_id:
@@ -88,44 +88,26 @@ class Session(Agent):
             return
         asked = {id(e) for e in episodes}
         rows = [row for row, key in enumerate(self.trunks) if key in new or key in asked]
-        trunks, columns = {}, {}
+        trunks = {}
         for key, trunk in self.trunks.items():
             if key in new:
                 trunk.go_on(new[key])
             if key in new or key in asked:
                 trunks[id(trunk.episode)] = trunk
-                columns[id(trunk.episode)] = self.columns.get(key, [])[: len(trunk.tree)]
-        if len(rows) < len(self.trunks):
-            self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
-        width = max((own[-1] + 1 for own in columns.values() if own), default=0)
-        self.cache.crop(width - self.width)  # what is negative is cut off the end
-        self.trunks, self.columns, self.width = trunks, columns, width
-
-    def _next(self, asked: Sequence[tuple[int, int, Planted]], prompts: Sequence[Prompt]) -> tuple[Batch, Reading]:
-        """Return what is new since the last forward pass."""
-        trunks = list(self.trunks.values())
-        columns = [self.columns.setdefault(key, []) for key in self.trunks]
-        start = [len(own) for own in columns]
-        batch = pack([t.tree for t in trunks], self.model.pad, start, columns, self.width)
-        return batch, Reading.of(trunks, asked, prompts, start, [list(own) for own in columns], self.width)
-
-    def _keep(self, batch: Batch) -> None:
-        for key, trunk in self.trunks.items():
-            own = self.columns[key]
-            own.extend(range(self.width, self.width + len(trunk.tree) - len(own)))
-        self.width += batch.tokens.shape[1]
+        self.trunks = trunks
+        if self.memory is not None:
+            self.memory.keep(rows, [len(t.tree) for t in trunks.values()])
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Turn what torch raises in a forward pass into an `AgentError`."""
-        from nextstate.agents.language import out_of_memory  # it makes sessions
-
         try:
             yield
         except AgentError:
             raise
         except (RuntimeError, MemoryError) as error:
-            where = f"on {self.model.device}, with {len(self.trunks)} episodes side by side of {self.width:,} tokens"
+            most = max((len(t.tree) for t in self.trunks.values()), default=0)
+            where = f"on {self.model.device}, with {len(self.trunks)} episodes side by side of {most:,} tokens"
             if out_of_memory(error):
                 raise OutOfMemory(f"{self.name} runs out of memory {where}") from error
             raise AgentError(f"{self.name} failed {where}: {error}") from error

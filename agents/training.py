@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from transformers import (
 from nextstate.agents.branches import Tree, Trunk, pack
 from nextstate.agents.config import ConfigError, Strict
 from nextstate.agents.language import LanguageModel
+from nextstate.agents.masks import PathMasks, Places
 from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
 from nextstate.agents.text import Encoder
 from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
@@ -223,29 +225,27 @@ class FreshRows(torch.utils.data.Dataset[Row]):
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Return tensors for `weighted_loss`: [row, node] inputs, a [row, 1, node, node] mask, and flat targets."""
+    """Return tensors for `predict_targets`: what is read and where it stands, by row and node, and flat targets."""
     batch = pack([r.tree for r in rows])
     where = [(i, node) for i, r in enumerate(rows) for node in r.context]
     out = {
         "input_ids": torch.from_numpy(batch.tokens),
-        "position_ids": torch.from_numpy(batch.positions),
+        "depths": torch.from_numpy(batch.depths),
         "where": torch.tensor(where),
         "target": torch.tensor([t for r in rows for t in r.target]),
         "weight": torch.tensor([w for r in rows for w in r.weight]),
     }
-    if batch.mask is not None:
-        out["attention_mask"] = torch.from_numpy(batch.mask)[:, None]
+    if batch.seen is not None:
+        out["seen"] = torch.from_numpy(batch.seen)
     return out
 
 
-def predict_targets(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "target vocabulary"]:
-    """Return the logits at the nodes from which targets are predicted."""
-    logits = model(
-        input_ids=inputs["input_ids"],
-        position_ids=inputs["position_ids"],
-        attention_mask=inputs.get("attention_mask"),
-        use_cache=False,
-    ).logits
+def predict_targets(model: Any, inputs: dict[str, Tensor], masks: PathMasks) -> Float[Tensor, "target vocabulary"]:
+    """Return the logits at the nodes from which targets are predicted; `masks` are those of the model itself."""
+    depths = inputs["depths"]
+    given = {"input_ids": inputs["input_ids"], "position_ids": depths, "attention_mask": torch.ones_like(depths)}
+    with masks(Places(inputs["seen"], depths)) if "seen" in inputs else nullcontext():
+        logits = model(**given, use_cache=False).logits
     picked: Tensor = logits[inputs["where"][:, 0], inputs["where"][:, 1]]
     return picked
 
@@ -253,10 +253,14 @@ def predict_targets(model: Any, inputs: dict[str, Tensor]) -> Float[Tensor, "tar
 class EpisodeTrainer(Trainer):  # type: ignore[misc]
     """`transformers.Trainer` whose loss is weighted by what a token is."""
 
+    masks: PathMasks | None = None
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        logits = predict_targets(model, inputs)
+        if self.masks is None:
+            self.masks = PathMasks(self.accelerator.unwrap_model(model))
+        logits = predict_targets(model, inputs, self.masks)
         losses = torch.nn.functional.cross_entropy(logits.float(), inputs["target"], reduction="none")
         loss = (losses * inputs["weight"]).sum() / inputs["weight"].sum()
         return (loss, logits) if return_outputs else loss

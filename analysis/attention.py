@@ -10,19 +10,18 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
 
+from nextstate.agents.forward import instead
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis.sweep import _instead
 
 
 class Look(NamedTuple):
-    """Tokens of a forward pass: row and token of each, its node in the row's tree, and the columns of its path."""
+    """Tokens of a forward pass: row and token of each, and the columns of its path."""
 
     rows: list[int]
     tokens: list[int]
-    nodes: list[int]
     columns: list[list[int]]
+    total: int  # columns of the pass, those read before included
 
 
 Attend = Callable[[int, Float[Tensor, "place head position"]], None]
@@ -44,53 +43,70 @@ def attention_hooks(
         look: chooses the tokens of the pass that goes on.
         attend: gets layer and weights.
     """
-    modules = {_attention(model, layer): layer for layer in heads}
-    with ExitStack() as stack:
-        if model.model.config._attn_implementation != "sdpa":
-            for module, layer in modules.items():
+    modules: dict[nn.Module, int] = {}
+    for layer in heads:
+        model.sites.check("head", layer)
+        module = model.sites.per_layer[layer].attention
+        assert module is not None
+        modules[module] = layer
+    if not modules:
+        yield
+        return
+    with _listening(modules, heads, look, attend) as heard, ExitStack() as stack:
+        for module, layer in modules.items():
 
-                def leave(_: nn.Module, __: Any, out: Any, layer: int = layer) -> None:
-                    if look().rows:
-                        attend(layer, _gather(look(), lambda row, tokens: out[1][row, heads[layer]][:, tokens]))
+            def leave(module: nn.Module, _: Any, out: Any, layer: int = layer) -> None:
+                if module in heard or not look().rows:
+                    return
+                weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+                if weights is None or weights.ndim != 4:
+                    raise AttentionError(
+                        f"layer {layer} of {model.name} gives no attention weights; load it with "
+                        "attn_implementation='eager', or record without attention"
+                    )
+                attend(layer, _gather(look(), lambda row, tokens: weights[row, heads[layer]][:, tokens]))
 
-                stack.callback(module.register_forward_hook(leave).remove)
-        elif modules:
-            stack.enter_context(_listening(modules, heads, look, attend))
+            stack.callback(module.register_forward_hook(leave).remove)
         yield
 
 
-def _attention(model: LanguageModel, layer: int) -> nn.Module:
-    return model.sites.blocks[layer].get_submodule(model.sites.names.attention)
+class AttentionError(ValueError):
+    """A model does not tell what its heads attend to."""
 
 
 @contextmanager
 def _listening(
     modules: Mapping[nn.Module, int], heads: Mapping[int, Sequence[int]], look: Callable[[], Look], attend: Attend
-) -> Iterator[None]:
-    """Stand in for the attention function of transformers, and hand everything on to it."""
+) -> Iterator[set[nn.Module]]:
+    """Stand in for the attention function of transformers, and hand everything on to it; yield who has called it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
-    before = FUNCTIONS["sdpa"]
+    before, heard = FUNCTIONS["sdpa"], set[nn.Module]()
 
-    def listen(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if module in modules and look().rows:
-            layer = modules[module]
-            own, group = list(heads[layer]), query.shape[1] // key.shape[1]
-            scale = kwargs.get("scaling")
-            scale = query.shape[-1] ** -0.5 if scale is None else scale
+    def listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        if module in modules:
+            heard.add(module)
+            if look().rows:
+                layer = modules[module]
+                own, group = list(heads[layer]), query.shape[1] // key.shape[1]
+                scale = kwargs.get("scaling")
+                scale = query.shape[-1] ** -0.5 if scale is None else scale
 
-            def scores(row: int, tokens: Sequence[int]) -> Tensor:
-                q = query[row, own][:, tokens].float()
-                k = key[row, [head // group for head in own]].float()
-                found: Tensor = q @ k.transpose(1, 2) * scale
-                return found
+                def scores(row: int, tokens: Sequence[int]) -> Tensor:
+                    q = query[row, own][:, tokens].float()
+                    k = key[row, [head // group for head in own]].float()
+                    found: Tensor = q @ k.transpose(1, 2) * scale
+                    if mask is None:
+                        return found
+                    seen = mask[row if len(mask) > 1 else 0][own if mask.shape[1] > 1 else [0]][:, tokens]
+                    return found.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else found + seen.float()
 
-            attend(layer, _gather(look(), scores, softmax=True).to(query.dtype))
-        return before(module, query, key, *args, **kwargs)
+                attend(layer, _gather(look(), scores, softmax=True).to(query.dtype))
+        return before(module, query, key, value, mask, *args, **kwargs)
 
     FUNCTIONS["sdpa"] = listen
     try:
-        yield
+        yield heard
     finally:
         FUNCTIONS["sdpa"] = before
 
@@ -98,15 +114,19 @@ def _listening(
 def _gather(
     look: Look, of: Callable[[int, list[int]], Float[Tensor, "head token column"]], softmax: bool = False
 ) -> Float[Tensor, "place head position"]:
-    """Order the columns of each token by position; row by row, so that little is in memory at a time."""
+    """Order the columns of each token by position; row by row, so that little is in memory at a time.
+
+    A cache of a layer with a window may have let the first columns go; nothing is attended to there.
+    """
     parts: dict[int, Tensor] = {}
     wide = max(map(len, look.columns))
     for row in dict.fromkeys(look.rows):
         places = [i for i, r in enumerate(look.rows) if r == row]
         values = of(row, [look.tokens[i] for i in places])
-        own = [look.columns[i] for i in places]
-        index = torch.tensor([c + [0] * (wide - len(c)) for c in own], device=values.device)
-        beyond = torch.tensor([[False] * len(c) + [True] * (wide - len(c)) for c in own], device=values.device)
+        gone = look.total - values.shape[2]
+        own = [[c - gone for c in look.columns[i]] for i in places]
+        index = torch.tensor([[max(0, x) for x in c] + [0] * (wide - len(c)) for c in own], device=values.device)
+        beyond = torch.tensor([[x < 0 for x in c] + [True] * (wide - len(c)) for c in own], device=values.device)
         found = values.gather(2, index.expand(len(values), *index.shape))
         if softmax:
             found = found.masked_fill(beyond, -torch.inf).softmax(-1)
@@ -128,20 +148,26 @@ def prefix_matching(
         tokens: prompts of a repeated block.
         block: tokens in the block.
         lead: tokens before the first block.
+
+    Returns:
+        the scores; NaN where a layer has no such head.
     """
-    layers, heads, length = model.sites.layers, model.sites.heads, tokens.shape[1]
+    layers, heads, length = model.sites.layers_with("head"), model.sites.heads, tokens.shape[1]
     asked = list(range(lead + block, length))
     where = torch.tensor(asked) - block + 1
-    total = np.zeros((layers, heads))
+    total = np.full((model.sites.layers, heads), np.nan)
+    for layer in layers:
+        total[layer, : model.sites.shape("head", layer)[0]] = 0
 
     def attend(layer: int, weights: Float[Tensor, "place head position"]) -> None:
         matched = weights[torch.arange(len(asked)), :, where.to(weights.device)]
-        total[layer] += matched.float().mean(0).cpu().numpy()
+        total[layer, : matched.shape[1]] += matched.float().mean(0).cpu().numpy()
 
-    look = Look([0] * len(asked), asked, asked, [list(range(i + 1)) for i in asked])
-    with attention_hooks(model, {layer: list(range(heads)) for layer in range(layers)}, lambda: look, attend):
+    look = Look([0] * len(asked), asked, [list(range(i + 1)) for i in asked], length)
+    every = {layer: list(range(model.sites.shape("head", layer)[0])) for layer in layers}
+    with attention_hooks(model, every, lambda: look, attend):
         for row in tokens:
-            model.model(torch.from_numpy(row[None]).to(model.device), use_cache=False, logits_to_keep=1)
+            model.forward.plain(torch.from_numpy(row[None]).to(model.device), [length - 1])
     return total / len(tokens)
 
 
@@ -157,35 +183,40 @@ def copying(
     1 copies, 1/2 does not care, 0 names anything else. (After the copying score of Olsson et al. 2022; ours is a rank,
     so that heads of any scale compare.)
     """
-    sites, projected = model.sites, list[tuple[nn.Module, nn.Module | None]]()
-    total = np.zeros((sites.layers, sites.heads))
+    sites = model.sites
+    total = np.full((sites.layers, sites.heads), np.nan)
+    for layer in sites.layers_with("head"):
+        total[layer, : sites.shape("head", layer)[0]] = 0
     sources, ends = slice(lead, lead + block), slice(lead + block - 1, lead + 2 * block - 1)
-    for module in sites.blocks:
-        projection = module.get_submodule(f"{sites.names.attention}.{sites.names.projection}")
-        normed = sites.names.attn_out not in ("", sites.names.attention)
-        projected.append((projection, module.get_submodule(sites.names.attn_out) if normed else None))
     for row in tokens:
-        ids, cache, stream = torch.from_numpy(row[None]).to(model.device), DynamicCache(), list[Tensor]()
+        ids, stream = torch.from_numpy(row[None]).to(model.device), list[Tensor]()
 
         def leave(_: nn.Module, __: Any, out: Any, stream: list[Tensor] = stream) -> None:
             stream.append(out[0] if isinstance(out, tuple) else out)
 
         hook = sites.blocks[-1].register_forward_hook(leave)
         try:
-            model.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = model.forward.state(ids, torch.tensor([0]))
         finally:
             hook.remove()
         end, own = stream[0][0, ends], ids[0, sources]
         plain = _decoded(model, end[None], own)
-        for layer, (projection, after) in enumerate(projected):
-            values = cache.layers[layer].values[0, :, sources].transpose(0, 1)  # [token kv dim]
-            values = values.repeat_interleave(sites.heads // values.shape[1], 1)
-            alone = torch.eye(sites.heads, device=ids.device, dtype=values.dtype)[:, None, :, None] * values
-            written = projection(alone.flatten(2)) - projection(torch.zeros_like(alone.flatten(2)[:1, :1]))
-            written = written if after is None else after(written)
-            raised = _decoded(model, end + written, own) - plain  # [head token candidate]
+        for layer in sites.layers_with("head"):
+            known = sites.per_layer[layer]
+            assert known.projection is not None
+            held = cache.layers[layer].values
+            if held.shape[2] != len(row):
+                raise AttentionError(f"layer {layer} of {model.name} keeps {held.shape[2]} of {len(row)} values")
+            values = held[0, :, sources].transpose(0, 1)  # [token kv dim]
+            values = values.repeat_interleave(known.heads // values.shape[1], 1)
+            alone = torch.eye(known.heads, device=ids.device, dtype=values.dtype)[:, None, :, None] * values
+            written = known.projection(alone.flatten(2)) - known.projection(torch.zeros_like(alone.flatten(2)[:1, :1]))
+            if known.attn_out is not None and known.attn_out is not known.attention:  # a norm follows
+                written = known.attn_out(written)
+            raised = _decoded(model, end + known.multiplier * written, own) - plain  # [head token candidate]
             mine = raised.diagonal(dim1=1, dim2=2)[..., None]
-            total[layer] += ((raised < mine).float().sum(-1) / (block - 1)).mean(-1).cpu().numpy()
+            share = ((raised < mine).float().sum(-1) / (block - 1)).mean(-1).cpu().numpy()
+            total[layer, : known.heads] += share
     return total / len(tokens)
 
 
@@ -193,7 +224,8 @@ def _decoded(
     model: LanguageModel, stream: Float[Tensor, "row token hidden"], candidates: Int[Tensor, " candidate"]
 ) -> Float[Tensor, "row token candidate"]:
     """Return the logits of some tokens that the model reads off a stream that leaves its last block."""
-    with _instead({block: lambda *_, **__: stream for block in model.sites.blocks}):
+    given = {x.block: (stream,) if x.returns_tuple else stream for x in model.sites.per_layer}
+    with instead({block: lambda *_, out=out, **__: out for block, out in given.items()}):
         ids = torch.zeros(stream.shape[:2], dtype=torch.int64, device=stream.device)
-        logits: Tensor = model.model(ids, use_cache=False).logits
+        logits = model.forward.plain(ids, range(ids.shape[1]))
     return logits[..., candidates].float()

@@ -136,9 +136,7 @@ def baseline(model: LanguageModel, pairs: Sequence[TokenPair]) -> tuple[Readout,
             )
             for side, found in zip(("clean", "corrupted"), out, strict=True):
                 tokens = torch.tensor([getattr(pairs[i], side) for i in rows], device=model.device)
-                ask = torch.ones_like(tokens)
-                logits = model.model(input_ids=tokens, attention_mask=ask, use_cache=False, logits_to_keep=1).logits
-                got = read(logits[:, -1:], answer, other)
+                got = read(model.forward.plain(tokens, [length - 1]), answer, other)
                 found.put(rows, Readout(got.difference[:, 0], got.probability[:, 0], got.greedy[:, 0]))
     return out
 
@@ -258,7 +256,7 @@ def attention_of(
 ) -> Float[np.ndarray, "head position"]:
     """Return how the last token's attention lies over a prompt, for each (layer, head)."""
     last = len(tokens) - 1
-    look = Look([0], [last], [last], [list(range(len(tokens)))])
+    look = Look([0], [last], [list(range(len(tokens)))], len(tokens))
     chosen = {layer: sorted({h for at, h in heads if at == layer}) for layer, _ in heads}
     seen: dict[tuple[int, int], np.ndarray] = {}
 
@@ -266,5 +264,5 @@ def attention_of(
         seen.update({(layer, head): w.float().cpu().numpy() for head, w in zip(chosen[layer], weights[0], strict=True)})
 
     with attention_hooks(model, chosen, lambda: look, attend):
-        model.model(torch.tensor([list(tokens)], device=model.device), use_cache=False, logits_to_keep=1)
+        model.forward.plain(torch.tensor([list(tokens)], device=model.device), [last])
     return np.array([seen[head] for head in heads])

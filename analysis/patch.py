@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from nextstate.agents.language import LanguageModel, out_of_memory
+from nextstate.agents.forward import out_of_memory
+from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import ATTENTIONS, Activation, Site
 from nextstate.analysis.pairs import DIRECTIONS, PATCHES, Direction, Group, PatchError, TokenPair, plan, tokens_of
 from nextstate.analysis.recovery import Readout, Recovery, Sweep, rank_agreement, read, recovery
@@ -28,7 +29,7 @@ __all__ = [
 ]  # fmt: skip
 
 Failures = Literal["exclude", "include"]
-Donor = Callable[[Group, int], list[Activation]]
+Donor = Callable[[Group, int], dict[int, Activation]]
 
 
 class _Results(NamedTuple):
@@ -56,7 +57,7 @@ def sweep(
     """Patch each head (or layer) at each position asked for, one at a time, exactly.
 
     Args:
-        model: any whose sites are known, with an attention function of `agents.sites.ATTENTIONS`.
+        model: any that has the site.
         pairs: the prompts; those of one length and with the same positions share forward passes.
         site: `head`, `resid_pre`, `attn_out` or `mlp_out`.
         positions: a role, several roles, "each" position from the first difference on by itself, or "all" of them at
@@ -65,7 +66,7 @@ def sweep(
         direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse. The others ablate in
             the clean run: by "zero", by the "mean" over the clean prompts of all pairs, or by those of another pair
             ("resample"); the corrupted run then only gives the scale.
-        layers: those to sweep; by default all.
+        layers: those to sweep; by default all that have the site. Layers of one sweep have equally many heads.
         failures: what to do with pairs in which the model prefers the wrong answer: "exclude" or "include" them. Both
             ways they are counted, in `Sweep.failed`.
         vocabulary: also find the probability of the answer and the greedy token, which takes the logits of the whole
@@ -76,14 +77,15 @@ def sweep(
         rng: draws the partners of "resample".
 
     Raises:
-        PatchError: the model fails on all pairs (with failures="exclude"), pairs do not fit the positions, the
-            attention takes no mask, memory runs out for a single copy, or a control fails.
-        SiteError: the model has no such site or layer.
+        PatchError: the model fails on all pairs (with failures="exclude"), pairs do not fit the positions, memory
+            runs out for a single copy, or a control fails.
+        AgentError: no road gives what plain forward passes of the model give.
+        SiteError: the model or a layer has no such site.
     """
     chosen = _checked(model, pairs, site, direction, layers, failures)
     columns, groups = plan(pairs, positions, direction)
     donor = _donor(model, pairs, groups, site, direction, rng)
-    copies = [Copy(layer, head) for layer in chosen for head in range(model.sites.shape(site)[0])]
+    copies = [Copy(layer, head) for layer in chosen for head in range(model.sites.shape(site, layer)[0])]
     found = _results(model, pairs, chosen, site, columns)
     worst = 0.0
 
@@ -141,7 +143,7 @@ def attribution(
         if not len(rows):
             return
         group = replace(group, pairs=tuple(rows.tolist()))
-        own, slopes = _gradient(model, runs.tokens, site, answer, other)
+        own, slopes = _gradient(model, runs.tokens, site, chosen, answer, other)
         for column, start in group.starts:
             values = donor(group, column) if donor else runs.taken
             late, end = start - group.first, None if group.whole else start - group.first + 1
@@ -159,28 +161,28 @@ def attribution(
 
 
 def _gradient(
-    model: LanguageModel, tokens: Tensor, site: Site, answer: Tensor, other: Tensor
-) -> tuple[list[Activation], list[Activation]]:
-    """Return activations at a site and the slope of the logit difference there, for each layer."""
-    kept: list[Tensor] = []
+    model: LanguageModel, tokens: Tensor, site: Site, layers: Sequence[int], answer: Tensor, other: Tensor
+) -> tuple[dict[int, Activation], dict[int, Activation]]:
+    """Return activations at a site and the slope of the logit difference there, by layer."""
+    kept: dict[int, Tensor] = {}
 
-    def root(x: Tensor) -> Tensor:
-        return x.detach().requires_grad_()  # also where the weights are frozen
-
-    def keep(x: Tensor) -> Tensor:
-        kept.append(x)
-        return x
+    def root(_: nn.Module, __: object, out: Tensor) -> Tensor:
+        return out.detach().requires_grad_()  # also where the weights are frozen
 
     with torch.enable_grad(), ExitStack() as stack:
-        stack.enter_context(model.sites.hook("resid_pre", 0, root))
-        for layer in range(model.sites.layers):
+        stack.callback(model.model.get_input_embeddings().register_forward_hook(root).remove)
+        for layer in layers:
+
+            def keep(x: Tensor, layer: int = layer) -> Tensor:
+                kept[layer] = x
+                return x
+
             stack.enter_context(model.sites.hook(site, layer, keep))
-        ask = torch.ones_like(tokens)
-        logits = model.model(input_ids=tokens, attention_mask=ask, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = model.forward.plain(tokens, [tokens.shape[1] - 1])[:, 0]
         rows = torch.arange(len(tokens), device=tokens.device)
         total = (logits[rows, answer] - logits[rows, other]).float().sum()
-        slopes = torch.autograd.grad(total, kept)
-    return [x.detach() for x in kept], list(slopes)
+        slopes = torch.autograd.grad(total, [kept[layer] for layer in layers])
+    return {layer: x.detach() for layer, x in kept.items()}, dict(zip(layers, slopes, strict=True))
 
 
 def _checked(
@@ -191,17 +193,19 @@ def _checked(
     layers: Sequence[int] | None,
     failures: Failures,
 ) -> tuple[int, ...]:
-    attention = model.model.config._attn_implementation
-    if attention not in ATTENTIONS:
-        raise PatchError(f"{model.name} runs with {attention}, which takes no mask of our own; load it with "
-                         "attn_implementation='sdpa' or 'eager'")  # fmt: skip
     for name, value, legal in (("direction", direction, DIRECTIONS), ("failures", failures, get_args(Failures))):
         if value not in legal:
             raise PatchError(f"{name}={value!r} is not possible: expected one of {', '.join(legal)}")
     model.sites.check(site)
-    chosen = tuple(range(model.sites.layers)) if layers is None else tuple(sorted(set(layers)))
+    chosen = model.sites.layers_with(site) if layers is None else tuple(sorted(set(layers)))
     for layer in chosen:
         model.sites.check(site, layer)
+    by_heads: dict[int, list[int]] = {}
+    for layer in chosen:
+        by_heads.setdefault(model.sites.shape(site, layer)[0], []).append(layer)
+    if len(by_heads) > 1:
+        groups = "; ".join(f"{heads} in layers {own}" for heads, own in by_heads.items())
+        raise PatchError(f"layers of one sweep must have equally many heads, but there are {groups}: sweep them apart")
     if not pairs or not chosen:
         raise PatchError(f"{len(pairs)} pairs and {len(chosen)} layers: expected at least one of each")
     longest = max(len(p.clean) for p in pairs)
@@ -215,7 +219,7 @@ def _checked(
 def _results(
     model: LanguageModel, pairs: Sequence[TokenPair], layers: tuple[int, ...], site: Site, columns: tuple[str, ...]
 ) -> _Results:
-    n, heads = len(pairs), model.sites.shape(site)[0]
+    n, heads = len(pairs), model.sites.shape(site, layers[0])[0]
     patched = Readout.empty(n, len(layers), heads, len(columns))
     return _Results(Readout.empty(n), Readout.empty(n), patched, np.zeros(n, dtype=bool))
 
@@ -298,35 +302,36 @@ def _donor(
     if direction in PATCHES:
         return None
     sites, n = model.sites, len(pairs)
-    shape, like = sites.shape(site), {"dtype": model.model.dtype, "device": model.device}
-    seen: Float[Tensor, "pair layer column head dim"] | None = None
+    layers, like = sites.layers_with(site), {"dtype": model.model.dtype, "device": model.device}
+    seen: dict[int, Float[Tensor, "pair column head dim"]] = {}
     if direction != "zero":
         wide = groups[0].length if groups[0].whole else len(groups[0].starts)
-        seen = torch.zeros(n, sites.layers, wide, *shape, **like)
+        seen = {layer: torch.zeros(n, wide, *sites.shape(site, layer), **like) for layer in layers}
         for group in groups:
             where = list(range(group.length)) if group.whole else [start for _, start in group.starts]
             size = max(1, model.batch_tokens // group.length)
             for k in range(0, len(group.pairs), size):
                 rows = list(group.pairs[k : k + size])
-                for layer, x in enumerate(site_values(model, np.array([pairs[i].clean for i in rows]), site)):
-                    seen[rows, layer] = x[:, where]
+                for layer, x in site_values(model, np.array([pairs[i].clean for i in rows]), site).items():
+                    seen[layer][rows] = x[:, where]
         if direction == "mean":
-            seen = seen.float().mean(0, keepdim=True).to(seen.dtype).expand_as(seen)
+            seen = {layer: x.float().mean(0, keepdim=True).to(x.dtype).expand_as(x) for layer, x in seen.items()}
         elif rng is None or n < 2:
             raise PatchError(f"resample needs an rng and at least 2 pairs, got rng={rng} and {n}")
         else:
             order = rng.permutation(n)
-            seen = seen[torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)]  # nobody gets their own
+            partner = torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)  # nobody gets their own
+            seen = {layer: x[partner] for layer, x in seen.items()}
 
-    def values(group: Group, column: int) -> list[Activation]:
-        out = torch.zeros(len(group.pairs), sites.layers, group.length - group.first, *shape, **like)
-        if seen is not None:
-            mine = seen[list(group.pairs)]
+    def values(group: Group, column: int) -> dict[int, Activation]:
+        late, rows = group.length - group.first, list(group.pairs)
+        out = {layer: torch.zeros(len(rows), late, *sites.shape(site, layer), **like) for layer in layers}
+        for layer, x in seen.items():
             if group.whole:
-                out = mine
+                out[layer] = x[rows]
             else:
-                out[:, :, dict(group.starts)[column] - group.first] = mine[:, :, column]
-        return list(out.unbind(1))
+                out[layer][:, dict(group.starts)[column] - group.first] = x[rows, column]
+        return out
 
     return values
 
@@ -342,9 +347,9 @@ def _fitting(
     )
     columns = 2 * group.length
     kv = 2 * columns * sites.heads * sites.head_dim
-    held = size * sites.layers * (kv + span * (2 * sites.hidden + 2 * int(np.prod(sites.shape(site)))))
+    held = size * sites.layers * (kv + span * (2 * sites.hidden + 2 * max(sites.hidden, sites.heads * sites.head_dim)))
     scores = (
-        ATTENTIONS[model.model.config._attn_implementation]
+        ATTENTIONS.get(model.model.config._attn_implementation, 3)
         * sites.heads
         * (columns + min(ROW_TOKENS, (copies + 2) * span))
     )

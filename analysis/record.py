@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextstate.agents.agent import Prompt
-from nextstate.agents.branches import Asked, Reading, Trunk
+from nextstate.agents.branches import Asked, Layout, Reading, Trunk
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation, Edit, Site
 from nextstate.analysis.attention import Look, attention_hooks
@@ -66,6 +67,16 @@ class Kept(NamedTuple):
 
 
 @dataclass
+class _Pass:
+    """What is kept of one forward pass."""
+
+    layout: Layout  # kept alive, so that its id stays its own
+    look: Look
+    nodes: list[tuple[int, int]]  # tree and node of each place
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
 class Recorder:
     """Writes what passes by to a folder; made by `record`."""
 
@@ -84,14 +95,15 @@ class Recorder:
     _pending: list[tuple[Any, ...]] = field(default_factory=list)
     _known: WeakKeyDictionary[Trunk, dict[int, tuple[int, int]]] = field(default_factory=WeakKeyDictionary)
     _ahead: WeakKeyDictionary[Trunk, set[int]] = field(default_factory=WeakKeyDictionary)
-    _pass: dict[str, Tensor] = field(default_factory=dict)
-    _look: tuple[Reading, Look] | None = None
-    _found: list[list[tuple[str, int]]] = field(default_factory=list)  # of each question of the pass
+    _reading: tuple[Trunk, ...] = ()
+    _wanted: list[dict[int, list[int]]] = field(default_factory=list)  # of each tree: node -> path to it
+    _found: list[list[tuple[str, int]]] = field(default_factory=list)  # of each question that is read
+    _passes: dict[int, _Pass] = field(default_factory=dict)  # by the id of a pass's layout
 
     @property
     def held(self) -> int:
         """Bytes of activations that are in memory now."""
-        return self._held + sum(_bytes(x) for x in self._pass.values())
+        return self._held + sum(_bytes(x) for one in self._passes.values() for x in one.values.values())
 
     def hooks(self) -> ExitStack:
         """Start to record; until the returned context is closed."""
@@ -110,17 +122,29 @@ class Recorder:
     def _now(self) -> Look:
         """Return the tokens of this pass that are kept."""
         reading = self.model.reading
-        if self._look is None or self._look[0] is not reading:
-            self._pass.clear()  # of a pass that failed
-            self._look = (reading, self._choose(reading))
-        return self._look[1]
+        if self._reading is not reading.trunks:
+            self._passes.clear()  # of a reading that failed
+            self._reading = reading.trunks
+            self._choose(reading)
+        if id(reading.now) not in self._passes:
+            self._passes[id(reading.now)] = self._places_in(reading.now)
+        return self._passes[id(reading.now)].look
 
-    def _choose(self, reading: Reading) -> Look:
-        """Choose the tokens that a question of this pass asks for, or (live) that a later one will."""
-        chosen: dict[tuple[int, int], list[int]] = {}
-        self._found = []
+    def _places_in(self, layout: Layout) -> _Pass:
+        """Choose the tokens of a pass that questions ask for, or (live) that a later one will; each node once."""
+        found: dict[tuple[int, int], tuple[int, int]] = {}
+        for row, (tree, nodes) in enumerate(zip(layout.trees, layout.nodes, strict=True)):
+            for token in np.flatnonzero(np.isin(nodes, list(self._wanted[tree]))).tolist():
+                found.setdefault((tree, int(nodes[token])), (row, token))
+        columns = [layout.columns(row, self._wanted[tree][node]) for (tree, node), (row, _) in found.items()]
+        look = Look([r for r, _ in found.values()], [t for _, t in found.values()], columns, layout.total)
+        return _Pass(layout, look, list(found))
+
+    def _choose(self, reading: Reading) -> None:
+        """Choose the nodes that the questions ask for, or (live) that a later one will."""
+        self._found, self._wanted = [], [{} for _ in reading.trunks]
         for asked in reading.asked:
-            trunk, path = reading.trunks[asked.row], reading.path(asked)
+            trunk, path = reading.trunks[asked.tree], reading.path(asked)
             self._found.append(self._places(asked.prompt, len(path)))
             wanted = {p for _, p in self._found[-1]}
             if reading.live:
@@ -131,11 +155,8 @@ class Recorder:
                 answer = asked.prompt.asked.choices[asked.prompt.asked.truth]
                 path = path + trunk.tree.follow(path[-1], self.model.encoder.piece(answer))
             for position in wanted:
-                if position < len(path) and path[position] >= reading.start[asked.row]:
-                    chosen.setdefault((asked.row, path[position]), path[: position + 1])
-        columns = [reading.seen(row, nodes) for (row, _), nodes in chosen.items()]
-        tokens = [n - reading.start[r] for r, n in chosen]
-        return Look([r for r, _ in chosen], tokens, [n for _, n in chosen], columns)
+                if position < len(path) and path[position] >= reading.before[asked.tree]:
+                    self._wanted[asked.tree].setdefault(path[position], path[: position + 1])
 
     def _later(self, trunk: Trunk) -> set[int]:
         """Return the positions that questions of an episode ask for in what is told before they are asked."""
@@ -169,19 +190,30 @@ class Recorder:
             return
         kept = [k for k in self.kept if (k.site, k.layer) == (site, layer)]
         own = x[look.rows, look.tokens][:, [k.head or 0 for k in kept]].cpu()
-        self._pass.update({k.key: one.contiguous() for k, one in zip(kept, own.unbind(1), strict=True)})
+        self._keep({k.key: one.contiguous() for k, one in zip(kept, own.unbind(1), strict=True)})
+
+    def _keep(self, values: dict[str, Tensor]) -> None:
+        self._passes[id(self.model.reading.now)].values.update(values)
 
     def _attend(self, layer: int, weights: Float[Tensor, "place head position"]) -> None:
         kept = [k for k in self.kept if (k.site, k.layer) == (ATTENTION, layer)]
-        self._pass.update({k.key: x.contiguous() for k, x in zip(kept, weights.cpu().unbind(1), strict=True)})
+        self._keep({k.key: x.contiguous() for k, x in zip(kept, weights.cpu().unbind(1), strict=True)})
 
     def _done(self, reading: Reading) -> None:
-        """Take over what a pass that went well has left."""
-        if self._look is None or self._look[0] is not reading:
+        """Take over what the passes that went well have left, each node once."""
+        if self._reading is not reading.trunks:
             return
-        look, values = self._look[1], self._pass
-        self._pass, self._look = {}, None
-        begin, n = 0, len(look.rows)
+        done = [self._passes[id(layout)] for layout in reading.passes if id(layout) in self._passes]
+        places, parts, seen = list[tuple[int, int]](), dict[str, list[Tensor]](), set[tuple[int, int]]()
+        for one in done:
+            fresh = [i for i, place in enumerate(one.nodes) if place not in seen]
+            places += [one.nodes[i] for i in fresh]
+            seen.update(one.nodes)
+            for key, x in one.values.items():
+                parts.setdefault(key, []).append(x[fresh])
+        values = {key: _together(xs) for key, xs in parts.items()} if places else {}
+        self._passes, self._reading = {}, ()
+        begin, n = 0, len(places)
         each = sum(_bytes(x) for x in values.values()) // max(1, n)
         while begin < n:
             room = max(1, (self.shard_bytes - self._held) // max(1, each))
@@ -191,8 +223,8 @@ class Recorder:
             end = min(n, begin + room)
             part = {key: x[begin:end].clone() for key, x in values.items()}
             for i in range(begin, end):
-                known = self._known.setdefault(reading.trunks[look.rows[i]], {})
-                known[look.nodes[i]] = (self._shards, self._length + i - begin)
+                tree, node = places[i]
+                self._known.setdefault(reading.trunks[tree], {})[node] = (self._shards, self._length + i - begin)
             self._rows.append(part)
             self._length += end - begin
             self._held += sum(_bytes(x) for x in part.values())
@@ -204,7 +236,7 @@ class Recorder:
 
     def _note(self, reading: Reading, asked: Asked, found: Sequence[tuple[str, int]]) -> None:
         path, prompt, game = reading.path(asked), asked.prompt, asked.prompt.episode.game
-        known = self._known.get(reading.trunks[asked.row], {})
+        known = self._known.get(reading.trunks[asked.tree], {})
         setting = json.dumps(game.settings, sort_keys=True)
         who = (game.name, setting, prompt.episode.seed, prompt.step + 1, prompt.question)
         told = [(name, position) for name, position in found if path[position] in known]
@@ -278,14 +310,19 @@ def record(
     known = model.sites
     for site in sites:
         known.check(site)
-    for layer in layers or ():
-        known.check("head", layer)
+        for layer in layers or ():
+            known.check(site, layer)
     for layer, head in heads or ():
         known.check("head", layer, head)
-    every = range(known.layers) if layers is None else layers
-    each = [(a, b) for a in every for b in range(known.heads)] if heads is None else list(heads)
+    each = list(heads or ())
+    if heads is None and ("head" in sites or attention):
+        known.check("head")
+        own = known.layers_with("head") if layers is None else layers
+        each = [(a, b) for a in own for b in range(known.shape("head", a)[0])]
     kept = [Kept("head", a, b) for a, b in each if "head" in sites]
-    kept += [Kept(site, layer, None) for site in sites if site != "head" for layer in every]
+    for site in sites:
+        if site != "head":
+            kept += [Kept(site, layer, None) for layer in (known.layers_with(site) if layers is None else layers)]
     kept += [Kept(ATTENTION, a, b) for a, b in each if attention]
     if not kept or not at or shard_bytes < 1:
         raise RecordError(f"nothing to record: sites={tuple(sites)}, at={tuple(at)}, shard_bytes={shard_bytes}")

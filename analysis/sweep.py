@@ -1,20 +1,24 @@
-"""The engine of patching: every patched run of a pair of prompts is a copy of its last tokens, all in one forward pass.
+"""The engine of patching: patched runs of pairs of prompts, many at a time.
 
-A prompt runs once. A run that differs from it only from position `start` on then costs the tokens from there on: a copy
-of them, which a mask shows the keys and values before `start` and hides from all other copies. Below the layer in
-which a copy is patched it equals the unpatched one, so it enters the network only there, as a duplicate of that one.
-The logits are those of one forward pass a patch, to float error.
+Where a model takes the tree road, every patched run is a copy of the prompt's last tokens in one forward pass: a run
+that differs from the base run only from position `start` on costs the tokens from there on, a copy of them, which a mask
+shows the keys and values before `start` and hides from all other copies. Below the layer in which a copy is patched it
+equals the unpatched one, so it enters the network only there, as a duplicate of that one. Before this is used, a small
+sweep is compared with plain hooks; where they disagree, and for all other models, every patched run is a row of its own
+(on the fork road from a copied state of the tokens before `start`). The logits are those of one forward pass a patch, to
+float error, either way.
 
-Two control copies go along in every pass and stop it with an error where they fail: one is left alone and must give the
+Two controls go along in every pass and stop it with an error where they fail: one is left alone and must give the
 logits of the base run; in the other everything is patched and must give those of the source run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,11 +26,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from nextstate.agents.forward import out_of_memory, read_out, skipping
 from nextstate.agents.language import LanguageModel
+from nextstate.agents.masks import Places
 from nextstate.agents.sites import Activation, Site
 from nextstate.analysis.pairs import PatchError
 
-_SLICE = 2048  # of the vocabulary
 ROW_TOKENS = 1024  # most tokens of copies side by side in one row: each looks past all others, which costs their square
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -39,34 +44,46 @@ class Copy(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Trunks:
+    """Keys and values of base and source runs as one tree, and the stream between its blocks, to start copies from."""
+
+    cache: list[tuple[Float[Tensor, "pair kv column dim"], Float[Tensor, "pair kv column dim"]]]
+    depths: Int[Tensor, " column"]  # the position of each cached column
+    columns: Int[Tensor, " position"]  # those of the source run; the base run's are 0, 1, ...
+    base: list[Activation]  # resid_pre for each layer, [pair late 1 hidden]
+    source: list[Activation]
+
+    def select(self, rows: Int[Tensor, " row"]) -> Trunks:
+        """Return those of some of the pairs."""
+        cache = [(k[rows], v[rows]) for k, v in self.cache]
+        return replace(self, cache=cache, base=[x[rows] for x in self.base], source=[x[rows] for x in self.source])
+
+
+@dataclass(frozen=True)
 class Runs:
     """The base and the source run of pairs of one length: what their copies start from.
 
-    Positions count from `first` where an axis is called `late`. `columns` are those of the source's positions among the
-    cached keys; the base's are 0, 1, ...
+    Positions count from `first` where an axis is called `late`.
     """
 
     tokens: Int[Tensor, "pair position"]
-    cache: list[tuple[Float[Tensor, "pair kv column dim"], Float[Tensor, "pair kv column dim"]]]
-    columns: Int[Tensor, " position"]
+    source_tokens: Int[Tensor, "pair position"]
     first: int
-    base: list[Activation]  # resid_pre for each layer, [pair late 1 hidden]
-    source: list[Activation]
-    taken: list[Activation]  # the swept site for each layer in the source run, [pair late head dim]
+    taken: dict[int, Activation]  # the swept site in the source run, by layer, [pair late head dim]
     base_logits: Float[Tensor, "pair vocab"]
     source_logits: Float[Tensor, "pair vocab"]
+    trunks: Trunks | None = None  # where copies run in one tree
 
     def select(self, rows: Int[Tensor, " row"]) -> Runs:
         """Return those of some of the pairs."""
         return replace(
             self,
             tokens=self.tokens[rows],
-            cache=[(k[rows], v[rows]) for k, v in self.cache],
-            base=[x[rows] for x in self.base],
-            source=[x[rows] for x in self.source],
-            taken=[x[rows] for x in self.taken],
+            source_tokens=self.source_tokens[rows],
+            taken={layer: x[rows] for layer, x in self.taken.items()},
             base_logits=self.base_logits[rows],
             source_logits=self.source_logits[rows],
+            trunks=None if self.trunks is None else self.trunks.select(rows),
         )
 
 
@@ -94,8 +111,9 @@ def run_pairs(
     source: Int[np.ndarray, "pair position"],
     site: Site,
     first: int,
+    in_tree: bool | None = None,
 ) -> Runs:
-    """Run base and source prompts as one tree: what they begin with in common is computed once.
+    """Run base and source prompts.
 
     Args:
         model: any.
@@ -103,7 +121,24 @@ def run_pairs(
         source: tokens that agree with them up to where the first pair differs.
         site: what to keep of the source run.
         first: position from which activations are kept.
+        in_tree: whether copies run in one tree; by default where that is proved for this model.
     """
+    if fast(model, site, base.shape[1]) if in_tree is None else in_tree:
+        return _run_trunks(model, base, source, site, first)
+    rows = [torch.from_numpy(x).to(model.device) for x in (base, source)]
+    taken = {layer: x[:, first:] for layer, x in site_values(model, source, site).items()}
+    logits = [model.forward.plain(x, [base.shape[1] - 1])[:, 0] for x in rows]
+    return Runs(rows[0], rows[1], first, taken, logits[0], logits[1])
+
+
+def _run_trunks(
+    model: LanguageModel,
+    base: Int[np.ndarray, "pair position"],
+    source: Int[np.ndarray, "pair position"],
+    site: Site,
+    first: int,
+) -> Runs:
+    """Run base and source prompts as one tree: what they begin with in common is computed once."""
     length = base.shape[1]
     shared = int((base == source).all(0).cumprod().sum())
     shared = min(shared, length - 1)  # each run has a last token of its own, whose logits we read
@@ -112,42 +147,90 @@ def run_pairs(
     visible = torch.zeros(width, width, dtype=torch.bool)
     visible[:length, :length] = torch.ones(length, length, dtype=torch.bool).tril()
     visible[length:, columns] = torch.ones(length, length, dtype=torch.bool).tril()[shared:]
-    positions = torch.cat([torch.arange(length), torch.arange(shared, length)])
+    depths = torch.cat([torch.arange(length), torch.arange(shared, length)])
     tokens = torch.from_numpy(np.concatenate([base, source[:, shared:]], 1)).to(model.device)
     late, moved = torch.arange(first, length), columns[first:].to(model.device)
     late = late.to(model.device)
-    kept: dict[str, list[Tensor]] = {"base": [], "source": [], "taken": []}
+    base_stream, source_stream, taken = list[Tensor](), list[Tensor](), dict[int, Tensor]()
     cache = DynamicCache()
 
     def resid(x: Tensor) -> None:
-        kept["base"].append(x[:, late])
-        kept["source"].append(x[:, moved])
-
-    def take(x: Tensor) -> None:
-        kept["taken"].append(x[:, moved])
+        base_stream.append(x[:, late])
+        source_stream.append(x[:, moved])
 
     with ExitStack() as stack:
         for layer in range(model.sites.layers):
             stack.enter_context(model.sites.hook("resid_pre", layer, resid))
+        for layer in model.sites.layers_with(site):
+
+            def take(x: Tensor, layer: int = layer) -> None:
+                taken[layer] = x[:, moved]
+
             stack.enter_context(model.sites.hook(site, layer, take))
-        logits = _forward(model, tokens, positions, visible, cache, torch.tensor([length - 1, width - 1]))
+        logits = _in_tree(model, tokens, visible, depths, cache, torch.tensor([length - 1, width - 1]))
     held = [(layer.keys, layer.values) for layer in cache.layers]
-    start = tokens[:, :length]
-    return Runs(start, held, columns, first, kept["base"], kept["source"], kept["taken"], logits[:, 0], logits[:, 1])
+    whole = torch.from_numpy(source).to(model.device)
+    trunks = Trunks(held, depths, columns, base_stream, source_stream)
+    return Runs(tokens[:, :length], whole, first, taken, logits[:, 0], logits[:, 1], trunks)
 
 
 @torch.no_grad()
-def site_values(model: LanguageModel, tokens: Int[np.ndarray, "pair position"], site: Site) -> list[Activation]:
-    """Return the activations at a site, for each layer, in plain runs of `tokens`."""
-    kept: list[Tensor] = []
+def site_values(model: LanguageModel, tokens: Int[np.ndarray, "pair position"], site: Site) -> dict[int, Activation]:
+    """Return the activations at a site in plain runs of `tokens`, by layer."""
+    kept: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        for layer in range(model.sites.layers):
-            stack.enter_context(model.sites.hook(site, layer, kept.append))
-        n = tokens.shape[1]
-        visible = torch.ones(n, n, dtype=torch.bool).tril()
-        rows = torch.from_numpy(tokens).to(model.device)
-        _forward(model, rows, torch.arange(n), visible, None, torch.tensor([n - 1]))
+        for layer in model.sites.layers_with(site):
+
+            def keep(x: Tensor, layer: int = layer) -> None:
+                kept[layer] = x
+
+            stack.enter_context(model.sites.hook(site, layer, keep))
+        model.forward.plain(torch.from_numpy(tokens).to(model.device), [0])
     return kept
+
+
+_PROVED: WeakKeyDictionary[LanguageModel, dict[Site, bool]] = WeakKeyDictionary()
+
+
+def fast(model: LanguageModel, site: Site, length: int) -> bool:
+    """Return whether copies of prompts of some length may run in one tree, entering late: proved once a model and site.
+
+    Raises:
+        AgentError: no road gives what plain forward passes of the model give.
+    """
+    if model.forward.require(length, 2 * length) != "tree":
+        return False
+    known = _PROVED.setdefault(model, {})
+    if site not in known:
+        known[site] = len(model.sites.layers_with("resid_pre")) == model.sites.layers and _agrees(model, site)
+    return known[site]
+
+
+def _agrees(model: LanguageModel, site: Site) -> bool:
+    """Compare a small sweep in one tree with plain hooks: one head a layer, at the last token and at all late ones."""
+    rng, length, first = np.random.default_rng(3), 12, 5
+    base = rng.integers(3, min(1000, model.model.get_input_embeddings().weight.shape[0]), (2, length))
+    source = base.copy()
+    source[:, first] = np.roll(source[:, first], 1) + (source[0, first] == source[1, first])
+    copies = [Copy(layer, model.sites.shape(site, layer)[0] - 1) for layer in model.sites.layers_with(site)]
+    found: dict[bool, list[Tensor]] = {}
+    try:
+        for in_tree in (True, False):
+            runs = run_pairs(model, base, source, site, first, in_tree)
+            found[in_tree] = [
+                run_copies(model, runs, site, copies, runs.taken, start, whole)[0][:, 2:]
+                for start, whole in ((length - 1, False), (first, True))
+            ]
+    except Exception as error:  # noqa: BLE001  (a model may raise anything where its blocks are not called as usual)
+        if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+            raise
+        return False
+    limit = TOLERANCE.get(model.model.dtype, 1e-1)
+    spread = max(float(x.float().std()) for x in found[False])
+    return all(
+        float((one - two).float().abs().max()) <= 8 * limit * max(spread, 1e-6)
+        for one, two in zip(found[True], found[False], strict=True)
+    )
 
 
 @torch.no_grad()
@@ -156,7 +239,7 @@ def run_copies(
     runs: Runs,
     site: Site,
     copies: Sequence[Copy],
-    values: Sequence[Activation],
+    values: Mapping[int, Activation],
     start: int,
     whole: bool,
     only: Int[Tensor, "pair token"] | None = None,
@@ -168,7 +251,7 @@ def run_copies(
         runs: what they start from.
         site: what is patched.
         copies: where, in order of layers.
-        values: what goes there, for each layer, from position `runs.first` on.
+        values: what goes there, by layer, from position `runs.first` on.
         start: position of the first token of a copy.
         whole: patch all its positions, instead of `start` alone.
         only: tokens of each pair to compute the logits of; by default the whole vocabulary.
@@ -176,14 +259,87 @@ def run_copies(
     Raises:
         PatchError: a control is off by more than `TOLERANCE` (of the spread of the logits).
     """
-    sites, span, n = model.sites, runs.tokens.shape[1] - start, 2 + len(copies)
+    run = _copies_in_rows if runs.trunks is None else _copies_in_tree
+    logits = run(model, runs, site, copies, values, start, whole, only)
+    off = max(
+        _control(model, "nothing", "base", logits[:, 0], runs.base_logits, only),
+        _control(model, "everything", "source", logits[:, 1], runs.source_logits, only),
+    )
+    return logits, off
+
+
+def _copies_in_rows(
+    model: LanguageModel,
+    runs: Runs,
+    site: Site,
+    copies: Sequence[Copy],
+    values: Mapping[int, Activation],
+    start: int,
+    whole: bool,
+    only: Int[Tensor, "pair token"] | None,
+) -> Float[Tensor, "pair copy vocab"]:
+    """Run every copy as a row: on the fork road from a copied state at `start`, else from the beginning."""
+    sites, (pairs, length), n = model.sites, runs.tokens.shape, 2 + len(copies)
+    rows = runs.tokens[:, None].repeat(1, n, 1)
+    rows[:, 1] = runs.source_tokens
+    rows = rows.flatten(0, 1)
+    forked = start > 0 and model.forward.require(length, 2 * length) == "fork"
+    begin, late = start if forked else 0, start - runs.first
+    wanted = None if only is None else only.repeat_interleave(n, 0)
+    state = None
+    if forked:  # of base runs, then of source runs; then once for each row, the source run's being the second
+        before = torch.cat([runs.tokens[:, :start], runs.source_tokens[:, :start]])
+        pair = torch.arange(pairs)[:, None].repeat(1, n)
+        pair[:, 1] += pairs
+        state = model.forward.state(before, pair.flatten())
+
+    def edit(layer: int) -> Any:
+        mine = [k for k, copy in enumerate(copies) if copy.layer == layer]
+
+        def patch(x: Activation) -> Activation:
+            x = x.unflatten(0, (pairs, n)).clone()
+            late_in, end = slice(start - begin, None), start - begin + 1
+            x[:, 1, late_in] = -x[:, 1, late_in]  # so that the second control is wrong wherever it is not patched
+            x[:, 1, late_in] = runs.taken[layer][:, late:]
+            for k in mine:
+                width = slice(start - begin, None if whole else end)
+                put = values[layer][:, late : None if whole else late + 1, copies[k].head]
+                x[:, 2 + k, width, copies[k].head] = put
+            return x.flatten(0, 1)
+
+        return patch
+
+    with ExitStack() as stack:
+        for layer in sites.layers_with(site):
+            stack.enter_context(sites.hook(site, layer, edit(layer)))
+        if state is None:
+            logits = model.forward.plain(rows, [length - 1], wanted)
+        else:
+            logits = model.forward.resumed(rows[:, start:], state, start, [length - 1 - start], wanted)
+    return logits[:, 0].unflatten(0, (pairs, n))
+
+
+def _copies_in_tree(
+    model: LanguageModel,
+    runs: Runs,
+    site: Site,
+    copies: Sequence[Copy],
+    values: Mapping[int, Activation],
+    start: int,
+    whole: bool,
+    only: Int[Tensor, "pair token"] | None,
+) -> Float[Tensor, "pair copy vocab"]:
+    """Run all copies in one forward pass, each entering the network in the layer in which it is patched."""
+    assert runs.trunks is not None
+    sites, trunks, span, n = model.sites, runs.trunks, runs.tokens.shape[1] - start, 2 + len(copies)
     entry, late = copies[0].layer, start - runs.first
     layer_of = torch.tensor([c.layer for c in copies])
     ends = [2 + int((layer_of <= layer).sum()) for layer in range(sites.layers)]  # copies that have entered by then
     begins = [2 + int((layer_of < layer).sum()) for layer in range(sites.layers)]
-    heads = sites.shape(site)[0]
+    heads = sites.shape(site, entry)[0]
+    patched = [layer for layer in sites.layers_with(site) if layer >= entry]
     chosen = torch.nn.functional.one_hot(torch.tensor([c.head for c in copies]), heads).bool().to(model.device)
-    visible = _visible(runs, start, span, n)
+    visible = _visible(trunks, start, span, n)
     deep = span if whole else 1
     fired: list[int] = []
 
@@ -191,9 +347,9 @@ def run_copies(
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden = args[0] if args else kwargs["hidden_states"]
             if layer == entry:
-                own = runs.base[layer][:, late:, 0]
+                own = trunks.base[layer][:, late:, 0]
                 # At resid_pre the second control has to get there by patches.
-                full = own if site == "resid_pre" else runs.source[layer][:, late:, 0]
+                full = own if site == "resid_pre" else trunks.source[layer][:, late:, 0]
                 hidden = torch.cat([own, full], 1)
             new = ends[layer] - begins[layer]
             hidden = torch.cat([hidden, hidden[:, :span].repeat(1, new, 1)], 1)
@@ -220,24 +376,19 @@ def run_copies(
         return patch
 
     with ExitStack() as stack:
-        stack.enter_context(_instead({block: _pass for block in sites.blocks[:entry]}))
+        stack.enter_context(skipping({x.block: x.returns_tuple for x in sites.per_layer[:entry]}))
         for layer in range(entry, sites.layers):
             hook = sites.blocks[layer].register_forward_pre_hook(enter(layer), with_kwargs=True)
             stack.callback(hook.remove)
+        for layer in patched:
             stack.enter_context(sites.hook(site, layer, edit(layer)))
-        positions = torch.arange(start, start + span).repeat(n)
+        depths = torch.cat([trunks.depths, torch.arange(start, start + span).repeat(n)])
         tokens = runs.tokens[:, start:].repeat(1, n)
         ends_of = torch.arange(n) * span + span - 1
-        logits = _forward(model, tokens, positions, visible, _Held(runs.cache), ends_of, only)
-    if fired != list(range(entry, sites.layers)):
-        raise PatchError(
-            f"control failed: layers {fired} were patched, expected {entry} to {sites.layers - 1}, in order"
-        )
-    off = max(
-        _control(model, "nothing", "base", logits[:, 0], runs.base_logits, only),
-        _control(model, "everything", "source", logits[:, 1], runs.source_logits, only),
-    )
-    return logits, off
+        logits = _in_tree(model, tokens, visible, depths, _Held(trunks.cache), ends_of, only)
+    if fired != patched:
+        raise PatchError(f"control failed: layers {fired} were patched, expected {patched}, in order")
+    return logits
 
 
 def overwrite(
@@ -249,55 +400,29 @@ def overwrite(
     target.copy_(torch.where(chosen[None, :, None, :, None], values[:, None], target))
 
 
-def _forward(
+def _in_tree(
     model: LanguageModel,
     tokens: Int[Tensor, "row token"],
-    positions: Int[Tensor, " token"],
     visible: Bool[Tensor, "token column"],
-    cache: DynamicCache | None,
+    depths: Int[Tensor, " column"],
+    cache: DynamicCache,
     ask: Int[Tensor, " asked"],
     only: Int[Tensor, "row token"] | None = None,
 ) -> Float[Tensor, "row asked vocab"]:
     """Run tokens under a mask that all rows share; the vocabulary, or `only` some of it, where asked alone."""
-    dtype, ask, head = model.model.dtype, ask.to(model.device), model.model.get_output_embeddings()
-    whole = head.forward
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min).to(model.device)
-    with _instead({head: lambda x: _read_out(head, whole, x[:, ask], only)}):
-        logits: Tensor = model.model(
-            input_ids=tokens,
-            position_ids=positions.to(model.device).expand(len(tokens), -1),
-            attention_mask=mask.expand(len(tokens), 1, -1, -1),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).logits
-    return logits
+    rows, ask = len(tokens), ask.to(model.device)
+    places = Places(visible.to(model.device).expand(rows, -1, -1), depths.to(model.device).expand(rows, -1))
+    with read_out(model.model, lambda x: x[:, ask], only):
+        return model.forward.in_tree(tokens, places, cache)
 
 
-def _read_out(
-    head: nn.Module, whole: Callable[[Tensor], Tensor], x: Float[Tensor, "row asked hidden"], only: Tensor | None
-) -> Float[Tensor, "row asked vocab"]:
-    """Return what the output embeddings say, of `only` some tokens where these are given."""
-    if type(head) is not nn.Linear:
-        logits = whole(x)
-        return logits if only is None else logits.gather(2, only[:, None].expand(-1, x.shape[1], -1))
-    weight, bias = head.weight, head.bias
-    if only is not None:
-        some: Tensor = x @ weight[only].transpose(1, 2)
-        return some if bias is None else some + bias[only][:, None]
-    if x.device.type != "cpu" or x.shape[0] * x.shape[1] <= 8:
-        return whole(x)
-    # On a CPU, multiplying by a matrix as wide as a vocabulary is a third faster in slices.
-    out = torch.cat([x @ part.T for part in torch.split(weight, _SLICE)], -1)
-    return out if bias is None else out.add_(bias)
-
-
-def _visible(runs: Runs, start: int, span: int, n: int) -> Bool[Tensor, "token column"]:
+def _visible(trunks: Trunks, start: int, span: int, n: int) -> Bool[Tensor, "token column"]:
     """Return what copies see: before `start` the base run (the second control the source run), then each itself."""
-    cached = runs.cache[0][0].shape[-2]
+    cached = len(trunks.depths)
     seen = torch.zeros(n, span, cached + n * span, dtype=torch.bool)
     seen[:, :, :start] = True
     seen[1, :, :start] = False
-    seen[1][:, runs.columns[:start]] = True
+    seen[1][:, trunks.columns[:start]] = True
     own = torch.kron(torch.eye(n), torch.ones(span, span).tril()).bool()
     seen[:, :, cached:] = own.view(n, span, n * span)
     return seen.flatten(0, 1)
@@ -317,27 +442,9 @@ class _Cut(NamedTuple):
             return value
         if value.ndim == 4 and value.shape[-2:] == (self.tokens, self.cached + self.tokens):
             return value[..., : self.alive, : self.cached + self.alive]
+        if value.ndim == 3 and value.shape[1:] == (1, self.cached + self.tokens):  # ALiBi
+            return value[..., : self.cached + self.alive]
         return value[:, : self.alive] if value.ndim in (2, 3) and value.shape[1] == self.tokens else value
-
-
-def _pass(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
-
-
-@contextmanager
-def _instead(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-    """Let modules compute something else."""
-    kept = {module: module.__dict__.get("forward") for module in forwards}
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module, own in kept.items():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
 
 
 def _control(

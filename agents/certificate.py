@@ -1,0 +1,369 @@
+"""The proof that a road gives what plain forward passes give, measured on the model at hand before it answers.
+
+A tree of random tokens, as large as the work at hand, is read along each road and compared with plain forward passes,
+one a path: first the model's own (no cache, no masks or positions of ours). The first road whose largest difference
+stays within the tolerance is taken. No list of architectures is involved.
+
+Tolerances are those of rounding: measured on 100 architectures, correct roads are off by at most 2e-5 of the standard
+deviation of log-probabilities in float32, wrong ones by 0.09 and more. In half precision rounding hides small errors, so
+the choice is made on a copy in float32 of a few layers, at least one of each type, and then confirmed as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nextstate.agents.agent import AgentError
+from nextstate.agents.branches import Tree
+from nextstate.agents.forward import ROADS, Forward, Memory, Road, Want, context_of, out_of_memory
+
+TRUNK, COLUMNS = 48, 120  # of the smallest tree that is measured
+_BASE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 2e-2}
+_MEAN = {torch.bfloat16: 0.03, torch.float16: 5e-3}  # a mean difference, where single ones are mostly rounding
+_COMPARED = 96  # nodes of a path whose logits are compared, at most
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was proved of a model. Errors are differences of log-probabilities in nats."""
+
+    road: Road
+    live: bool  # of sessions that read on with a cache, else of replay
+    error: float  # the largest one found
+    tolerance: float
+    depth: int  # tokens of the longest path, for which it holds
+    columns: int  # nodes of a tree, for which it holds
+    seconds: float
+    tried: dict[str, str]  # the roads that were not taken, and why
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run.json` says of it."""
+        numbers = {"error": float(f"{self.error:.2g}"), "tolerance": float(f"{self.tolerance:.2g}")}
+        where = {"road": self.road, "live": self.live, **numbers, "depth": self.depth, "columns": self.columns}
+        return {**where, "seconds": round(self.seconds, 2), "tried": self.tried}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tree to measure on: its spine, and the ends of the paths that are compared."""
+
+    tree: Tree
+    spine: int
+    ends: tuple[int, ...]
+
+
+def certify(forward: Forward, depth: int, columns: int, live: bool, known: Certificate | None) -> Certificate:
+    """Find the first road that agrees with plain passes on a tree of the given size.
+
+    Args:
+        forward: the model.
+        depth: tokens of the longest path that it will read.
+        columns: nodes of the largest tree.
+        live: prove the road of a live session, which keeps what it has read.
+        known: what was proved of a smaller tree.
+
+    Raises:
+        AgentError: the model is not causal, or no road agrees; the message says by how much each is off.
+    """
+    began = time.perf_counter()
+    if known is not None:  # a little beyond, so that episodes that grow step by step do not ask each time
+        depth, columns = max(depth, known.depth * 5 // 4), max(columns, known.columns * 5 // 4)
+    context = context_of(forward.model.config)
+    depth = max(depth, TRUNK if context is None else min(TRUNK, context))
+    if context is not None:
+        depth = min(depth, max(context, TRUNK))
+    columns = max(columns, COLUMNS, depth + 24)
+    try:
+        with torch.inference_mode():
+            _check_causal(forward)
+            ladder = _Ladder(forward, live)
+            if not ladder.exact:
+                twin = _float_copy(forward)
+                _check_causal(twin)
+                shallow = _Ladder(twin, live).climb(min(depth, 256), min(columns, 640), ROADS)
+                ladder.tried.update(shallow.tried)
+                found = ladder.climb(depth, columns, ROADS[ROADS.index(shallow.road) :])
+            else:
+                found = ladder.climb(depth, columns, ROADS)
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, AgentError) or not out_of_memory(error):
+            raise
+        raise AgentError(
+            f"{forward.name} runs out of memory on a tree of {columns:,} tokens on {forward.device}"
+        ) from error
+    return replace(found, seconds=time.perf_counter() - began)
+
+
+class _Ladder:
+    """Tries one road after another."""
+
+    def __init__(self, forward: Forward, live: bool) -> None:
+        self.forward, self.live = forward, live
+        self.dtype = forward.model.dtype
+        self.exact = self.dtype in (torch.float32, torch.float64)
+        self.tried: dict[str, str] = {}
+
+    def climb(self, depth: int, columns: int, roads: Sequence[Road]) -> Certificate:
+        small = [_sample(self.forward, min(depth, TRUNK), COLUMNS, 0), _sample(self.forward, min(depth, 30), 70, 1)]
+        reach = [] if depth <= TRUNK and columns <= COLUMNS else [[_sample(self.forward, depth, columns, 2)]]
+        jobs = [(some, *_truth(self.forward, some)) for some in (small, *reach)]
+        for road in roads:
+            if self.live and road == "tree" and self.forward.masks.one_layout:
+                self.tried[road] = "its ALiBi has no row for each episode"
+                continue
+            error = bound = 0.0
+            try:
+                for some, wanted, truth in jobs:
+                    off, mean, finite = self._off(road, some, wanted, truth)
+                    bound, mean_bound = self._bounds(some, wanted, truth, max(off, mean))
+                    error = max(error, off)
+                    if not finite or off > bound or mean > mean_bound:
+                        why = self._why(road, small) if road == "tree" else ""
+                        self.tried[road] = f"off by {off:.2g} nats{why}"
+                        break
+                else:
+                    return Certificate(road, self.live, error, bound, depth, columns, 0.0, dict(self.tried))
+            except Exception as error_:  # noqa: BLE001  (a model that cannot be run so may raise anything)
+                if isinstance(error_, RuntimeError | MemoryError) and out_of_memory(error_):
+                    raise
+                first = (str(error_).strip().splitlines() or [""])[0][:120]
+                self.tried[road] = f"{type(error_).__name__}: {first}"
+        told = "; ".join(f"{road}: {why}" for road, why in self.tried.items())
+        raise AgentError(
+            f"{self.forward.name} is refused: no way of running it gives what plain forward passes give, within "
+            f"{bound:.1g} nats ({told})"
+        )
+
+    def _off(
+        self, road: Road, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"]
+    ) -> tuple[float, float, bool]:
+        """Return the largest and the mean difference from the truth, and whether all numbers are finite."""
+        worst, total, finite = 0.0, 0.0, True
+        for which, logits in self._read(road, some, wanted):
+            for rows, part in zip(np.array_split(np.array(which), max(1, len(which) // 64)),
+                                  logits.tensor_split(max(1, len(which) // 64)), strict=True):  # fmt: skip
+                apart = (part.float().log_softmax(-1) - truth[torch.from_numpy(rows)].to(part.device)).abs()
+                finite &= bool(torch.isfinite(apart).all())
+                worst = max(worst, float(apart.max())) if len(rows) else worst
+                total += float(apart.sum())
+        return worst, total / truth.numel(), finite
+
+    def _read(self, road: Road, some: Sequence[Sample], wanted: Sequence[Want]) -> Any:
+        trees, spines = [s.tree for s in some], [s.spine for s in some]
+        if not self.live:
+            yield from self.forward.logits(road, trees, spines, wanted)
+            return
+        # As a session does it: half of the trees first, and the rest from what was kept.
+        memory = Memory.of(road, len(trees))
+        halves = [_first_half(tree) for tree in trees]
+        early = [k for k, w in enumerate(wanted) if w.node < len(halves[w.tree])]
+        stop = [max(n for n in s.tree.path(s.spine) if n < len(half)) for s, half in zip(some, halves, strict=True)]
+        late = [k for k in range(len(wanted)) if k not in set(early)]
+        for given, part, ends in ((halves, early, stop), (trees, late, spines)):
+            for which, logits in self.forward.logits(road, given, ends, [wanted[k] for k in part], memory=memory):
+                yield [part[k] for k in which], logits
+
+    def _bounds(
+        self, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"], off: float
+    ) -> tuple[float, float]:
+        """Return the largest difference and mean difference that pass; what batching alone does is measured if needed."""
+        scale = float(truth.std())
+        bound, mean = _BASE.get(self.dtype, 0.15) * scale, _MEAN.get(self.dtype, np.inf) * scale
+        if off <= bound and (self.exact or off <= mean):
+            return bound, mean
+        floor, floor_mean = _floor(self.forward, some, wanted, truth)
+        times = 4 if self.exact else 3
+        return max(bound, times * floor), max(mean, 8 * floor_mean)
+
+    def _why(self, road: Road, some: Sequence[Sample]) -> str:
+        """Say what kind of error the tree makes: what it does when tokens off a path, or their order, change."""
+        one = some[0]
+        path = set(one.tree.path(one.ends[-1]))
+        wanted = [Want(0, n) for n in sorted(path)]
+
+        def read(tree: Tree, wants: Sequence[Want]) -> Tensor:
+            parts = list(self.forward.logits(road, [tree], [one.spine], wants))
+            return torch.cat([logits for _, logits in parts]).float().log_softmax(-1)
+
+        base, other = read(one.tree, wanted), _copy(one.tree)
+        vocabulary = _vocabulary(self.forward.model)
+        other.tokens = [t if n in path else 3 + (t + 4) % (vocabulary - 3) for n, t in enumerate(other.tokens)]
+        if float((read(other, wanted) - base).abs().max()) > 1e-3:
+            return ": tokens of other branches leak into a path"
+        turned, where = _turned(one.tree, one.spine)
+        if float((read(turned, [Want(0, where[w.node]) for w in wanted]) - base).abs().max()) > 1e-3:
+            return ": it takes columns for positions"
+        return ": its masks are not those of a path"
+
+
+def _check_causal(forward: Forward) -> None:
+    tokens = torch.tensor([_tokens(forward, np.random.default_rng(5), 40)], device=forward.device)
+    half = tokens.shape[1] // 2
+    one = forward.plain(tokens, range(half))[0].float().log_softmax(-1)
+    two = forward.plain(tokens[:, :half], range(half))[0].float().log_softmax(-1)
+    if not torch.isfinite(one).all() or not torch.isfinite(two).all():
+        raise forward.not_finite()
+    off, limit = float((one - two).abs().max()), 2 * _BASE.get(forward.model.dtype, 0.15) * float(one.std())
+    if off > max(limit, 1e-6):
+        raise AgentError(
+            f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {off:.2g} nats with the "
+            "tokens that come later, so it cannot say what comes next"
+        )
+
+
+def _truth(forward: Forward, some: Sequence[Sample]) -> tuple[list[Want], Float[Tensor, "want vocabulary"]]:
+    """Return nodes on the compared paths of samples, and their log-probabilities by one plain forward pass a path."""
+    wanted: dict[Want, Tensor] = {}
+    for t, one in enumerate(some):
+        for end in one.ends:
+            path = one.tree.path(end)
+            ask = sorted({*np.linspace(0, len(path) - 1, _COMPARED).astype(int).tolist(),
+                          *range(max(0, len(path) - 8), len(path))})  # fmt: skip
+            tokens = torch.tensor([[one.tree.tokens[n] for n in path]], device=forward.device)
+            found = forward.plain(tokens, ask)[0].float().log_softmax(-1)
+            for i, row in zip(ask, found, strict=True):
+                wanted.setdefault(Want(t, path[i]), row)
+    return list(wanted), torch.stack(list(wanted.values()))
+
+
+def _floor(
+    forward: Forward, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"]
+) -> tuple[float, float]:
+    """Return the largest and mean difference of the model from itself when rows are read side by side."""
+    place = {(w.tree, w.node): k for k, w in enumerate(wanted)}
+    worst, total, count = 0.0, 0.0, 0
+    for t, one in enumerate(some):
+        for end in one.ends:
+            path = one.tree.path(end)
+            ask = [i for i, n in enumerate(path) if (t, n) in place]
+            row = torch.tensor([one.tree.tokens[n] for n in path], device=forward.device)
+            rows = torch.stack([row, row.flip(0), row.roll(1)])
+            found = forward.plain(rows, ask)[0].float().log_softmax(-1)
+            apart = (found - truth[[place[t, path[i]] for i in ask]]).abs()
+            worst, total, count = max(worst, float(apart.max())), total + float(apart.sum()), count + apart.numel()
+    return worst, total / max(1, count)
+
+
+def _sample(forward: Forward, depth: int, columns: int, seed: int) -> Sample:
+    """Draw a tree whose longest path has `depth` tokens: a spine, left by long and short branches at several places.
+
+    Branches stand between the pieces of the spine, so that no column of a later one is a position.
+    """
+    rng, tree = np.random.default_rng([11, seed]), Tree()
+    longest = min(max(depth // 3, 4), max(4, columns - depth))
+    spine, cuts = depth - longest, (0.12, 0.4, 0.7, 1.0)
+    extra = max(0, columns - depth - 3 * longest // 2 - 20)
+    lengths: list[tuple[int, ...]] = [(5, longest), (3, 11, 2, 1), (longest // 2 + 1,), (13, 4, longest)]
+    end, at, leaves = -1, 0, list[tuple[int, int]]()
+    for i, (cut, branches) in enumerate(zip(cuts, lengths, strict=True)):
+        n = max(1, round(cut * spine)) - at
+        end, at = tree.grow(end, _tokens(forward, rng, n)), at + n
+        more = [min(extra, max(1, depth - at))] if i < 3 and extra > 0 else []
+        extra -= sum(more)
+        for length in (*branches, *more):
+            length = min(length, depth - at)
+            leaf = tree.grow(end, _tokens(forward, rng, length))
+            leaves.append((tree.depths[leaf], leaf))
+    return Sample(tree, end, (min(leaves)[1], end, max(leaves)[1]))
+
+
+def _tokens(forward: Forward, rng: np.random.Generator, n: int) -> list[int]:
+    """Draw tokens, none of them special."""
+    config, vocabulary = forward.model.config.get_text_config(), _vocabulary(forward.model)
+    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    usual = [t for t in range(min(vocabulary, 5000)) if t not in special]
+    return rng.choice(usual, n).tolist()
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _first_half(tree: Tree) -> Tree:
+    half = _copy(tree)
+    half.cut(len(tree) // 2)
+    return half
+
+
+def _copy(tree: Tree) -> Tree:
+    out = Tree()
+    out.tokens, out.parents, out.depths = list(tree.tokens), list(tree.parents), list(tree.depths)
+    out._child = dict(tree._child)
+    return out
+
+
+def _turned(tree: Tree, spine_end: int) -> tuple[Tree, dict[int, int]]:
+    """Return the same paths with all branches behind the spine, and where each node is there."""
+    spine = tree.path(spine_end)
+    order = [*spine, *sorted(set(range(len(tree))) - set(spine))]
+    where = {-1: -1} | {node: place for place, node in enumerate(order)}
+    out = Tree()
+    out.tokens = [tree.tokens[n] for n in order]
+    out.parents = [where[tree.parents[n]] for n in order]
+    out.depths = [tree.depths[n] for n in order]
+    return out, where
+
+
+class _Skipped(nn.Module):
+    """Stands for a block that is left out; it has the plain attributes that a model may ask a block for."""
+
+    def __init__(self, block: nn.Module, as_tuple: bool) -> None:
+        super().__init__()
+        self.__dict__.update({k: v for k, v in vars(block).items() if isinstance(v, str | int | float) and k[0] != "_"})
+        self.as_tuple = as_tuple
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Return the stream as it is."""
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+def _float_copy(forward: Forward) -> Forward:
+    """Return a copy in float32 of a model: whole where it is small, else of its first block of each type, and one more.
+
+    Raises:
+        AgentError: it cannot be copied.
+    """
+    from nextstate.agents.sites import SiteError, Sites
+
+    model = forward.model
+    kept: dict[tuple[nn.ModuleList, int], nn.Module] = {}
+    try:
+        if sum(p.numel() for p in model.parameters()) > 50_000_000:
+            with suppress(SiteError):
+                sites = Sites.of(model)
+                holder = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tuple(m) == sites.blocks)
+                kinds = [(type(x.block).__name__, x.kind, *_types(model.config, i)) for i, x in enumerate(sites.per_layer)]
+                first = {kinds.index(kind) for kind in kinds} | {1}
+                for i, layer in enumerate(sites.per_layer):
+                    if i not in first:
+                        kept[holder, i] = layer.block
+                        holder[i] = _Skipped(layer.block, layer.returns_tuple)
+        twin = copy.deepcopy(model).float().eval()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        if out_of_memory(error):
+            raise
+        raise AgentError(
+            f"{forward.name} in {model.dtype} cannot be proved: its layers cannot be copied to float32 "
+            f"({type(error).__name__}); load it with dtype=float32"
+        ) from error
+    finally:
+        for (holder, i), block in kept.items():
+            holder[i] = block
+    return Forward(twin, forward.name, forward.pad, forward.batch_tokens)
+
+
+def _types(config: Any, layer: int) -> list[str]:
+    """Return what a config says of the type of a layer."""
+    config = config.get_text_config()
+    lists = [getattr(config, name, None) for name in ("layer_types", "layers_block_type", "attention_layers")]
+    return [str(found[layer]) for found in lists if found is not None and len(found) > layer]

@@ -1,0 +1,576 @@
+"""The one place where a language model is run: trees of tokens, read in one of four ways that give the same numbers.
+
+A transcript and everything asked about it form a tree of tokens. Its logits can be computed along four roads:
+
+- tree: one forward pass over all nodes, with masks and positions of each token's own path (`nextstate.agents.masks`);
+- fork: the spine of the tree once; where branches leave it, they run as rows from a copy of the model's state;
+- step: the same, token by token, for models whose state cannot be continued by several tokens at once;
+- rows: one row a path, without a cache.
+
+`nextstate.agents.certificate` measures which of them agree with plain forward passes of the model at hand, and the first
+that does is taken. Hooks see whatever is run: `Reading` says which node of which tree each token of a pass is.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from nextstate.agents.agent import AgentError
+from nextstate.agents.branches import Batch, Layout, Reading, Tree, pack
+from nextstate.agents.masks import PathMasks, Places
+
+if TYPE_CHECKING:
+    from nextstate.agents.certificate import Certificate
+
+Road = Literal["tree", "fork", "step", "rows"]
+ROADS: tuple[Road, ...] = get_args(Road)
+_SLICE = 2048  # of the vocabulary
+_CACHES = ("past_key_values", "cache_params", "state")  # what architectures call the state that they hand on
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+T = TypeVar("T")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out, on any device; torch has a class of its own for the GPU alone."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
+
+def context_of(config: Any) -> int | None:
+    """Return the most tokens that a model reads; a layer's window is no limit, since nothing is cut to it."""
+    config = config.get_text_config()
+    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    known = [int(n) for n in limits if isinstance(n, int) and n > 0]
+    return min(known) if known else None
+
+
+class Want(NamedTuple):
+    """A node at which logits are read, and the tokens whose log-probabilities are wanted there."""
+
+    tree: int
+    node: int
+    tokens: Sequence[int] = ()
+
+
+class Scores(NamedTuple):
+    """What a model says at the wanted nodes, in their order."""
+
+    argmax: Int[np.ndarray, " node"]
+    logprobs: list[Float[np.ndarray, " token"]]  # natural log, for each node those of the tokens asked about
+
+
+class State(NamedTuple):
+    """What a model carries on after it has read the first `tokens` tokens of a spine."""
+
+    cache: Any
+    tokens: int
+
+
+@dataclass
+class Memory:
+    """What has been read of some trees in earlier calls, so that a live session pays for new tokens only."""
+
+    road: Road
+    columns: list[list[int]]  # tree: for each tree the cache column of each node that was read
+    states: list[State | None]  # fork and step: for each tree how far its spine was read
+    read: list[int]  # for each tree how many of its nodes were read
+    cache: DynamicCache = field(default_factory=DynamicCache)  # keeps all columns, whatever windows a model has
+    width: int = 0
+
+    @classmethod
+    def of(cls, road: Road, trees: int) -> Memory:
+        """Return the memory of trees of which nothing has been read."""
+        return cls(road, [[] for _ in range(trees)], [None] * trees, [0] * trees)
+
+    def keep(self, trees: Sequence[int], nodes: Sequence[int]) -> None:
+        """Forget all trees but `trees`, and of each of them all but its first `nodes` nodes, which hold its spine."""
+        if self.width and len(trees) < len(self.columns):
+            self.cache.batch_select_indices(torch.tensor(trees))
+        self.columns = [self.columns[tree][:n] for tree, n in zip(trees, nodes, strict=True)]
+        self.states = [self.states[tree] for tree in trees]
+        self.read = [min(self.read[tree], n) for tree, n in zip(trees, nodes, strict=True)]
+        width = max((own[-1] + 1 for own in self.columns if own), default=0)
+        self.cache.crop(width - self.width)  # what is negative is cut off the end
+        self.width = width
+
+
+class Forward:
+    """Runs a model.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        name: how errors call it.
+        pad: the token that fills up shorter rows.
+        batch_tokens: most tokens in one forward pass of `fork` and `rows`.
+    """
+
+    def __init__(self, model: Any, name: str, pad: int = 0, batch_tokens: int = 8192) -> None:
+        self.model, self.name, self.pad, self.batch_tokens = model, name, pad, batch_tokens
+        self.masks = PathMasks(model)
+        self.reading: Reading | None = None  # what is read now, for hooks
+        self.finished: Reading | None = None  # what was read last, with all its passes
+        self.certificates: dict[bool, Certificate] = {}  # of replay and of live sessions
+        parameters = inspect.signature(model.forward).parameters
+        self._cache = next((name for name in _CACHES if name in parameters), None)
+        self._positions = "position_ids" in parameters
+        self._any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in."""
+        found: torch.device = self.model.get_input_embeddings().weight.device
+        return found
+
+    def not_finite(self) -> AgentError:
+        """Return the error of a model whose numbers overflow or are none."""
+        return AgentError(
+            f"{self.name} gives logits that are not finite in {self.model.dtype} on {self.device}; "
+            "load it with dtype=float32, or check its weights"
+        )
+
+    def require(self, depth: int, columns: int, live: bool = False) -> Road:
+        """Return the road for trees of up to `depth` tokens a path and `columns` nodes, proved at that size.
+
+        Raises:
+            AgentError: no road gives what plain forward passes give.
+        """
+        from nextstate.agents.certificate import certify
+
+        known = self.certificates.get(live)
+        if known is None or depth > known.depth or columns > known.columns:
+            known = self.certificates[live] = certify(self, depth, columns, live, known)
+        return known.road
+
+    def scores(
+        self,
+        road: Road,
+        trees: Sequence[Tree],
+        spines: Sequence[int],
+        wanted: Sequence[Want],
+        reading: Reading | None = None,
+        memory: Memory | None = None,
+    ) -> Scores:
+        """Read trees and return the argmax and log-probabilities at the wanted nodes.
+
+        Args:
+            road: how to run the model.
+            trees: what is read.
+            spines: for each tree the node that ends its spine; what is not on it is run as branches (fork, step).
+            wanted: where logits are read. The whole vocabulary is computed at these nodes alone.
+            reading: what hooks are told.
+            memory: what has been read before, and takes what is read now.
+
+        Raises:
+            AgentError: the model gives numbers that are not finite.
+        """
+        argmax = np.zeros(len(wanted), dtype=np.int64)
+        logprobs: list[np.ndarray] = [np.zeros(0)] * len(wanted)
+        for which, logits in self.logits(road, trees, spines, wanted, reading, memory):
+            argmax[which] = torch.cat([part.argmax(-1) for part in logits.split(512)]).cpu().numpy()
+            norm = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
+            flat = [(row, token) for row, k in enumerate(which) for token in wanted[k].tokens]
+            rows, tokens = torch.tensor(flat, dtype=torch.long, device=logits.device).reshape(-1, 2).T
+            found = (logits[rows, tokens].float() - norm[rows]).cpu().numpy()
+            if not (np.isfinite(found).all() and torch.isfinite(norm).all()):
+                raise self.not_finite()
+            ends = np.cumsum([len(wanted[k].tokens) for k in which])[:-1]
+            for k, part in zip(which, np.split(found, ends), strict=True):
+                logprobs[k] = part
+        return Scores(argmax, logprobs)
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        road: Road,
+        trees: Sequence[Tree],
+        spines: Sequence[int],
+        wanted: Sequence[Want],
+        reading: Reading | None = None,
+        memory: Memory | None = None,
+    ) -> Iterator[tuple[list[int], Float[Tensor, "node vocabulary"]]]:
+        """Yield logits as they are computed, with the places among `wanted` that they belong to; see `scores`."""
+        self.reading, self.finished = reading, None
+        try:
+            if road == "tree":
+                alone = self.masks.one_layout and memory is None
+                for some in [[t] for t in range(len(trees))] if alone else [list(range(len(trees)))]:
+                    yield from self._tree(some, trees, wanted, memory)
+            elif road == "rows":
+                yield from self._rows(trees, wanted)
+            else:
+                for t in range(len(trees)):
+                    yield from self._fork(t, trees[t], spines[t], wanted, memory, road == "step")
+            if memory is not None:
+                memory.read = [len(tree) for tree in trees]
+            self.finished = self.reading
+        finally:
+            self.reading = None
+
+    def _tree(
+        self, some: Sequence[int], trees: Sequence[Tree], wanted: Sequence[Want], memory: Memory | None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        own = [trees[t] for t in some]
+        batch = pack(own, self.pad) if memory is None else pack(own, self.pad, memory.columns, memory.width)
+        layout = batch.layout._replace(trees=tuple(some), cached=tuple(list(c) for c in batch.layout.cached or ()))
+        row_of = {t: row for row, t in enumerate(some)}
+        which = [k for k, w in enumerate(wanted) if w.tree in row_of]
+        rows = [row_of[wanted[k].tree] for k in which]
+        begin = [len(c) for c in layout.cached or ()]
+        picks = (rows, [wanted[k].node - begin[row] for k, row in zip(which, rows, strict=True)])
+        logits = self._columns(batch, layout, picks, None if memory is None else memory.cache)
+        if memory is not None:
+            for tree, columns in zip(own, memory.columns, strict=True):
+                columns.extend(range(memory.width, memory.width + len(tree) - len(columns)))
+            memory.width += batch.tokens.shape[1]
+        yield which, logits
+
+    def _columns(
+        self, batch: Batch, layout: Layout, picks: tuple[list[int], list[int]], cache: DynamicCache | None
+    ) -> Tensor:
+        tokens = torch.from_numpy(batch.tokens).to(self.device)
+        if batch.seen is None:
+            return self._pass(tokens, layout, picks)[0]
+        places = Places(*(torch.from_numpy(x).to(self.device) for x in (batch.seen, batch.depths)))
+        with self._noted(layout), self._picked(picks):
+            return self._taken(self.in_tree(tokens, places, cache), picks)
+
+    def in_tree(
+        self, tokens: Int[Tensor, "row token"], places: Places, cache: Any = None
+    ) -> Float[Tensor, "row token vocabulary"]:
+        """Run tokens that see each other as `places` says, and nothing else; the head gives what it is made to give."""
+        given: dict[str, Any] = {"attention_mask": torch.ones_like(places.depths), "use_cache": cache is not None}
+        if self._positions or self._any:
+            given["position_ids"] = places.own
+        if cache is not None:
+            given["past_key_values"] = cache
+        with self.masks(places):
+            found: Tensor = self.model(input_ids=tokens, **given).logits
+        return found
+
+    def plain(
+        self,
+        tokens: Int[Tensor, "row token"],
+        ask: Sequence[int],
+        only: Int[Tensor, "row token"] | None = None,
+    ) -> Float[Tensor, "row asked vocabulary"]:
+        """Run rows of one length as the model runs them by itself: no cache, no masks or positions of ours.
+
+        Args:
+            tokens: what is read.
+            ask: positions at which logits are read.
+            only: tokens of each row to compute the logits of; by default the whole vocabulary.
+        """
+        with read_out(self.model, lambda x: x[:, list(ask)], only):
+            found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return found
+
+    def state(self, tokens: Int[Tensor, "row token"], rows: Int[Tensor, " copy"]) -> Any:
+        """Read rows of one length and return what the model carries on, for each of `rows` a copy."""
+        given: dict[str, Any] = {"use_cache": True}
+        with read_out(self.model, lambda x: x[:, :1]):
+            found = getattr(self.model(input_ids=tokens, **given), self._cache or "", None)
+        if isinstance(found, list | tuple):
+            return [x[rows.to(x.device)] for x in found]
+        if not hasattr(found, "reorder_cache"):
+            raise TypeError(f"{type(self.model).__name__} hands on no state that can be copied into rows")
+        found.reorder_cache(rows)
+        return found
+
+    def resumed(
+        self,
+        tokens: Int[Tensor, "row token"],
+        state: Any,
+        at: int,
+        ask: Sequence[int],
+        only: Int[Tensor, "row token"] | None = None,
+    ) -> Float[Tensor, "row asked vocabulary"]:
+        """Continue rows of one length from a state, which holds `at` tokens; arguments as of `plain`."""
+        given: dict[str, Any] = {self._cache or "": state, "use_cache": True}
+        if self._positions:
+            given["position_ids"] = (at + torch.arange(tokens.shape[1], device=tokens.device)).expand(len(tokens), -1)
+        with read_out(self.model, lambda x: x[:, list(ask)], only):
+            found: Tensor = self.model(input_ids=tokens, **given).logits
+        return found
+
+    def _fork(
+        self, t: int, tree: Tree, spine_end: int, wanted: Sequence[Want], memory: Memory | None, stepwise: bool
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Read the spine of a tree as far as it is needed, and branches from copies of the state where they leave it."""
+        spine = tree.path(spine_end)
+        place = {node: i for i, node in enumerate(spine)}
+        state = State(None, 0) if memory is None else memory.states[t] or State(None, 0)
+        mine: dict[int, list[int]] = {}
+        for k, want in enumerate(wanted):
+            if want.tree == t:
+                mine.setdefault(want.node, []).append(k)
+        leaving: dict[int, list[list[int]]] = {}  # number of tokens of the spine before -> nodes of each branch
+        for leaf in _leaves(tree, [node for node in mine if node not in place]):
+            path = tree.path(leaf)
+            shared = next(i for i, node in enumerate(path) if node not in place)
+            leaving.setdefault(shared, []).append(path[shared:])
+        read = [place[node] + 1 for node in mine if node in place]
+        for stop in sorted({*leaving, *read}):
+            if stop > state.tokens:
+                own = np.array([spine[state.tokens : stop]])
+                picks = [(0, i, mine[node]) for i, node in enumerate(own[0].tolist()) if node in mine]
+                which, logits, cache = self._go_on(t, tree, own, state, picks, stepwise)
+                state = State(cache, stop)
+                if memory is not None:
+                    memory.states[t] = state
+                yield which, logits
+            if stop in leaving:
+                yield from self._branches(t, tree, leaving[stop], state, mine, stepwise)
+
+    def _branches(
+        self,
+        t: int,
+        tree: Tree,
+        branches: Sequence[list[int]],
+        state: State,
+        mine: Mapping[int, list[int]],
+        stepwise: bool,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        found: set[int] = set()
+
+        def run(some: Sequence[list[int]]) -> tuple[list[int], Tensor]:
+            nodes = np.full((len(some), max(map(len, some))), -1, dtype=np.int64)
+            picks, new = [], set[int]()
+            for row, branch in enumerate(some):
+                nodes[row, : len(branch)] = branch
+                picks += [(row, i, mine[n]) for i, n in enumerate(branch) if n in mine and n not in found | new]
+                new.update(branch)
+            forked = State(_forked(state.cache, len(some)), state.tokens)
+            which, logits, _ = self._go_on(t, tree, nodes, forked, picks, stepwise)
+            found.update(new)
+            return which, logits
+
+        ordered = sorted(branches, key=len, reverse=True)
+        most = max(1, self.batch_tokens // (state.tokens + len(ordered[0])))
+        for k in range(0, len(ordered), most):
+            yield from _halving(run, ordered[k : k + most])
+
+    def _go_on(
+        self,
+        t: int,
+        tree: Tree,
+        nodes: Int[np.ndarray, "row token"],
+        state: State,
+        picks: Sequence[tuple[int, int, list[int]]],
+        stepwise: bool,
+    ) -> tuple[list[int], Tensor, Any]:
+        """Continue rows from a state; return the places among the wanted, logits at `picks`, and the new state."""
+        table = np.array([*tree.tokens, self.pad])
+        cache, parts, which, at = state.cache, list[Tensor](), list[int](), state.tokens
+        width = 1 if stepwise and cache is not None else nodes.shape[1]
+        for low in range(0, nodes.shape[1], width):
+            own = nodes[:, low : low + width]
+            here = [(row, i - low, ks) for row, i, ks in picks if low <= i < low + width]
+            layout = Layout((t,) * len(own), own, None, at + low)
+            logits, cache = self._pass(
+                torch.from_numpy(table[own]).to(self.device), layout,
+                ([row for row, _, ks in here for _ in ks], [i for _, i, ks in here for _ in ks]), cache, keep=True,
+            )  # fmt: skip
+            parts.append(logits)
+            which += [k for _, _, ks in here for k in ks]
+        return which, torch.cat(parts), cache
+
+    def _rows(self, trees: Sequence[Tree], wanted: Sequence[Want]) -> Iterator[tuple[list[int], Tensor]]:
+        """Run one row a path. Rows of a pass are equally long, so that no model has to cope with padding."""
+        mine: dict[tuple[int, int], list[int]] = {}
+        for k, want in enumerate(wanted):
+            mine.setdefault((want.tree, want.node), []).append(k)
+        paths: dict[int, list[tuple[int, list[int]]]] = {}  # by length
+        for t, tree in enumerate(trees):
+            for leaf in _leaves(tree, [node for own, node in mine if own == t]):
+                path = tree.path(leaf)
+                paths.setdefault(len(path), []).append((t, path))
+        done: set[tuple[int, int]] = set()
+
+        def run(some: Sequence[tuple[int, list[int]]]) -> tuple[list[int], Tensor]:
+            nodes = np.array([path for _, path in some])
+            tokens = np.array([[trees[t].tokens[n] for n in path] for t, path in some])
+            which, rows, columns = list[int](), list[int](), list[int]()
+            new = set(done)
+            for row, (t, path) in enumerate(some):
+                for i, node in enumerate(path):
+                    if (t, node) in mine and (t, node) not in new:
+                        new.add((t, node))
+                        which += mine[t, node]
+                        rows += [row] * len(mine[t, node])
+                        columns += [i] * len(mine[t, node])
+            layout = Layout(tuple(t for t, _ in some), nodes, None, 0)
+            logits = self._pass(torch.from_numpy(tokens).to(self.device), layout, (rows, columns))[0]
+            done.update(new)
+            return which, logits
+
+        for length in sorted(paths, reverse=True):
+            most = max(1, self.batch_tokens // length)
+            for k in range(0, len(paths[length]), most):
+                yield from _halving(run, paths[length][k : k + most])
+
+    def _pass(
+        self,
+        tokens: Int[Tensor, "row token"],
+        layout: Layout,
+        picks: tuple[list[int], list[int]],
+        cache: Any = None,
+        keep: bool = False,
+    ) -> tuple[Float[Tensor, "pick vocabulary"], Any]:
+        """Run rows that are paths, from a state or from the beginning."""
+        given: dict[str, Any] = {"use_cache": keep}
+        if cache is not None:
+            assert self._cache is not None
+            given[self._cache] = cache
+            if self._positions:
+                where = layout.width + torch.arange(tokens.shape[1], device=tokens.device)
+                given["position_ids"] = where.expand(len(tokens), -1)
+        with self._noted(layout), self._picked(picks):
+            out = self.model(input_ids=tokens, **given)
+        state = getattr(out, self._cache or "", None) if keep else None
+        if keep and state is None:
+            raise TypeError(f"{type(self.model).__name__} hands on no state")
+        return self._taken(out.logits, picks), state
+
+    @contextmanager
+    def _noted(self, layout: Layout) -> Iterator[None]:
+        """Tell hooks the layout of the pass that runs."""
+        before = self.reading
+        if before is None:
+            yield
+            return
+        self.reading = replace(before, layout=layout)
+        try:
+            yield
+        except BaseException:
+            self.reading = before
+            raise
+        self.reading = replace(before, passes=(*before.passes, layout))
+
+    @contextmanager
+    def _picked(self, picks: tuple[list[int], list[int]]) -> Iterator[None]:
+        rows, columns = picks if picks[0] else ([0], [0])  # no model is made to cope with nothing
+        with read_out(self.model, lambda x: x[rows, columns][None]):
+            yield
+
+    @staticmethod
+    def _taken(logits: Tensor, picks: tuple[list[int], list[int]]) -> Tensor:
+        """Return the logits of the picks, [pick, vocabulary]."""
+        assert logits.shape[:2] == (1, max(1, len(picks[0])))
+        return logits[0, : len(picks[0])]
+
+
+def _forked(cache: Any, rows: int) -> Any:
+    """Return a copy of a state, so many times side by side."""
+    if cache is None:
+        return None
+    found = copy.deepcopy(cache)
+    if rows > 1 and hasattr(found, "reorder_cache"):
+        found.reorder_cache(torch.zeros(rows, dtype=torch.long))
+    elif rows > 1 and isinstance(found, list | tuple):
+        found = [x.repeat_interleave(rows, 0) for x in found]
+    elif rows > 1:
+        raise TypeError(f"a state of type {type(found).__name__} cannot be copied into rows")
+    return found
+
+
+def _leaves(tree: Tree, nodes: Sequence[int]) -> list[int]:
+    """Return those of some nodes that are on the path of no other one, in their order."""
+    above: set[int] = set()
+    for node in nodes:
+        parent = tree.parents[node]
+        while parent >= 0 and parent not in above:
+            above.add(parent)
+            parent = tree.parents[parent]
+    return [node for node in dict.fromkeys(nodes) if node not in above]
+
+
+def _halving(work: Callable[[Sequence[Any]], T], items: Sequence[Any]) -> Iterator[T]:
+    """Do the work, and where memory runs out do it in halves."""
+    try:
+        found = [work(items)]
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not out_of_memory(error) or len(items) == 1:
+            raise
+        found = []
+    if found:
+        yield found[0]
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+        yield from _halving(work, half)
+
+
+@contextmanager
+def instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let modules compute something else."""
+    kept = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in kept.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+@contextmanager
+def read_out(
+    model: Any,
+    pick: Callable[[Float[Tensor, "row token hidden"]], Float[Tensor, "row asked hidden"]],
+    only: Int[Tensor, "row token"] | None = None,
+) -> Iterator[None]:
+    """Let a model compute logits at some places alone, or of some tokens alone.
+
+    Args:
+        model: whose output embeddings are used.
+        pick: chooses the places from the stream that enters the output embeddings.
+        only: tokens of each row to compute the logits of.
+    """
+    head = model.get_output_embeddings()
+    whole = head.forward
+    wrapped = "forward" in head.__dict__  # by accelerate, which may hold the weights elsewhere
+    with instead({head: lambda x: _logits(head, whole, pick(x), only, wrapped)}):
+        yield
+
+
+def _logits(
+    head: nn.Module,
+    whole: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "row asked hidden"],
+    only: Int[Tensor, "row token"] | None,
+    wrapped: bool,
+) -> Float[Tensor, "row asked vocabulary"]:
+    if type(head) is not nn.Linear or wrapped:
+        logits = whole(x)
+        return logits if only is None else logits.gather(2, only[:, None].expand(-1, x.shape[1], -1))
+    weight, bias = head.weight, head.bias
+    if only is not None:
+        some: Tensor = x @ weight[only].transpose(1, 2)
+        return some if bias is None else some + bias[only][:, None]
+    if x.device.type != "cpu" or x.shape[0] * x.shape[1] <= 8:
+        return whole(x)
+    # On a CPU, multiplying by a matrix as wide as a vocabulary is a third faster in slices.
+    out = torch.cat([x @ part.T for part in torch.split(weight, _SLICE)], -1)
+    return out if bias is None else out.add_(bias)
+
+
+def skipping(blocks: Mapping[nn.Module, bool]) -> ExitStack:
+    """Let blocks hand on the stream as it is; a block that returns a tuple is given as True."""
+    stack = ExitStack()
+    passes = {False: lambda hidden_states, *_, **__: hidden_states, True: lambda hidden_states, *_, **__: (hidden_states,)}
+    stack.enter_context(instead({block: passes[as_tuple] for block, as_tuple in blocks.items()}))
+    return stack

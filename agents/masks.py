@@ -1,0 +1,147 @@
+"""Attention masks in path coordinates, so that many branches of a text can share one forward pass.
+
+In a tree of tokens the column of a token is not its position. While `PathMasks` are active, everything that a model
+derives from columns is derived from the position of each token on its own path instead: the mask functions of
+transformers (causal, sliding window, chunks and whatever else a model combines), the causal buffers that some older
+models carry (GPT-Neo, GPT), and ALiBi (Bloom, Falcon, MPT). Each mask is then restricted to what a token may see.
+
+Nothing here decides whether a model is handled correctly: `nextstate.agents.certificate` measures it.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+
+_LOCK = threading.RLock()  # the mask functions of transformers are shared by all models of a process
+
+
+class Places(NamedTuple):
+    """Where the tokens of a forward pass stand. Columns are cached tokens first, then those of the pass."""
+
+    seen: Bool[Tensor, "row token column"]  # what each token may attend to, itself included
+    depths: Int[Tensor, "row column"]  # the position of each column's token on its own path
+
+    @property
+    def own(self) -> Int[Tensor, "row token"]:
+        """The positions of the tokens of the pass."""
+        return self.depths[:, -self.seen.shape[1] :]
+
+
+class PathMasks:
+    """Makes the masks, causal buffers and ALiBi of a model in path coordinates, for one forward pass at a time.
+
+    Pass the model a 2-D attention mask of ones over all columns; a 4-D one would replace the model's own masks.
+
+    Args:
+        model: a causal model of transformers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        modules = list(model.modules())
+        self._names = {m.config._attn_implementation for m in modules if isinstance(m, PreTrainedModel)}
+        self._buffers = [m for m in modules if _is_triangle(m._buffers.get("bias"))]
+        self._alibi = [m for m in modules if _makes_alibi(m)]
+        # MPT's ALiBi has no row axis, so all rows of a pass must have the same positions.
+        self.one_layout = any(hasattr(m, "build_mpt_alibi_tensor") for m in modules)
+
+    @contextmanager
+    def __call__(self, places: Places) -> Iterator[None]:
+        """Use path coordinates until the context is closed; `places` are on the model's device."""
+        with _LOCK, ExitStack() as stack:
+            for name in self._names:
+                kind = MASKS[name] if name in MASKS else None
+                if kind in (sdpa_mask, eager_mask):
+                    MASKS[name] = _masks(places, additive=kind is eager_mask)
+                    stack.callback(MASKS.__delitem__, name)
+            for module in self._buffers:
+                _replace_buffer(module, places, stack)
+            for module in self._alibi:
+                _replace_alibi(module, places, stack)
+            yield
+
+
+def _is_triangle(bias: Tensor | None) -> bool:
+    """Tell whether a buffer is a causal mask of columns, [1, 1, column, column]."""
+    return bias is not None and bias.ndim == 4 and bias.shape[:2] == (1, 1) and bias.shape[2] == bias.shape[3]
+
+
+def _makes_alibi(module: nn.Module) -> bool:
+    own = hasattr(module, "build_alibi_tensor") or hasattr(module, "build_mpt_alibi_tensor")
+    return own or getattr(module, "use_alibi", False) is True
+
+
+def _masks(places: Places, additive: bool) -> Callable[..., Tensor]:
+    """Return a mask function as transformers calls it, evaluated at positions instead of columns."""
+    queries, keys = places.own[:, None, :, None], places.depths[:, None, None, :]
+
+    def mask(*_: Any, mask_function: Callable[..., Any], dtype: torch.dtype = torch.float32, **__: Any) -> Tensor:
+        rows = torch.arange(len(keys), device=keys.device)[:, None, None, None]
+        seen = places.seen[:, None]
+        if mask_function is not causal_mask_function:  # what is seen is never later
+            seen = seen & mask_function(rows, torch.zeros_like(rows[:1]), queries, keys)
+        if not additive:
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+    return mask
+
+
+def _replace_buffer(module: nn.Module, places: Places, stack: ExitStack) -> None:
+    """Replace a triangular buffer of columns, `bias[1, 1, column, column]`, banded where the layer has a window."""
+    bias = module._buffers["bias"]
+    assert bias is not None
+    window = int(bias[0, 0, -1].sum())
+    apart = places.own[:, :, None] - places.depths[:, None, :]
+    seen = places.seen if window == bias.shape[-1] else places.seen & (apart < window)
+    rows, tokens, columns = seen.shape
+    whole = torch.zeros(rows, 1, columns, columns, dtype=bias.dtype, device=bias.device)
+    whole[:, 0, columns - tokens :] = seen.to(bias.dtype)
+    module._buffers["bias"] = whole
+    stack.callback(module._buffers.__setitem__, "bias", bias)
+
+
+def _replace_alibi(module: nn.Module, places: Places, stack: ExitStack) -> None:
+    """Let a model look its ALiBi up by position; softmax takes no notice of what all keys of a query have in common."""
+    last = int(places.depths.max())
+    if hasattr(module, "build_mpt_alibi_tensor"):
+        builds = module.build_mpt_alibi_tensor
+
+        def one_layout(*args: Any, **kwargs: Any) -> Tensor:
+            found = builds(*args, **kwargs)  # [head 1 position], for as many positions as the model reads
+            if (places.depths != places.depths[:1]).any():
+                raise ValueError("rows of unlike positions cannot share the ALiBi of this model")
+            return torch.as_tensor(found[..., found.shape[-1] - 1 - last + places.depths[0]])
+
+        module.build_mpt_alibi_tensor = one_layout
+        stack.callback(module.__dict__.pop, "build_mpt_alibi_tensor")
+        return
+
+    def looked_up(builds: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def build(attention_mask: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+            ones = torch.ones(1, last + 1, dtype=torch.long, device=places.depths.device)
+            slopes = builds(ones, num_heads, dtype)[:, 0]  # [head position]
+            found = slopes[:, places.depths].transpose(0, 1)  # [row head column]
+            return found.reshape(-1, 1, places.depths.shape[1])
+
+        return build
+
+    if hasattr(module, "build_alibi_tensor"):
+        module.build_alibi_tensor = looked_up(module.build_alibi_tensor)
+        stack.callback(module.__dict__.pop, "build_alibi_tensor")
+    elif getattr(module, "use_alibi", False) is True:
+        home = sys.modules[type(module).__module__]
+        builds = getattr(home, "build_alibi_tensor", None)
+        if builds is not None:
+            home.build_alibi_tensor = looked_up(builds)  # type: ignore[attr-defined]
+            stack.callback(setattr, home, "build_alibi_tensor", builds)
