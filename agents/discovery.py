@@ -8,30 +8,19 @@ pass is left out.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nextstate.agents import tracing
+from nextstate.agents.residual import is_attention, layer_kind, residual_terms
 from nextstate.agents.tracing import BlockCall, Call
 
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
-_KINDS = ("layers_block_type", "layer_types", "block_types")
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_head", "attention_heads")
-_ATTENTION = re.compile(r"attention|attn|MLA$", re.IGNORECASE)
-_NO_MIXER = re.compile(r"norm|mlp|moe|feed_?forward|expert|rotary", re.IGNORECASE)
-# What else mixes tokens, by the names of classes: the kind of layer they make.
-_MIXERS = {
-    "linear_attention": re.compile(r"linear_?att|lightning|delta", re.IGNORECASE),
-    "mamba": re.compile(r"mamba|ssm|ssd", re.IGNORECASE),
-    "recurrent": re.compile(r"rwkv|recurrent|lstm|rglru", re.IGNORECASE),
-    "conv": re.compile(r"shortconv", re.IGNORECASE),
-}
-_IDLE = (nn.Dropout, nn.Identity)  # do nothing in a model that is not being trained
 
 
 class SiteError(ValueError):
@@ -165,10 +154,10 @@ def _layer(config: Any, index: int, block: nn.Module, call: BlockCall) -> LayerS
     calls, after = tracing.record(block, call)
     assert call.stream is not None
     heads = _heads(block, calls)
-    kind = _kind(config, index, block, calls, heads is not None)
+    kind = layer_kind(config, index, block, calls, heads is not None)
     attention, projection, count = heads or (_attention(kind, calls), None, 0)
     width = 0 if projection is None or projection.read is None else projection.read.shape[-1]
-    sums = _terms(block, config, calls, call.stream, after)
+    sums = residual_terms(block, config, calls, call.stream, after)
     return LayerSites(
         kind=kind,
         block=block,
@@ -197,7 +186,7 @@ def _heads(block: nn.Module, calls: Sequence[Call]) -> tuple[Call, Call, int] | 
     for attention in sorted(calls, key=lambda c: c.depth):
         inside = [c for c in calls if c.path.startswith(f"{attention.path}.") and tracing.is_linear(c.module)]
         inside = [c for c in inside if c.read is not None and c.output is not None]
-        if not inside or attention.output is None or not _is_attention(attention):
+        if not inside or attention.output is None or not is_attention(attention):
             continue
         last = max(inside, key=lambda c: c.end)
         if last.output is None or not tracing.close(attention.output, last.output):
@@ -210,139 +199,8 @@ def _heads(block: nn.Module, calls: Sequence[Call]) -> tuple[Call, Call, int] | 
 
 def _attention(kind: str, calls: Sequence[Call]) -> Call | None:
     """Return the outermost attention module of a layer of attention whose heads cannot be read."""
-    found = [c for c in calls if kind == "attention" and _is_attention(c)]
+    found = [c for c in calls if kind == "attention" and is_attention(c)]
     return min(found, key=lambda c: c.depth, default=None)
-
-
-# What mixes tokens
-
-
-def _kind(config: Any, index: int, block: nn.Module, calls: Sequence[Call], heads: bool) -> str:
-    """Return what mixes tokens in a layer, as the classes of its modules say it, or else the config.
-
-    The config comes second since its lists call all that keeps a state "linear_attention", Mamba too.
-    """
-    listed = next((v for v in (getattr(config, key, None) for key in _KINDS) if v), None)
-    own = str(listed[index]) if listed is not None and len(listed) > index else ""
-    if heads or own == "hybrid":
-        return own if own == "hybrid" else "attention"
-    mixers = sorted((c for c in calls if _is_mixer(block, c)), key=lambda c: c.depth)
-    called = [f"{_own_name(block, c)} {c.path}" for c in mixers] + [type(c.module).__name__ for c in mixers]
-    found = [kind for name in called for kind, words in _MIXERS.items() if words.search(name)]
-    if found:
-        return found[0]
-    if not mixers:
-        return "mlp"
-    return "attention" if _ATTENTION.search(own) and "linear" not in own else own or "attention"
-
-
-def _own_name(block: nn.Module, call: Call) -> str:
-    """Return a module's class name without the architecture's name, which may itself speak of mixers or experts."""
-    name = type(call.module).__name__
-    own, outer = list(name), list(type(block).__name__)
-    while own and outer and own[0] == outer[0]:
-        own, outer = own[1:], outer[1:]
-    return "".join(own)
-
-
-def _is_attention(call: Call) -> bool:
-    if _ATTENTION.search(type(call.module).__name__):
-        return True
-    return {"q_proj", "k_proj", "v_proj"} <= {name for name, _ in call.module.named_children()}
-
-
-def _is_mixer(block: nn.Module, call: Call) -> bool:
-    if _NO_MIXER.search(_own_name(block, call)):
-        return False
-    name = type(call.module).__name__
-    return _is_attention(call) or "Mixer" in name or any(words.search(name) for words in _MIXERS.values())
-
-
-# What is added to the stream
-
-
-@dataclass(frozen=True)
-class _Terms:
-    attn_out: nn.Module | None = None
-    mlp_out: nn.Module | None = None
-    multiplier: float = 1.0
-    adds: bool = False
-
-
-def _terms(block: nn.Module, config: Any, calls: Sequence[Call], before: Tensor, after: Tensor) -> _Terms:
-    """Return the modules whose outputs a block adds to the stream."""
-    own = {float(v) for v in vars(block).values() if isinstance(v, float) and v}
-    multipliers = [1.0, *sorted((own | {float(getattr(config, "residual_multiplier", None) or 1.0)}) - {1.0})]
-    calls = sorted((c for c in calls if c.output is not None and not isinstance(c.module, _IDLE)), key=lambda c: c.end)
-    mixing = {c.path for c in calls if _mixes(block, c, calls)}
-    found = tracing.find_terms(before, after, calls, multipliers)
-    if found is not None:
-        terms, multiplier = found
-        mixers, others = [c for c in terms if c.path in mixing], [c for c in terms if c.path not in mixing]
-        if len(mixers) < 2 and len(others) < 2:
-            attn_out, mlp_out = (c[0].module if c else None for c in (mixers, others))
-            return _Terms(attn_out, mlp_out, multiplier, True)
-    return _steps(block, calls, mixing, before, after, multipliers)
-
-
-def _mixes(block: nn.Module, call: Call, calls: Sequence[Call]) -> bool:
-    """Say whether a call is a mixer's, contains or is inside one, or reads just what such a call returned."""
-    for mixer in calls:
-        if _is_mixer(block, mixer) and (
-            call.path == mixer.path or call.path.startswith(f"{mixer.path}.") or mixer.path.startswith(f"{call.path}.")
-        ):
-            return True
-    if call.read is None:
-        return False
-    earlier = (
-        c for c in calls if c.end < call.start and c.output is not None and c.output.numel() == call.read.numel()
-    )
-    return any(
-        torch.equal(c.output.flatten(), call.read.flatten()) and _mixes(block, c, calls)
-        for c in earlier
-        if c.output is not None
-    )
-
-
-def _steps(
-    block: nn.Module,
-    calls: Sequence[Call],
-    mixing: set[str],
-    before: Tensor,
-    after: Tensor,
-    multipliers: Sequence[float],
-) -> _Terms:
-    """Return what is added where a block's output is not the sum (a norm follows, or there are more terms).
-
-    A term is proved if it leads from one state of the stream to another. States are the block's input and output, and
-    what modules in it read.
-    """
-    mixers = [c for c in calls if _is_mixer(block, c)]
-    mixers = [c for c in mixers if not any(c.path.startswith(f"{other.path}.") for other in mixers)]
-    if len({type(c.module) for c in mixers}) < len(mixers):
-        return _Terms()  # two of a kind: which of them would be meant is unclear
-    last = max((c.end for c in calls), default=0) + 1
-    read = [(c.start, c.read) for c in calls if c.read is not None and c.read.numel() == before.numel()]
-    states = [(-1, before), *read, (last, after)]
-
-    def leads(call: Call, starts: Sequence[tuple[int, Tensor]], multiplier: float) -> bool:
-        ends = [(at, x) for at, x in states if at > call.end]
-        return call.output is not None and any(
-            at <= call.start and tracing.adds_up(x.flatten(), y.flatten(), [call.output.flatten()], multiplier)
-            for at, x in starts
-            for _, y in ends
-        )
-
-    ordered = sorted(calls, key=lambda c: (c.depth, c.end))
-    for multiplier in multipliers:
-        mixer = next((c for c in ordered if c.path in mixing and leads(c, states, multiplier)), None)
-        begin = mixer.end if mixer else -1
-        rest = [c for c in ordered if c.path not in mixing and c.start > begin]
-        starts = [(at, x) for at, x in states if at >= begin]
-        mlp = next((c for c in rest if leads(c, starts, multiplier)), None)
-        if mixer or mlp:
-            return _Terms(mixer.module if mixer else None, mlp.module if mlp else None, multiplier)
-    return _Terms()
 
 
 # Modules that the user names
@@ -352,7 +210,7 @@ def _named_blocks(model: Any, names: Names) -> tuple[tuple[nn.Module, ...], list
     blocks = tuple(_need(model, names.blocks).children())
     if not blocks:
         raise SiteError(f"{names.blocks!r} of {type(model).__name__} has no blocks in it")
-    for path in {names.attention, names.attn_out, names.mlp, names.mlp_out} - {""}:
+    for path in filter(None, (names.attention, names.attn_out, names.mlp, names.mlp_out)):
         if all(_child(block, path) is None for block in blocks):
             _need(blocks[0], path)
     calls = tracing.call_blocks(model, blocks)
@@ -389,7 +247,7 @@ def _named_layer(config: Any, names: Names, index: int, block: nn.Module, call: 
             )
         multiplier = sums[0]
     return LayerSites(
-        kind=_kind(config, index, block, calls, heads > 0),
+        kind=layer_kind(config, index, block, calls, heads > 0),
         block=block,
         attention=attention,
         projection=projection,

@@ -120,6 +120,7 @@ class Forward:
         self.reading: Reading | None = None  # what is read now, for hooks
         self.finished: Reading | None = None  # what was read last, with all its passes
         self.certificates: dict[bool, Certificate] = {}  # of replay and of live sessions
+        self.proving = False  # hooks leave the model as it is while it is measured
         parameters = inspect.signature(model.forward).parameters
         self._cache = next((name for name in _CACHES if name in parameters), None)
         self._positions = "position_ids" in parameters
@@ -148,7 +149,11 @@ class Forward:
 
         known = self.certificates.get(live)
         if known is None or depth > known.depth or columns > known.columns:
-            known = self.certificates[live] = certify(self, depth, columns, live, known)
+            self.proving = True
+            try:
+                known = self.certificates[live] = certify(self, depth, columns, live, known)
+            finally:
+                self.proving = False
         return known.road
 
     def scores(

@@ -100,9 +100,12 @@ class LanguageModel(Agent):
         Raises:
             SiteError: the model has no such site or layer, or its architecture is not known.
         """
+        def unless_proving(edit: Edit) -> Edit:
+            return lambda x: None if self.forward.proving else edit(x)
+
         with ExitStack() as stack:
             for site, layer, edit in edits:
-                stack.enter_context(self.sites.hook(site, layer, edit))
+                stack.enter_context(self.sites.hook(site, layer, unless_proving(edit)))
             if done is not None:
                 self._done.append(done)
                 stack.callback(self._done.remove, done)

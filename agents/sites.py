@@ -97,14 +97,14 @@ class Sites:
         """Raise `SiteError` if the model has no such site, layer or head."""
         name = self.architecture
         if site not in SITES:
-            raise SiteError(f"unknown site {site!r}: expected one of {', '.join(SITES)}")
+            raise SiteError(f"site={site!r} is not possible: expected one of {', '.join(SITES)}")
         known = self.layers_with(site)
         what = "heads" if site == "head" else site
         if not known:
             kinds = ", ".join(dict.fromkeys(layer.kind for layer in self.per_layer))
             raise SiteError(f"{name} has no {what} that could be proved in any of its layers (of kind {kinds})")
         if layer is not None and not 0 <= layer < self.layers:
-            raise SiteError(f"layer={layer} is out of range: {name} has layers 0 to {self.layers - 1}")
+            raise SiteError(f"layer={layer} is not possible: {name} has layers 0 to {self.layers - 1}")
         if layer is not None and layer not in known:
             kind = self.per_layer[layer].kind
             why = f"it is {kind}" if kind != "attention" or site != "head" else "they could not be proved"
@@ -116,7 +116,7 @@ class Sites:
         heads = self.heads if layer is None else self.per_layer[layer].heads
         if head is not None and not 0 <= head < heads:
             which = name if layer is None else f"layer {layer} of {name}"
-            raise SiteError(f"head={head} is out of range: {which} has heads 0 to {heads - 1}")
+            raise SiteError(f"head={head} is not possible: {which} has heads 0 to {heads - 1}")
 
     def shape(self, site: Site, layer: int | None = None) -> tuple[int, int]:
         """Return the last two axes of an activation: (heads, head_dim) at `head`, else (1, hidden).

@@ -309,4 +309,4 @@ def is_sum_of_heads(projection: Call, heads: int) -> bool:
 
 def _double(x: Tensor | None) -> Float[Tensor, " number"]:
     assert x is not None
-    return x.detach().to("cpu", torch.float64).flatten()
+    return x.detach().cpu().double().flatten()

@@ -240,8 +240,11 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     return out
 
 
-def predict_targets(model: Any, inputs: dict[str, Tensor], masks: PathMasks) -> Float[Tensor, "target vocabulary"]:
-    """Return the logits at the nodes from which targets are predicted; `masks` are those of the model itself."""
+def predict_targets(
+    model: Any, inputs: dict[str, Tensor], masks: PathMasks | None = None
+) -> Float[Tensor, "target vocabulary"]:
+    """Return the logits at the nodes from which targets are predicted; `masks` are the model's, made where not given."""
+    masks = masks or PathMasks(model)
     depths = inputs["depths"]
     given = {"input_ids": inputs["input_ids"], "position_ids": depths, "attention_mask": torch.ones_like(depths)}
     with masks(Places(inputs["seen"], depths)) if "seen" in inputs else nullcontext():

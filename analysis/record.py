@@ -121,6 +121,8 @@ class Recorder:
 
     def _now(self) -> Look:
         """Return the tokens of this pass that are kept."""
+        if self.model.forward.proving:
+            return Look([], [], [], 0)
         reading = self.model.reading
         if self._reading is not reading.trunks:
             self._passes.clear()  # of a reading that failed

@@ -8,8 +8,7 @@ The subject is that of "Universal Response and Emergence of Induction in LLMs" (
 since directions, strengths, norm, injection layer and signature of that work are not known to us.
 
 The pushed copy differs from the prompt from position j on alone, so it is a branch: its tokens from j on, which see the
-keys and values before j. Branches of many positions lie side by side in rows, one row a strength, and a mask hides
-them from each other. `responses` takes differences at finite strengths, `exact` the limit of none, the Jacobian-vector
+keys and values before j (`nextstate.analysis.response_branches`). `responses` takes differences at finite strengths, `exact` the limit of none, the Jacobian-vector
 product, by forward-mode differentiation of the same branches.
 """
 
@@ -23,7 +22,6 @@ import torch
 from jaxtyping import Float, Int
 
 from nextstate.agents.language import LanguageModel
-from nextstate.agents.sites import ATTENTIONS
 from nextstate.analysis.response_branches import (
     LIMIT,
     ResponseError,
@@ -32,8 +30,10 @@ from nextstate.analysis.response_branches import (
     rows_of,
     run_prompt,
     run_rows,
+    whole_rows,
     wide,
 )
+from nextstate.analysis.sweep import fast
 
 __all__ = ["ALONG", "STRENGTHS", "Response", "ResponseError", "exact", "responses", "unit_directions"]
 
@@ -98,7 +98,7 @@ def responses(
     Hooks that are on the model (an ablated head, say) hold in the prompt and in its branches alike.
 
     Args:
-        model: any whose sites are known, with an attention function of `agents.sites.ATTENTIONS`.
+        model: any that has the site `resid_pre`.
         tokens: prompts of one length.
         positions: those to push, by default all.
         strengths: as shares of the norm of what is pushed, in rising order.
@@ -162,10 +162,12 @@ def _measure(
     value = np.full((n, s, ways, len(after), len(chosen), length), np.nan, dtype=kind)
     dots = np.zeros((n, s - 1, *value.shape[2:]), dtype=kind)
     norms, pushed, worst = np.zeros((n, len(after), length)), np.zeros((n, len(chosen))), 0.0
-    rows = rows_of([(length - p) for p in chosen.tolist()], ways, length)
+    in_tree = fast(model, "resid_pre", length)
+    spans = [length - p for p in chosen.tolist()]
+    rows = (rows_of if in_tree else whole_rows)(spans, ways, length)
     most = fitting(model, length, rows, s, max_bytes)
     for i in range(n):
-        base = run_prompt(model, tokens[i], layer)
+        base = run_prompt(model, tokens[i], layer, in_tree)
         norms[i] = torch.stack(base.stream[1:]).norm(dim=-1, dtype=wide(model)).cpu().numpy()
         vectors = base.stream[0][torch.from_numpy(chosen).to(model.device)].to(wide(model))
         pushed[i] = vectors.norm(dim=-1).cpu().numpy()
@@ -211,7 +213,3 @@ def _check(
             f"directions of shape {shape} are not possible: expected {n} prompts, any number of directions, "
             f"{model.sites.hidden} numbers, or none and along=True"
         )
-    attention = model.model.config._attn_implementation
-    if attention not in ATTENTIONS:
-        raise ResponseError(f"{model.name} runs with {attention}, which takes no mask of our own; load it with "
-                            "attn_implementation='sdpa' or 'eager'")  # fmt: skip

@@ -1,7 +1,8 @@
-"""The engine of responses: every push on a token is a branch of the prompt, and branches lie side by side in rows.
+"""The engine of responses: pushed copies of a prompt, many at a time.
 
-A push on position j changes the tokens from j on and no others, so its branch is these tokens, which see the keys and
-values of the prompt before j. A row holds branches of many positions and directions; a mask hides them from each other.
+A push on position j changes the tokens from j on and no others. Where a model takes the tree road, its branch is these
+tokens, which see the keys and values of the prompt before j. A row holds branches of many positions and directions; a
+mask hides them from each other. On all other roads a row is one branch: the whole prompt, pushed at one position.
 The same row is run once for each strength, so that responses to neighbouring strengths can be compared token by token.
 With the first pass goes a control, a row that is not pushed: it must give the prompt's own stream.
 """
@@ -22,9 +23,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
-from nextstate.agents.language import LanguageModel, out_of_memory
+from nextstate.agents.forward import out_of_memory, read_out, skipping
+from nextstate.agents.language import LanguageModel
+from nextstate.agents.masks import Places
 from nextstate.agents.sites import ATTENTIONS, Activation
-from nextstate.analysis.sweep import _Held, _instead, _pass
+from nextstate.analysis.sweep import Held
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 LIMIT = (0.0,)  # the strengths of the exact product
@@ -50,7 +53,7 @@ class Row(NamedTuple):
     directions: Int[np.ndarray, " column"]
     targets: Int[np.ndarray, " column"]
     first: Int[np.ndarray, " branch"]
-    visible: Bool[Tensor, "column cached_or_column"]
+    visible: Bool[Tensor, "column cached_or_column"] | None  # None where the row is one branch, the whole prompt
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Base:
     """The prompt as it is."""
 
     tokens: Int[Tensor, " token"]
-    cache: list[tuple[Tensor, Tensor]]
+    cache: list[tuple[Tensor, Tensor]]  # of the tree road
     stream: list[Float[Tensor, "token hidden"]]  # from the injected layer on
 
 
@@ -88,6 +91,16 @@ def rows_of(spans: Sequence[int], ways: int, length: int) -> list[Row]:
     return [_laid_out(row, spans, length) for row in rows]
 
 
+def whole_rows(spans: Sequence[int], ways: int, length: int) -> list[Row]:
+    """Give every position and direction a row of its own, the whole prompt."""
+    targets = np.arange(length)
+    return [
+        Row(np.full(length, p), np.full(length, d), targets, np.array([length - spans[p]]), None)
+        for p in range(len(spans))
+        for d in range(ways)
+    ]
+
+
 def _laid_out(row: Sequence[_Push], spans: Sequence[int], length: int) -> Row:
     width = max(spans)
     visible = torch.zeros(width, length + width, dtype=torch.bool)
@@ -105,15 +118,18 @@ def _laid_out(row: Sequence[_Push], spans: Sequence[int], length: int) -> Row:
 
 
 @torch.no_grad()
-def run_prompt(model: LanguageModel, tokens: Int[np.ndarray, " token"], layer: int) -> Base:
-    """Run a prompt once; keep its keys and values, and its stream from the injected layer on."""
+def run_prompt(model: LanguageModel, tokens: Int[np.ndarray, " token"], layer: int, in_tree: bool) -> Base:
+    """Run a prompt once; keep its stream from the injected layer on, and in the tree its keys and values."""
     length, cache, stream = len(tokens), DynamicCache(), list[Tensor]()
     ids = torch.from_numpy(tokens).to(model.device)
     with ExitStack() as stack:
         for at in range(layer, model.sites.layers + 1):
             stack.enter_context(_stream(model, at, lambda x: stream.append(x[0])))
-        visible = torch.ones(length, length, dtype=torch.bool).tril()
-        _forward(model, ids[None], torch.arange(length)[None], visible[None], cache)
+        if in_tree:
+            visible = torch.ones(length, length, dtype=torch.bool).tril()
+            _in_tree(model, ids[None], visible[None], torch.arange(length)[None], cache)
+        else:
+            model.forward.plain(ids[None], [0])
     return Base(ids, [(held.keys, held.values) for held in cache.layers], stream)
 
 
@@ -130,21 +146,16 @@ def _stream(model: LanguageModel, layer: int, look: Callable[[Float[Tensor, "row
     return stack
 
 
-def _forward(
+def _in_tree(
     model: LanguageModel,
     tokens: Int[Tensor, "row token"],
-    positions: Int[Tensor, "row token"],
     visible: Bool[Tensor, "row token column"],
+    depths: Int[Tensor, "row column"],
     cache: DynamicCache,
 ) -> None:
     """Run tokens under a mask a row; the vocabulary is left out."""
-    dtype, device = model.model.dtype, model.device
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min).to(device)
-    with _instead({model.model.get_output_embeddings(): lambda x: x[:, :1]}):
-        model.model(
-            input_ids=tokens, position_ids=positions.to(device), attention_mask=mask[:, None], past_key_values=cache,
-            use_cache=True,
-        )  # fmt: skip
+    with read_out(model.model, lambda x: x[:, :1]):
+        model.forward.in_tree(tokens, Places(visible.to(model.device), depths.to(model.device)), cache)
 
 
 def run_rows(
@@ -191,7 +202,7 @@ def _one_pass(
     dots: Float[np.ndarray, "neighbour direction layer position target"],
     control: bool,
 ) -> float:
-    width, s, device = rows[0].visible.shape[0], len(strengths), model.device
+    width, s, device = _width(rows), len(strengths), model.device
     limit = strengths == LIMIT
     targets = torch.zeros(len(rows), width, dtype=torch.int64)
     for r, row in enumerate(rows):
@@ -228,22 +239,29 @@ def _one_pass(
         sizes = change.norm(dim=-1).cpu().numpy()
         products = (change[:, :-1] * change[:, 1:]).sum(-1).cpu().numpy()
         for r, row in enumerate(rows):
-            n, after = len(row.targets), at - layer - 1
-            value[:, row.directions, after, row.positions, row.targets] = sizes[r, :, :n]
-            dots[:, row.directions, after, row.positions, row.targets] = products[r, :, :n]
+            begin = 0 if row.visible is not None else int(row.first[0])  # before the push there is no response
+            n, after = slice(begin, len(row.targets)), at - layer - 1
+            place = (row.directions[begin:], after, row.positions[begin:], row.targets[begin:])
+            value[:, *place] = sizes[r, :, n]
+            dots[:, *place] = products[r, :, n]
         seen.append(at - 1)
 
     with ExitStack() as stack:
         if limit:
             stack.enter_context(forward_ad.dual_level())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_instead({block: _pass for block in model.sites.blocks[:layer]}))
+        if base.cache:
+            stack.enter_context(skipping({x.block: x.returns_tuple for x in model.sites.per_layer[:layer]}))
         stack.enter_context(model.sites.hook("resid_pre", layer, enter))
         for at in range(layer + 1, model.sites.layers + 1):
             stack.enter_context(_stream(model, at, partial(look, at)))
-        held = [(k.expand(len(order), -1, -1, -1), v.expand(len(order), -1, -1, -1)) for k, v in base.cache]
-        visible = torch.stack([row.visible for row in rows])[order]
-        _forward(model, base.tokens[where.to(device)], where, visible, _Held(held))
+        if base.cache:
+            held = [(k.expand(len(order), -1, -1, -1), v.expand(len(order), -1, -1, -1)) for k, v in base.cache]
+            visible = torch.stack([row.visible for row in rows if row.visible is not None])[order]
+            depths = torch.cat([torch.arange(len(base.tokens)).expand(len(order), -1), where], 1)
+            _in_tree(model, base.tokens[where.to(device)], visible, depths, Held(held))
+        else:
+            model.forward.plain(base.tokens[where.to(device)], [0])
     limits = TOLERANCE.get(model.model.dtype, 5e-1)
     if seen != list(range(layer, model.sites.layers)) or not worst <= limits:
         raise ResponseError(
@@ -254,13 +272,17 @@ def _one_pass(
     return worst
 
 
+def _width(rows: Sequence[Row]) -> int:
+    return len(rows[0].targets) if rows[0].visible is None else rows[0].visible.shape[0]
+
+
 def fitting(model: LanguageModel, length: int, rows: Sequence[Row], strengths: int, max_bytes: int) -> int:
     """Return how many rows, each at all strengths, go into one pass."""
-    config, sites, width = model.model.config.get_text_config(), model.sites, rows[0].visible.shape[0]
+    config, sites, width = model.model.config.get_text_config(), model.sites, _width(rows)
     size, columns = model.model.dtype.itemsize, length + width
     wide = max([4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner"))])
     token = size * (12 * sites.hidden + 4 * wide) + 16 * sites.hidden
-    scores = ATTENTIONS[model.model.config._attn_implementation] * sites.heads * width * columns
+    scores = ATTENTIONS.get(model.model.config._attn_implementation, 3) * max(1, sites.heads) * width * columns
     copy = width * token + size * scores + 4 * size * columns * sites.heads * sites.head_dim
     tokens: int = min(model.batch_tokens, _CPU_TOKENS) if model.device.type == "cpu" else model.batch_tokens
     return max(1, int(min(max_bytes // (strengths * copy), tokens // (strengths * width))))

@@ -216,7 +216,7 @@ def head_excess(
     values = site_values(model, given.tokens, "head")[layer]
     mean = values.float().mean((0, 1)) if ablation == "mean" else None
     out = []
-    for head in range(model.sites.heads):
+    for head in range(model.sites.shape("head", layer)[0]):
         with without(model, layer, head, mean):
             found = responses(
                 model, given.tokens, positions=given.sources, strengths=(strength,), directions=directions, along=False,

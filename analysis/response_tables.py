@@ -73,9 +73,10 @@ def left_rows(layer: int, left: Float[np.ndarray, "prompt head"]) -> pl.DataFram
 
 
 def score_rows(prefix: Float[np.ndarray, "layer head"], copying: Float[np.ndarray, "layer head"]) -> pl.DataFrame:
-    """Return one row a head."""
+    """Return one row a head; NaN stands where a layer has no such head."""
     layer, head = (x.ravel() for x in np.indices(prefix.shape))
-    return pl.DataFrame({"layer": layer, "head": head, "prefix": prefix.ravel(), "copying": copying.ravel()})
+    rows = pl.DataFrame({"layer": layer, "head": head, "prefix": prefix.ravel(), "copying": copying.ravel()})
+    return rows.filter(pl.col("prefix").is_not_nan())
 
 
 def bridge_head_rows(
@@ -172,8 +173,8 @@ class ResponseRun:
         """A row a head: the share of the signature that is lost without it, and its scores; None where not measured."""
         parts = [t for name, t in self.tables.items() if name.startswith("left-")]
         found = self.signature()
-        layers = int(self.info["agents"][0]["layers"])
-        if found is None or len(parts) < layers or "scores" not in self.tables:
+        layers = int(self.info["agents"][0]["layers_with_heads"])
+        if found is None or not layers or len(parts) < layers or "scores" not in self.tables:
             return None
         table = pl.concat(parts).sort("layer", "head")
         left = np.array(table["left"].to_list()).T.reshape(-1, layers, len(table) // layers)

@@ -14,6 +14,7 @@ logits of the base run; in the other everything is patched and must give those o
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ class Runs:
         )
 
 
-class _Held(DynamicCache):  # type: ignore[misc]
+class Held(DynamicCache):  # type: ignore[misc]
     """Keys and values of the trunk; those of copies are used once and not kept."""
 
     def __init__(self, held: list[tuple[Tensor, Tensor]]) -> None:
@@ -293,18 +294,20 @@ def _copies_in_rows(
         pair[:, 1] += pairs
         state = model.forward.state(before, pair.flatten())
 
+    layers, here = [copy.layer for copy in copies], start - begin
+    heads = torch.tensor([copy.head for copy in copies], device=model.device)
+
     def edit(layer: int) -> Any:
-        mine = [k for k, copy in enumerate(copies) if copy.layer == layer]
+        mine = slice(bisect_left(layers, layer), bisect_right(layers, layer))
+        every = torch.arange(sites.shape(site, layer)[0], device=model.device)
 
         def patch(x: Activation) -> Activation:
             x = x.unflatten(0, (pairs, n)).clone()
-            late_in, end = slice(start - begin, None), start - begin + 1
-            x[:, 1, late_in] = -x[:, 1, late_in]  # so that the second control is wrong wherever it is not patched
-            x[:, 1, late_in] = runs.taken[layer][:, late:]
-            for k in mine:
-                width = slice(start - begin, None if whole else end)
-                put = values[layer][:, late : None if whole else late + 1, copies[k].head]
-                x[:, 2 + k, width, copies[k].head] = put
+            x[:, 1, here:] *= -1  # so that the second control is wrong wherever it is not patched
+            overwrite(x[:, 1:2, here:], torch.ones_like(every, dtype=torch.bool)[None], runs.taken[layer][:, late:])
+            end = None if whole else 1
+            mine_in = x[:, 2:][:, mine, here : None if whole else here + 1]
+            overwrite(mine_in, every == heads[mine, None], values[layer][:, late:][:, :end])
             return x.flatten(0, 1)
 
         return patch
@@ -385,9 +388,9 @@ def _copies_in_tree(
         depths = torch.cat([trunks.depths, torch.arange(start, start + span).repeat(n)])
         tokens = runs.tokens[:, start:].repeat(1, n)
         ends_of = torch.arange(n) * span + span - 1
-        logits = _in_tree(model, tokens, visible, depths, _Held(trunks.cache), ends_of, only)
+        logits = _in_tree(model, tokens, visible, depths, Held(trunks.cache), ends_of, only)
     if fired != patched:
-        raise PatchError(f"control failed: layers {fired} were patched, expected {patched}, in order")
+        raise PatchError(f"control failed: layers {fired} were patched, expected {patched}")
     return logits
 
 

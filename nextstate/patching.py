@@ -268,7 +268,8 @@ def _size(model: Any, job: Any, pairs: list[Any], where: Any) -> int:
     """Return about how much work a sweep is, in tokens."""
     if not job.exact:
         return sum(6 * len(p.clean) for p in pairs)
-    copies, n = model.sites.layers * model.sites.shape(job.site)[0], len(pairs[0].clean)
+    copies = sum(model.sites.shape(job.site, layer)[0] for layer in model.sites.layers_with(job.site))
+    n = len(pairs[0].clean)
     starts = {"last": [n - 1], "all": [0 if job.direction not in ("denoise", "noise") else pairs[0].first_difference]}
     if job.where == "map":
         columns = range(min(p.first_difference for p in pairs), n) if where == "each" else (
@@ -286,7 +287,7 @@ def _conclude(run: Any, model: Any, out: Path) -> None:
     if design is None:
         return
     rows = []
-    found = head_table(run.routing(design, "head"), range(model.sites.layers))
+    found = head_table(run.routing(design, "head"), model.sites.layers_with("head"))
     write_parquet(out / "heads.parquet", found)
     write_parquet(out / "layers.parquet", by_layer(run, design))
     for kind in ("state", "action"):

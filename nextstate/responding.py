@@ -136,13 +136,14 @@ class _Run:
         progress.on("loading the model")
         entry = AgentConfig(name=config.model) if isinstance(config.model, str) else config.model
         self.model: Any = LanguageModel(**entry.model_dump()) if model is None else model
-        layers, heads = self.model.sites.layers, self.model.sites.heads
+        sites = self.model.sites
+        size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
         if patched is not None and patched.info["agents"][0]["name"] != self.model.name:
             raise ExperimentError(
                 f"patching={config.patching} is a run of {patched.info['agents'][0]['name']}, expected one of "
                 f"{self.model.name}"
             )
-        self.note(agents=[self.model.describe() | {"layers": layers, "heads": heads}])
+        self.note(agents=[self.model.describe() | size])
         self.log = log.Log(config.wandb)
         self.log.start(out, config.name, config.model_dump())
 
@@ -201,7 +202,7 @@ class _Run:
     def steps(self, told: dict[str, list[Any]]) -> int:
         """Return how often the progress bar advances."""
         bridges = sum(map(len, told.values())) + len(self.compared(told))
-        return 6 + 2 * len(self.dtypes()) + int(self.model.sites.layers) + bridges
+        return 6 + 2 * len(self.dtypes()) + len(self.model.sites.layers_with("head")) + bridges
 
     def compared(self, told: dict[str, list[Any]]) -> list[str]:
         """Return the transcripts of the game that patching was done on."""
@@ -311,7 +312,7 @@ class _Run:
         if not self.path("scores").exists():
             scores = (f(self.model, few.tokens, few.block, few.lead) for f in (prefix_matching, copying))
             write_parquet(self.path("scores"), score_rows(*scores))
-        for layer in range(self.model.sites.layers):
+        for layer in self.model.sites.layers_with("head"):
             self.progress.on(f"without each head of layer {layer}")
             path = self.path(f"left-{layer:03d}")
             if not path.exists():

@@ -54,7 +54,7 @@ def plain(agent: LanguageModel, prompt: Prompt) -> list[float]:
 @contextmanager
 def raw(agent: LanguageModel, heads: Sequence[tuple[int, int]], put: Callable[[int, int, int], Any]) -> Any:
     """Overwrite heads by hooks of torch, `put(layer, head, tokens)` being what goes there."""
-    names, hooks = agent.sites.names, []
+    hooks = []
     dim = agent.sites.head_dim
     for layer, head in heads:
 
@@ -63,7 +63,7 @@ def raw(agent: LanguageModel, heads: Sequence[tuple[int, int]], put: Callable[[i
             x[0, :, head * dim : (head + 1) * dim] = put(layer, head, x.shape[1])
             return (x,)
 
-        projection = agent.sites.blocks[layer].get_submodule(names.attention).get_submodule(names.projection)
+        projection = agent.sites.per_layer[layer].projection
         hooks.append(projection.register_forward_pre_hook(write))
     try:
         yield
@@ -76,8 +76,8 @@ def raw(agent: LanguageModel, heads: Sequence[tuple[int, int]], put: Callable[[i
 def pool(agent: LanguageModel, game: Any, steps: int, layer: int, head: int) -> torch.Tensor:
     """What a head gives at every token of the reference episodes."""
     out: list[torch.Tensor] = []
-    names, dim = agent.sites.names, agent.sites.head_dim
-    projection = agent.sites.blocks[layer].get_submodule(names.attention).get_submodule(names.projection)
+    dim = agent.sites.head_dim
+    projection = agent.sites.per_layer[layer].projection
     hook = projection.register_forward_pre_hook(
         lambda _, args: out.append(args[0][0, :, head * dim : head * dim + dim])
     )
