@@ -150,6 +150,17 @@ def page(lines: Sequence[Line]) -> str:
     return "".join(out)
 
 
+def write(lines: Sequence[Line], out: str | None, docs: str | None) -> None:
+    """Write the record and the page, where a file is given."""
+    if out:
+        record = {"summary": summary(lines), "architectures": [asdict(line) for line in lines]}
+        machine = {"hardware": hardware(), "versions": versions(["torch", "transformers"])}
+        Path(out).write_text(json.dumps({**record, **machine}, indent=1) + "\n")
+    if docs:
+        Path(docs).parent.mkdir(parents=True, exist_ok=True)
+        Path(docs).write_text(page(lines))
+
+
 def main() -> None:
     """Examine the architectures."""
     args = parse(
@@ -177,14 +188,8 @@ def main() -> None:
                     f"{name}: {line.verdict} {line.roads} {worst:.1e} {line.reason}", highlight=False, soft_wrap=True
                 )
             progress.advance(task)
+            write(lines, args.out, args.docs)  # each time, so that a run that is stopped leaves what it has
     print(summary(lines))
-    if args.out:
-        record = {"summary": summary(lines), "architectures": [asdict(line) for line in lines]}
-        machine = {"hardware": hardware(), "versions": versions(["torch", "transformers"])}
-        Path(args.out).write_text(json.dumps({**record, **machine}, indent=1) + "\n")
-    if args.docs:
-        Path(args.docs).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.docs).write_text(page(lines))
 
 
 if __name__ == "__main__":

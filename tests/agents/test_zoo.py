@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from nextstate.agents.language import BUILT_IN, LanguageModel
 from tests.exactness import BOX, JOBS, ROADS, TWO_TOKENS, Job, measure, noise, tolerance, truths
 from tests.zoo import BOTH_WAYS, FAST, NAMES, ODD, build, build_odd
 
-HALF = ("llama", "gemma3_text", "gpt_neo", "qwen3_moe", "qwen3_next", "mamba2")
+HALF = ("llama", "gemma3_text", "gpt_neo", "qwen3_moe", "mamba2")
 SHORT_BOX = Job("short Box", "Box", {"boxes": 10}, 40, episodes=1)
 
 
@@ -22,12 +23,12 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BUILT_IN["nextstate/tiny"])
 
 
-def check(agent: LanguageModel, *jobs: Job, most: int) -> None:
-    """Hold an agent to plain forward passes, in all jobs, by replay and live."""
+def check(agent: LanguageModel, *jobs: Job, most: int, roads: Sequence[str] = tuple(ROADS)) -> None:
+    """Hold an agent to plain forward passes in all jobs."""
     own = noise(agent.model, agent.encoder, TWO_TOKENS.prompts)
     for job in jobs:
         known = truths(agent.model, agent.encoder, job, most)
-        for road in ROADS:
+        for road in roads:
             found = measure(agent, job, known, road)
             bound = tolerance(agent.model, found.spread, own)
             assert found.error <= bound, (job.name, road)
@@ -59,9 +60,10 @@ def test_so_are_those_of_all_architectures_in_all_jobs(name: str, tokenizer: Any
 def test_a_model_that_breaks_the_rules_is_caught(odd: str, seed: int, tokenizer: Any) -> None:
     """It mixes neighbours, has a window that its masks do not know, or takes columns for positions."""
     agent = LanguageModel(odd, loaded=(build_odd(odd, len(tokenizer), seed), tokenizer))
-    check(agent, SHORT_BOX, most=6)
+    asked = tuple(ROADS) if seed % 5 == 0 else ("replay",)
+    check(agent, SHORT_BOX, most=6, roads=asked)
     roads = [c["road"] for c in agent.describe()["certificates"]]
-    assert len(roads) == len(ROADS)
+    assert len(roads) == len(asked)
     assert "tree" not in roads
 
 
