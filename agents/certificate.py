@@ -79,7 +79,8 @@ def certify(forward: Forward, depth: int, columns: int, live: bool, known: Certi
     """
     began = time.perf_counter()
     if known is not None:  # a little beyond, so that episodes that grow step by step do not ask each time
-        depth, columns = max(depth, known.depth * 5 // 4), max(columns, known.columns * 5 // 4)
+        depth, columns = max(depth, known.depth * 3 // 2), max(columns, known.columns * 3 // 2)
+    roads = ROADS if known is None else ROADS[ROADS.index(known.road) :]  # what was wrong before is wrong now
     context = context_of(forward.model.config)
     depth = max(depth, TRUNK) if context is None else min(max(depth, TRUNK), context)
     columns = max(columns, COLUMNS, depth + 24)
@@ -87,14 +88,15 @@ def certify(forward: Forward, depth: int, columns: int, live: bool, known: Certi
         with torch.inference_mode():
             _check_causal(forward)
             ladder = _Ladder(forward, live)
+            ladder.tried.update({} if known is None else known.tried)
             if not ladder.exact:
                 twin = _float_copy(forward)
                 _check_causal(twin)
-                shallow = _Ladder(twin, live).climb(min(depth, 256), min(columns, 640), ROADS)
+                shallow = _Ladder(twin, live).climb(min(depth, 256), min(columns, 640), roads)
                 ladder.tried.update(shallow.tried)
                 found = ladder.climb(depth, columns, ROADS[ROADS.index(shallow.road) :])
             else:
-                found = ladder.climb(depth, columns, ROADS)
+                found = ladder.climb(depth, columns, roads)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, AgentError) or not out_of_memory(error):
             raise

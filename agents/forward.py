@@ -179,6 +179,8 @@ class Forward:
         argmax = np.zeros(len(wanted), dtype=np.int64)
         logprobs: list[np.ndarray] = [np.zeros(0)] * len(wanted)
         for which, logits in self.logits(road, trees, spines, wanted, reading, memory):
+            if not which:  # a pass that only reads on
+                continue
             argmax[which] = torch.cat([part.argmax(-1) for part in logits.split(512)]).cpu().numpy()
             norm = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
             flat = [(row, token) for row, k in enumerate(which) for token in wanted[k].tokens]
