@@ -161,7 +161,7 @@ class Layout(NamedTuple):
     @property
     def total(self) -> int:
         """The number of columns, those read before included."""
-        return self.width + self.nodes.shape[1]
+        return self.width + int(self.nodes.shape[1])
 
 
 class Batch(NamedTuple):

@@ -5,8 +5,8 @@ one a path: first the model's own (no cache, no masks or positions of ours). The
 stays within the tolerance is taken. No list of architectures is involved.
 
 Tolerances are those of rounding: measured on 100 architectures, correct roads are off by at most 2e-5 of the standard
-deviation of log-probabilities in float32, wrong ones by 0.09 and more. In half precision rounding hides small errors, so
-the choice is made on a copy in float32 of a few layers, at least one of each type, and then confirmed as it is.
+deviation of log-probabilities in float32, wrong ones by 0.09 and more. In half precision rounding hides small errors,
+so the choice is made on a copy in float32 of a few layers, at least one of each type, and then confirmed as it is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,13 @@ class Certificate:
     def describe(self) -> dict[str, Any]:
         """Return what `run.json` says of it."""
         numbers = {"error": float(f"{self.error:.2g}"), "tolerance": float(f"{self.tolerance:.2g}")}
-        where = {"road": self.road, "live": self.live, **numbers, "depth": self.depth, "columns": self.columns}
+        where: dict[str, Any] = {
+            "road": self.road,
+            "live": self.live,
+            **numbers,
+            "depth": self.depth,
+            "columns": self.columns,
+        }
         where["attention"] = ", ".join(self.attention)
         return {**where, "seconds": round(self.seconds, 2), "tried": self.tried}
 
@@ -136,7 +142,7 @@ class _Ladder:
                 else:
                     names = self.forward.masks.attention
                     return Certificate(road, self.live, error, bound, depth, columns, names, 0.0, dict(self.tried))
-            except Exception as error_:  # noqa: BLE001  (a model that cannot be run so may raise anything)
+            except Exception as error_:
                 if isinstance(error_, RuntimeError | MemoryError) and out_of_memory(error_):
                     raise
                 first = (str(error_).strip().splitlines() or [""])[0][:120]
@@ -179,7 +185,7 @@ class _Ladder:
     def _bounds(
         self, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"], off: float
     ) -> tuple[float, float]:
-        """Return the largest difference and mean difference that pass; what batching alone does is measured if needed."""
+        """Return the largest and the mean difference that pass; what batching alone does is measured if needed."""
         scale = float(truth.std())
         bound, mean = _BASE.get(self.dtype, 0.15) * scale, _MEAN.get(self.dtype, np.inf) * scale
         if off <= bound and (self.exact or off <= mean):
@@ -220,8 +226,8 @@ def _check_causal(forward: Forward) -> None:
     off, limit = float((one - two).abs().max()), 2 * _BASE.get(forward.model.dtype, 0.15) * float(one.std())
     if off > max(limit, 1e-6):
         raise AgentError(
-            f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {off:.2g} nats with the "
-            "tokens that come later, so it cannot say what comes next"
+            f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {off:.2g} nats with "
+            "the tokens that come later, so it cannot say what comes next"
         )
 
 
@@ -286,7 +292,7 @@ def _tokens(forward: Forward, rng: np.random.Generator, n: int) -> list[int]:
     config, vocabulary = forward.model.config.get_text_config(), _vocabulary(forward.model)
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     usual = [t for t in range(min(vocabulary, 5000)) if t not in special]
-    return rng.choice(usual, n).tolist()
+    return [usual[i] for i in rng.integers(len(usual), size=n).tolist()]
 
 
 def _vocabulary(model: Any) -> int:
@@ -346,7 +352,9 @@ def _float_copy(forward: Forward) -> Forward:
             with suppress(SiteError):
                 sites = Sites.of(model)
                 holder = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and tuple(m) == sites.blocks)
-                kinds = [(type(x.block).__name__, x.kind, *_types(model.config, i)) for i, x in enumerate(sites.per_layer)]
+                kinds = [
+                    (type(x.block).__name__, x.kind, *_types(model.config, i)) for i, x in enumerate(sites.per_layer)
+                ]
                 first = {kinds.index(kind) for kind in kinds} | {1}
                 for i, layer in enumerate(sites.per_layer):
                     if i not in first:

@@ -7,8 +7,8 @@ A transcript and everything asked about it form a tree of tokens. Its logits can
 - step: the same, token by token, for models whose state cannot be continued by several tokens at once;
 - rows: one row a path, without a cache.
 
-`nextstate.agents.certificate` measures which of them agree with plain forward passes of the model at hand, and the first
-that does is taken. Hooks see whatever is run: `Reading` says which node of which tree each token of a pass is.
+`nextstate.agents.certificate` measures which of them agree with plain forward passes of the model at hand, and the
+first that does is taken. Hooks see whatever is run: `Reading` says which node of which tree each token of a pass is.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ class Forward:
         for which, logits in self.logits(road, trees, spines, wanted, reading, memory):
             if not which:  # a pass that only reads on
                 continue
-            argmax[which] = torch.cat([part.argmax(-1) for part in logits.split(512)]).cpu().numpy()
-            norm = torch.cat([part.float().logsumexp(-1) for part in logits.split(512)])
+            argmax[which] = torch.cat([part.argmax(-1) for part in torch.split(logits, 512)]).cpu().numpy()
+            norm = torch.cat([part.float().logsumexp(-1) for part in torch.split(logits, 512)])
             flat = [(row, token) for row, k in enumerate(which) for token in wanted[k].tokens]
             rows, tokens = torch.tensor(flat, dtype=torch.long, device=logits.device).reshape(-1, 2).T
             found = (logits[rows, tokens].float() - norm[rows]).cpu().numpy()
@@ -287,7 +287,7 @@ class Forward:
             found = getattr(self.model(input_ids=tokens, **given), self._cache or "", None)
         if isinstance(found, list | tuple):
             return [x[rows.to(x.device)] for x in found]
-        if not hasattr(found, "reorder_cache"):
+        if found is None or not hasattr(found, "reorder_cache"):
             raise TypeError(f"{type(self.model).__name__} hands on no state that can be copied into rows")
         found.reorder_cache(rows)
         return found
@@ -311,7 +311,7 @@ class Forward:
     def _fork(
         self, t: int, tree: Tree, spine_end: int, wanted: Sequence[Want], memory: Memory | None, stepwise: bool
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Read the spine of a tree as far as it is needed, and branches from copies of the state where they leave it."""
+        """Read a tree's spine as far as it is needed, and branches from copies of the state where they leave it."""
         spine = tree.path(spine_end)
         place = {node: i for i, node in enumerate(spine)}
         state = State(None, 0) if memory is None else memory.states[t] or State(None, 0)
@@ -577,6 +577,9 @@ def _logits(
 def skipping(blocks: Mapping[nn.Module, bool]) -> ExitStack:
     """Let blocks hand on the stream as it is; a block that returns a tuple is given as True."""
     stack = ExitStack()
-    passes = {False: lambda hidden_states, *_, **__: hidden_states, True: lambda hidden_states, *_, **__: (hidden_states,)}
+    passes = {
+        False: lambda hidden_states, *_, **__: hidden_states,
+        True: lambda hidden_states, *_, **__: (hidden_states,),
+    }
     stack.enter_context(instead({block: passes[as_tuple] for block, as_tuple in blocks.items()}))
     return stack

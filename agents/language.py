@@ -109,6 +109,7 @@ class LanguageModel(Agent):
         Raises:
             SiteError: the model has no such site or layer, or its architecture is not known.
         """
+
         def unless_proving(edit: Edit) -> Edit:
             return lambda x: None if self.forward.proving else edit(x)
 

@@ -68,7 +68,7 @@ class PathMasks:
         """Use path coordinates until the context is closed; `places` are on the model's device."""
         with _LOCK, ExitStack() as stack:
             for name in self.attention:
-                kind = MASKS[name] if name in MASKS else None
+                kind = MASKS.get(name)
                 if kind in (sdpa_mask, eager_mask):
                     MASKS[name] = _masks(places, additive=kind is eager_mask)
                     stack.callback(MASKS.__delitem__, name)
@@ -126,7 +126,7 @@ def _replace_alibi(module: nn.Module, places: Places, stack: ExitStack) -> None:
     """Let a model look its ALiBi up by position; softmax takes no notice of what all keys of a query have in common."""
     last = int(places.depths.max())
     if hasattr(module, "build_mpt_alibi_tensor"):
-        builds = module.build_mpt_alibi_tensor
+        builds: Any = module.build_mpt_alibi_tensor
 
         def one_layout(*args: Any, **kwargs: Any) -> Tensor:
             found = builds(*args, **kwargs)  # [head 1 position], for as many positions as the model reads
@@ -134,7 +134,7 @@ def _replace_alibi(module: nn.Module, places: Places, stack: ExitStack) -> None:
                 raise ValueError("rows of unlike positions cannot share the ALiBi of this model")
             return torch.as_tensor(found[..., found.shape[-1] - 1 - last + places.depths[0]])
 
-        module.build_mpt_alibi_tensor = one_layout
+        vars(module)["build_mpt_alibi_tensor"] = one_layout
         stack.callback(module.__dict__.pop, "build_mpt_alibi_tensor")
         return
 
@@ -148,11 +148,11 @@ def _replace_alibi(module: nn.Module, places: Places, stack: ExitStack) -> None:
         return build
 
     if hasattr(module, "build_alibi_tensor"):
-        module.build_alibi_tensor = looked_up(module.build_alibi_tensor)
+        own: Any = module.build_alibi_tensor
+        vars(module)["build_alibi_tensor"] = looked_up(own)
         stack.callback(module.__dict__.pop, "build_alibi_tensor")
     elif getattr(module, "use_alibi", False) is True:
-        home = sys.modules[type(module).__module__]
-        builds = getattr(home, "build_alibi_tensor", None)
-        if builds is not None:
-            home.build_alibi_tensor = looked_up(builds)  # type: ignore[attr-defined]
-            stack.callback(setattr, home, "build_alibi_tensor", builds)
+        home = vars(sys.modules[type(module).__module__])
+        if "build_alibi_tensor" in home:
+            stack.callback(home.__setitem__, "build_alibi_tensor", home["build_alibi_tensor"])
+            home["build_alibi_tensor"] = looked_up(home["build_alibi_tensor"])

@@ -243,7 +243,7 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 def predict_targets(
     model: Any, inputs: dict[str, Tensor], masks: PathMasks | None = None
 ) -> Float[Tensor, "target vocabulary"]:
-    """Return the logits at the nodes from which targets are predicted; `masks` are the model's, made where not given."""
+    """Return the logits at the nodes from which targets are predicted; `masks` are the model's, made if not given."""
     masks = masks or PathMasks(model)
     depths = inputs["depths"]
     given = {"input_ids": inputs["input_ids"], "position_ids": depths, "attention_mask": torch.ones_like(depths)}

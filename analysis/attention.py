@@ -83,7 +83,9 @@ def _listening(
 
     before, heard = FUNCTIONS["sdpa"], set[nn.Module]()
 
-    def listen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+    def listen(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if module in modules:
             heard.add(module)
             if look().rows:

@@ -135,7 +135,7 @@ def response_without(
         names, at = list(one.roles), list(one.roles.values())
         if not at:
             continue
-        values = site_values(model, np.array([one.tokens]), "head") if ablation == "mean" else []
+        values = site_values(model, np.array([one.tokens]), "head") if ablation == "mean" else {}
 
         def answered(one: Transcript = one, i: int = i, at: list[int] = at) -> Float[np.ndarray, " position"]:
             found = responses(

@@ -1,12 +1,12 @@
 """The engine of patching: patched runs of pairs of prompts, many at a time.
 
 Where a model takes the tree road, every patched run is a copy of the prompt's last tokens in one forward pass: a run
-that differs from the base run only from position `start` on costs the tokens from there on, a copy of them, which a mask
-shows the keys and values before `start` and hides from all other copies. Below the layer in which a copy is patched it
-equals the unpatched one, so it enters the network only there, as a duplicate of that one. Before this is used, a small
-sweep is compared with plain hooks; where they disagree, and for all other models, every patched run is a row of its own
-(on the fork road from a copied state of the tokens before `start`). The logits are those of one forward pass a patch, to
-float error, either way.
+that differs from the base run only from position `start` on costs the tokens from there on, a copy of them, which a
+mask shows the keys and values before `start` and hides from all other copies. Below the layer in which a copy is
+patched it equals the unpatched one, so it enters the network only there, as a duplicate of that one. Before this is
+used, a small sweep is compared with plain hooks; where they disagree, and for all other models, every patched run is a
+row of its own (on the fork road from a copied state of the tokens before `start`). The logits are those of one forward
+pass a patch, to float error, either way.
 
 Two controls go along in every pass and stop it with an error where they fail: one is left alone and must give the
 logits of the base run; in the other everything is patched and must give those of the source run.
@@ -222,7 +222,7 @@ def _agrees(model: LanguageModel, site: Site) -> bool:
                 run_copies(model, runs, site, copies, runs.taken, start, whole)[0][:, 2:]
                 for start, whole in ((length - 1, False), (first, True))
             ]
-    except Exception as error:  # noqa: BLE001  (a model may raise anything where its blocks are not called as usual)
+    except Exception as error:
         if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
             raise
         return False
@@ -302,7 +302,7 @@ def _copies_in_rows(
         every = torch.arange(sites.shape(site, layer)[0], device=model.device)
 
         def patch(x: Activation) -> Activation:
-            x = x.unflatten(0, (pairs, n)).clone()
+            x = x.reshape(pairs, n, *x.shape[1:]).clone()
             x[:, 1, here:] *= -1  # so that the second control is wrong wherever it is not patched
             overwrite(x[:, 1:2, here:], torch.ones_like(every, dtype=torch.bool)[None], runs.taken[layer][:, late:])
             end = None if whole else 1
@@ -319,7 +319,7 @@ def _copies_in_rows(
             logits = model.forward.plain(rows, [length - 1], wanted)
         else:
             logits = model.forward.resumed(rows[:, start:], state, start, [length - 1 - start], wanted)
-    return logits[:, 0].unflatten(0, (pairs, n))
+    return logits.reshape(pairs, n, -1)
 
 
 def _copies_in_tree(

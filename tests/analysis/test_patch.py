@@ -33,7 +33,6 @@ from nextstate.analysis.patch import (
 )
 from nextstate.analysis.recovery import table
 from nextstate.envs.games import make_game
-from tests.conftest import build
 
 EXACT = 1e-4  # of a logit, in float32
 # How each architecture calls its modules, written down a second time, as paths from the model.
