@@ -30,6 +30,7 @@ from nextstate.agents.forward import ROADS, Forward, Memory, Road, Want, context
 TRUNK, COLUMNS = 48, 120  # of the smallest tree that is measured
 _BASE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 2e-2}
 _MEAN = {torch.bfloat16: 0.03, torch.float16: 5e-3}  # a mean difference, where single ones are mostly rounding
+_RULED_OUT = -100.0  # nats
 _COMPARED = 96  # nodes of a path whose logits are compared, at most
 
 
@@ -148,13 +149,13 @@ class _Ladder:
             if self.live and road == "tree" and self.forward.masks.one_layout:
                 self.tried[road] = "its ALiBi has no row for each episode"
                 continue
-            error = bound = 0.0
+            error, bound = 0.0, np.inf
             try:
                 for some, wanted, truth in jobs:
                     off, mean, finite = self._off(road, some, wanted, truth)
-                    bound, mean_bound = self._bounds(some, wanted, truth, max(off, mean))
-                    error = max(error, off)
-                    if not finite or off > bound or mean > mean_bound:
+                    own, mean_own = self._bounds(some, wanted, truth, max(off, mean))
+                    error, bound = max((error, bound), (off, own), key=lambda x: x[0] / x[1])
+                    if not finite or off > own or mean > mean_own:
                         why = self._why(small[0]) if road == "tree" else ""
                         self.tried[road] = f"off by {off:.2g} nats{why}"
                         break
@@ -168,8 +169,7 @@ class _Ladder:
                 self.tried[road] = f"{type(error_).__name__}: {first}"
         told = "; ".join(f"{road}: {why}" for road, why in self.tried.items())
         raise AgentError(
-            f"{self.forward.name} is refused: no way of running it gives what plain forward passes give, within "
-            f"{bound:.1g} nats ({told})"
+            f"{self.forward.name} is refused: no way of running it gives what plain forward passes give ({told})"
         )
 
     def _off(
@@ -180,7 +180,7 @@ class _Ladder:
         for which, logits in self._read(road, some, wanted):
             for rows, part in zip(np.array_split(np.array(which), max(1, len(which) // 64)),
                                   logits.tensor_split(max(1, len(which) // 64)), strict=True):  # fmt: skip
-                apart = (part.float().log_softmax(-1) - truth[torch.from_numpy(rows)].to(part.device)).abs()
+                apart = (_logs(part) - truth[torch.from_numpy(rows)].to(part.device)).abs()
                 finite &= bool(torch.isfinite(apart).all())
                 worst = max(worst, float(apart.max())) if len(rows) else worst
                 total += float(apart.sum())
@@ -205,7 +205,7 @@ class _Ladder:
         self, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"], off: float
     ) -> tuple[float, float]:
         """Return the largest and the mean difference that pass; what batching alone does is measured if needed."""
-        scale = float(truth.std())
+        scale = max(float(truth.std()), 1e-6)
         bound, mean = _BASE.get(self.dtype, 0.15) * scale, _MEAN.get(self.dtype, np.inf) * scale
         if off <= bound and (self.exact or off <= mean):
             return bound, mean
@@ -234,15 +234,15 @@ class _Ladder:
 
     def _tree(self, tree: Tree, spine: int, wanted: Sequence[Want]) -> Float[Tensor, "want vocabulary"]:
         parts = [logits for _, logits in self.forward.logits("tree", [tree], [spine], wanted)]
-        return torch.cat(parts).float().log_softmax(-1)
+        return _logs(torch.cat(parts))
 
 
 def _check_causal(forward: Forward) -> None:
     length = min(40, context_of(forward.model.config) or 40)
     tokens = torch.tensor([_tokens(forward, np.random.default_rng(5), length)], device=forward.device)
     half = tokens.shape[1] // 2
-    one = forward.plain(tokens, range(half))[0].float().log_softmax(-1)
-    two = forward.plain(tokens[:, :half], range(half))[0].float().log_softmax(-1)
+    one = _logs(forward.plain(tokens, range(half))[0])
+    two = _logs(forward.plain(tokens[:, :half], range(half))[0])
     if not torch.isfinite(one).all() or not torch.isfinite(two).all():
         raise forward.not_finite()
     off, limit = float((one - two).abs().max()), 2 * _BASE.get(forward.model.dtype, 0.15) * float(one.std())
@@ -262,10 +262,15 @@ def _truth(forward: Forward, some: Sequence[Sample]) -> tuple[list[Want], Float[
             ask = sorted({*np.linspace(0, len(path) - 1, _COMPARED).astype(int).tolist(),
                           *range(max(0, len(path) - 8), len(path))})  # fmt: skip
             tokens = torch.tensor([[one.tree.tokens[n] for n in path]], device=forward.device)
-            found = forward.plain(tokens, ask)[0].float().log_softmax(-1)
+            found = _logs(forward.plain(tokens, ask)[0])
             for i, row in zip(ask, found, strict=True):
                 wanted.setdefault(Want(t, path[i]), row)
     return list(wanted), torch.stack(list(wanted.values()))
+
+
+def _logs(logits: Float[Tensor, "*any vocabulary"]) -> Float[Tensor, "*any vocabulary"]:
+    """Return log-probabilities; those of tokens that a model rules out are cut off, since they can be infinite."""
+    return logits.float().log_softmax(-1).clamp_min(_RULED_OUT)
 
 
 def _floor(
@@ -280,7 +285,7 @@ def _floor(
             ask = [i for i, n in enumerate(path) if (t, n) in place]
             row = torch.tensor([one.tree.tokens[n] for n in path], device=forward.device)
             rows = torch.stack([row, row.flip(0), row.roll(1)])
-            found = forward.plain(rows, ask)[0].float().log_softmax(-1)
+            found = _logs(forward.plain(rows, ask)[0])
             apart = (found - truth[[place[t, path[i]] for i in ask]]).abs()
             worst, total, count = max(worst, float(apart.max())), total + float(apart.sum()), count + apart.numel()
     return worst, total / max(1, count)
