@@ -245,7 +245,8 @@ def _check_causal(forward: Forward) -> None:
     two = _logs(forward.plain(tokens[:, :half], range(half))[0])
     if not torch.isfinite(one).all() or not torch.isfinite(two).all():
         raise forward.not_finite()
-    off, limit = float((one - two).abs().max()), 2 * _BASE.get(forward.model.dtype, 0.15) * float(one.std())
+    share = max(_BASE.get(forward.model.dtype, 0.15), _BASE[torch.float32])  # models in float64 have parts in float32
+    off, limit = float((one - two).abs().max()), 2 * share * float(one.std())
     if off > max(limit, 1e-6):
         raise AgentError(
             f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {off:.2g} nats with "
