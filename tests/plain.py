@@ -45,12 +45,14 @@ PATHS = {
     "gpt_neo": Paths("transformer.h.{}", "attn.attention.out_proj", ("attn",), "attn.attention"),
     "mpt": Paths("transformer.blocks.{}", "attn.out_proj", ("attn",), "attn", (0, 1), 2),
     "bloom": Paths("transformer.h.{}", "", ("self_attention.dense",), "self_attention", (), 2),
-    "bamba": _DECODER._replace(mixers=("mamba", "self_attn"), layers=(1, 3)),
-    "lfm2": _DECODER._replace(projection="self_attn.out_proj", mixers=("conv", "self_attn"), layers=(1, 3)),
-    "qwen3_next": _DECODER._replace(mixers=("linear_attn", "self_attn"), layers=(3,)),
-    "jamba": _DECODER._replace(mixers=("mamba", "self_attn"), layers=(1, 3)),
-    "recurrent_gemma": Paths("model.layers.{}", "temporal_block.o_proj", ("temporal_block",), "temporal_block", (1, 3)),
-    "minimax": _DECODER._replace(layers=(1, 3)),
+    "bamba": _DECODER._replace(mixers=("mamba", "self_attn"), layers=(1,), all_layers=2),
+    "lfm2": _DECODER._replace(projection="self_attn.out_proj", mixers=("conv", "self_attn"), layers=(1,), all_layers=2),
+    "qwen3_next": _DECODER._replace(mixers=("linear_attn", "self_attn"), layers=(1,), all_layers=2),
+    "jamba": _DECODER._replace(mixers=("mamba", "self_attn"), layers=(1,), all_layers=2),
+    "recurrent_gemma": Paths(
+        "model.layers.{}", "temporal_block.o_proj", ("temporal_block",), "temporal_block", (1,), 2
+    ),
+    "minimax": _DECODER._replace(layers=(1,), all_layers=2),
 }
 
 
