@@ -142,7 +142,10 @@ class _Ladder:
         self.tried: dict[str, str] = {}
 
     def climb(self, depth: int, columns: int, roads: Sequence[Road]) -> Certificate:
-        small = [_sample(self.forward, min(depth, TRUNK), COLUMNS, 0), _sample(self.forward, min(depth, 30), 70, 1)]
+        small = [
+            _sample(self.forward, min(depth, TRUNK), COLUMNS, 0, whole=True),
+            _sample(self.forward, min(depth, 30), 70, 1),
+        ]
         reach = [] if depth <= TRUNK and columns <= COLUMNS else [[_sample(self.forward, depth, columns, 2)]]
         jobs = [(some, *_truth(self.forward, some)) for some in (small, *reach)]
         for road in roads:
@@ -292,19 +295,22 @@ def _floor(
     return worst, total / max(1, count)
 
 
-def _sample(forward: Forward, depth: int, columns: int, seed: int) -> Sample:
+def _sample(forward: Forward, depth: int, columns: int, seed: int, whole: bool = False) -> Sample:
     """Draw a tree whose longest path has `depth` tokens: a spine, left by long and short branches at several places.
 
-    Branches stand between the pieces of the spine, so that no column of a later one is a position.
+    Branches stand between the pieces of the spine, so that no column of a later one is a position. The spine, the
+    shallowest branch and the deepest are compared; with `whole` also branches of one place, of unlike lengths and of
+    one token each, which other roads read as rows side by side.
     """
     rng, tree = np.random.default_rng([11, seed]), Tree()
     longest = min(max(depth // 3, 4), max(4, columns - depth))
-    spine, cuts = depth - longest, (0.12, 0.4, 0.7, 1.0)
+    spine = depth - longest
+    cuts = (*(round(share * spine) for share in (0.12, 0.4, 0.7, 0.85)), spine - 1, spine)
     extra = max(0, columns - depth - 3 * longest // 2 - 20)
-    lengths: list[tuple[int, ...]] = [(5, longest), (3, 11, 2, 1), (longest // 2 + 1,), (13, 4, longest)]
-    end, at, leaves = -1, 0, list[tuple[int, int]]()
+    lengths: list[tuple[int, ...]] = [(5, longest), (3, 11, 2, 1), (longest // 2 + 1,), (13, 4, depth), (1, 1), (1, 1)]
+    end, at, leaves, apart = -1, 0, list[tuple[int, int]](), list[int]()
     for i, (cut, branches) in enumerate(zip(cuts, lengths, strict=True)):
-        n = max(1, round(cut * spine)) - at
+        n = max(1, cut) - at
         end, at = tree.grow(end, _tokens(forward, rng, n)), at + n
         more = [min(extra, max(1, depth - at))] if i < 3 and extra > 0 else []
         extra -= sum(more)
@@ -312,7 +318,9 @@ def _sample(forward: Forward, depth: int, columns: int, seed: int) -> Sample:
             length = min(length, depth - at)
             leaf = tree.grow(end, _tokens(forward, rng, length))
             leaves.append((tree.depths[leaf], leaf))
-    return Sample(tree, end, (min(leaves)[1], end, max(leaves)[1]))
+            if whole and i in (1, 4, 5) and length != 3:  # unlike lengths side by side, and one token each
+                apart.append(leaf)
+    return Sample(tree, end, tuple(dict.fromkeys((min(leaves)[1], end, *apart, max(leaves)[1]))))
 
 
 def _tokens(forward: Forward, rng: np.random.Generator, n: int) -> list[int]:

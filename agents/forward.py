@@ -345,18 +345,21 @@ class Forward:
     ) -> Generator[tuple[list[int], Tensor], None, State]:
         """Read branches from copies of a state, and the next piece of the spine beside them if none is longer.
 
-        A shorter piece would be padded, which spoils the state of a recurrent layer. Returns the state after what was
-        read of the spine.
+        A shorter piece would be padded, which spoils the state of a recurrent layer. Branches may be padded, and those
+        of one token are: some models continue by one token on a way of their own, which is not exact (RWKV's state with
+        several rows, Zamba-2 and Nemotron-H a little). Returns the state after what was read of the spine.
         """
         found: set[int] = set()
+        context = context_of(self.model.config)
+        least = 1 if stepwise or (context is not None and state.tokens + 2 > context) else 2
         ordered = sorted(branches, key=len, reverse=True)
         most = max(1, self.batch_tokens // (state.tokens + max(len(ahead), len(ordered[0]))))
-        if state.cache is not None and len(ahead) >= len(ordered[0]) and len(ordered) < most:
+        if state.cache is not None and len(ahead) >= max(least, len(ordered[0])) and len(ordered) < most:
             ordered = [ahead, *ordered]
         after = [state]
 
         def run(some: Sequence[list[int]]) -> tuple[list[int], Tensor]:
-            nodes = np.full((len(some), max(map(len, some))), -1, dtype=np.int64)
+            nodes = np.full((len(some), max(least, *map(len, some))), -1, dtype=np.int64)
             picks, new = [], set[int]()
             for row, branch in enumerate(some):
                 nodes[row, : len(branch)] = branch
