@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,12 +84,20 @@ def certify(forward: Forward, depth: int, columns: int, live: bool, known: Certi
     Raises:
         AgentError: the model is not causal, or no road agrees; the message says by how much each is off.
     """
+    if known is None:
+        return _certify(forward, depth, columns, live, ROADS, {})
+    roads = ROADS[ROADS.index(known.road) :]  # what was wrong before is wrong now
+    depth, columns = max(depth, known.depth), max(columns, known.columns)
+    with suppress(AgentError):  # a little beyond, so that episodes that grow step by step do not ask each time
+        beyond = max(depth, known.depth * 3 // 2), max(columns, known.columns * 3 // 2)
+        return _certify(forward, *beyond, live, roads, known.tried)
+    return _certify(forward, depth, columns, live, roads, known.tried)
+
+
+def _certify(
+    forward: Forward, depth: int, columns: int, live: bool, roads: Sequence[Road], tried: Mapping[str, str]
+) -> Certificate:
     began = time.perf_counter()
-    if known is not None:  # a little beyond, so that episodes that grow step by step do not ask each time
-        depth, columns = max(depth, known.depth * 3 // 2), max(columns, known.columns * 3 // 2)
-    roads: Sequence[Road] = (
-        ROADS if known is None else ROADS[ROADS.index(known.road) :]
-    )  # what was wrong before is wrong now
     context = context_of(forward.model.config)
     depth = max(depth, TRUNK) if context is None else min(max(depth, TRUNK), context)
     columns = max(columns, COLUMNS, depth + 24)
@@ -97,7 +105,7 @@ def certify(forward: Forward, depth: int, columns: int, live: bool, known: Certi
         with torch.inference_mode():
             _check_causal(forward)
             ladder = _Ladder(forward, live)
-            ladder.tried.update({} if known is None else known.tried)
+            ladder.tried.update(tried)
             if not ladder.exact:
                 roads = _exact_roads(forward, live, depth, columns, roads, ladder)
             found = ladder.climb(depth, columns, roads)
@@ -140,6 +148,7 @@ class _Ladder:
         self.dtype = forward.model.dtype
         self.exact = self.dtype in (torch.float32, torch.float64)
         self.tried: dict[str, str] = {}
+        self.noise = 0.0  # of plain passes of several lengths, for models in float64 that have parts in float32
 
     def climb(self, depth: int, columns: int, roads: Sequence[Road]) -> Certificate:
         small = [
@@ -147,7 +156,7 @@ class _Ladder:
             _sample(self.forward, min(depth, 30), 70, 1),
         ]
         reach = [] if depth <= TRUNK and columns <= COLUMNS else [[_sample(self.forward, depth, columns, 2)]]
-        jobs = [(some, *_truth(self.forward, some)) for some in (small, *reach)]
+        jobs = [(some, *self._truth(some)) for some in (small, *reach)]
         for road in roads:
             if self.live and road == "tree" and self.forward.masks.one_layout:
                 self.tried[road] = "its ALiBi has no row for each episode"
@@ -174,6 +183,27 @@ class _Ladder:
         raise AgentError(
             f"{self.forward.name} is refused: no way of running it gives what plain forward passes give ({told})"
         )
+
+    def _truth(self, some: Sequence[Sample]) -> tuple[list[Want], Float[Tensor, "want vocabulary"]]:
+        """Return the truth of samples, in which all paths that share a node must agree about it.
+
+        Raises:
+            AgentError: it is not finite, or at this depth the model changes with tokens that come later.
+        """
+        wanted, truth, off, mean = _truth(self.forward, some)
+        if not torch.isfinite(truth).all():
+            raise self.forward.not_finite()
+        bound, mean_bound = self._bounds(some, wanted, truth, max(off, mean))
+        if off > 2 * max(bound, _BASE[torch.float32] * float(truth.std()), 1e-6) or mean > 2 * mean_bound:
+            depth = max(max(one.tree.depths) for one in some) + 1
+            raise AgentError(
+                f"{self.forward.name} is refused at {depth:,} tokens: its log-probabilities change by up to {off:.2g} "
+                "nats with the tokens that come later, as those of rotations that depend on the length of a text do; "
+                "ask for fewer steps"
+            )
+        if self.dtype == torch.float64:
+            self.noise = max(self.noise, off)
+        return wanted, truth
 
     def _off(
         self, road: Road, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"]
@@ -212,9 +242,9 @@ class _Ladder:
         bound, mean = _BASE.get(self.dtype, 0.15) * scale, _MEAN.get(self.dtype, np.inf) * scale
         if off <= bound and (self.exact or off <= mean):
             return bound, mean
-        floor, floor_mean = _floor(self.forward, some, wanted, truth)
+        floor, floor_mean = _floor(self.forward, some, wanted)
         times = 4 if self.exact else 3
-        return max(bound, times * floor), max(mean, 8 * floor_mean)
+        return max(bound, times * max(floor, self.noise)), max(mean, 8 * floor_mean)
 
     def _why(self, one: Sample) -> str:
         """Say what kind of error the tree makes: what it does when tokens off a path, or their order, change."""
@@ -257,19 +287,31 @@ def _check_causal(forward: Forward) -> None:
         )
 
 
-def _truth(forward: Forward, some: Sequence[Sample]) -> tuple[list[Want], Float[Tensor, "want vocabulary"]]:
-    """Return nodes on the compared paths of samples, and their log-probabilities by one plain forward pass a path."""
-    wanted: dict[Want, Tensor] = {}
+def _truth(
+    forward: Forward, some: Sequence[Sample]
+) -> tuple[list[Want], Float[Tensor, "want vocabulary"], float, float]:
+    """Return nodes on the compared paths of samples, and their log-probabilities by one plain forward pass a path.
+
+    Also by how much passes differ at nodes that paths share, at most and in the mean.
+    """
+    wanted, apart = dict[Want, Tensor](), [(0.0, 0.0)]
     for t, one in enumerate(some):
+        asked = set[int]()  # nodes
         for end in one.ends:
             path = one.tree.path(end)
             ask = sorted({*np.linspace(0, len(path) - 1, _COMPARED).astype(int).tolist(),
-                          *range(max(0, len(path) - 8), len(path))})  # fmt: skip
+                          *range(max(0, len(path) - 8), len(path)),
+                          *(i for i, node in enumerate(path) if node in asked)})  # fmt: skip
+            asked.update(path[i] for i in ask)
             tokens = torch.tensor([[one.tree.tokens[n] for n in path]], device=forward.device)
             found = _logs(forward.plain(tokens, ask)[0])
             for i, row in zip(ask, found, strict=True):
-                wanted.setdefault(Want(t, path[i]), row)
-    return list(wanted), torch.stack(list(wanted.values()))
+                known = wanted.setdefault(Want(t, path[i]), row)
+                if known is not row:
+                    off = (row - known).abs()
+                    apart.append((float(off.max()), float(off.mean())))
+    worst, means = zip(*apart, strict=True)
+    return list(wanted), torch.stack(list(wanted.values())), max(worst), float(np.mean(means))
 
 
 def _logs(logits: Float[Tensor, "*any vocabulary"]) -> Float[Tensor, "*any vocabulary"]:
@@ -277,11 +319,9 @@ def _logs(logits: Float[Tensor, "*any vocabulary"]) -> Float[Tensor, "*any vocab
     return logits.float().log_softmax(-1).clamp_min(_RULED_OUT)
 
 
-def _floor(
-    forward: Forward, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"]
-) -> tuple[float, float]:
+def _floor(forward: Forward, some: Sequence[Sample], wanted: Sequence[Want]) -> tuple[float, float]:
     """Return the largest and mean difference of the model from itself when rows are read side by side."""
-    place = {(w.tree, w.node): k for k, w in enumerate(wanted)}
+    place = {(w.tree, w.node) for w in wanted}
     worst, total, count = 0.0, 0.0, 0
     for t, one in enumerate(some):
         for end in one.ends:
@@ -289,8 +329,7 @@ def _floor(
             ask = [i for i, n in enumerate(path) if (t, n) in place]
             row = torch.tensor([one.tree.tokens[n] for n in path], device=forward.device)
             rows = torch.stack([row, row.flip(0), row.roll(1)])
-            found = _logs(forward.plain(rows, ask)[0])
-            apart = (found - truth[[place[t, path[i]] for i in ask]]).abs()
+            apart = (_logs(forward.plain(rows, ask)[0]) - _logs(forward.plain(row[None], ask)[0])).abs()
             worst, total, count = max(worst, float(apart.max())), total + float(apart.sum()), count + apart.numel()
     return worst, total / max(1, count)
 
@@ -312,8 +351,10 @@ def _sample(forward: Forward, depth: int, columns: int, seed: int, whole: bool =
     for i, (cut, branches) in enumerate(zip(cuts, lengths, strict=True)):
         n = max(1, cut) - at
         end, at = tree.grow(end, _tokens(forward, rng, n)), at + n
-        more = [min(extra, max(1, depth - at))] if i < 3 and extra > 0 else []
-        extra -= sum(more)
+        wide = extra // (3 - i) if i < 3 else 0  # of further branches, so that the tree gets as wide as asked
+        extra -= wide
+        most = max(1, depth - at)
+        more = [min(most, wide - k) for k in range(0, wide, most)]
         for length in (*branches, *more):
             length = min(length, depth - at)
             leaf = tree.grow(end, _tokens(forward, rng, length))

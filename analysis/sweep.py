@@ -124,7 +124,9 @@ def run_pairs(
         first: position from which activations are kept.
         in_tree: whether copies run in one tree; by default where that is proved for this model.
     """
-    if fast(model, site, base.shape[1]) if in_tree is None else in_tree:
+    length = base.shape[1]
+    beside = max(ROW_TOKENS, 3 * (length - first))  # a copy and the controls always go
+    if fast(model, site, length, 2 * length + beside) if in_tree is None else in_tree:
         return _run_trunks(model, base, source, site, first)
     rows = [torch.from_numpy(x).to(model.device) for x in (base, source)]
     taken = {layer: x[:, first:] for layer, x in site_values(model, source, site).items()}
@@ -193,13 +195,19 @@ def site_values(model: LanguageModel, tokens: Int[np.ndarray, "pair position"], 
 _PROVED: WeakKeyDictionary[LanguageModel, dict[Site, bool]] = WeakKeyDictionary()
 
 
-def fast(model: LanguageModel, site: Site, length: int) -> bool:
+def fast(model: LanguageModel, site: Site, length: int, columns: int) -> bool:
     """Return whether copies of prompts of some length may run in one tree, entering late: proved once a model and site.
+
+    Args:
+        model: any.
+        site: what is patched.
+        length: tokens of a prompt.
+        columns: those of the tree, copies included.
 
     Raises:
         AgentError: no road gives what plain forward passes of the model give.
     """
-    if model.forward.require(length, 2 * length) != "tree":
+    if model.forward.require(length, columns) != "tree":
         return False
     known = _PROVED.setdefault(model, {})
     if site not in known:

@@ -99,7 +99,7 @@ def fits(who: LanguageModel, prompt: Prompt) -> bool:
 
 
 def check(who: LanguageModel, own: float, setting: Setting, grid: Grid, episodes: int, most: int) -> tuple[int, int]:
-    """Compare the deepest question of a cell and others with plain passes; return the longest and the number left out."""
+    """Hold the deepest question of a cell and others to plain passes; return the longest, and how many are left out."""
     asked = episodes_of(setting.game, setting.seeds[:episodes], setting.steps, setting.ask)
     prompts = [p for e in asked for p in prompts_of(e, grid)]
     found = replay(who, asked, grid)
