@@ -98,12 +98,16 @@ def exponent(value: float) -> str:
 
 
 def certificates(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what was proved of how each model of a run was run, a row each, from `run.json`."""
-    return [
-        {"model": agent["name"], "dtype": None, **found}
-        for agent in info["agents"]
-        for found in agent.get("certificates", [])
-    ]
+    """Return what was proved of how each model of a run was run, a row each, from `run.json`.
+
+    `dtype` is that of a copy in another precision, and None for the model itself; `half` tells half precision.
+    """
+    out = []
+    for agent in info["agents"]:
+        rows = [{"model": agent["name"], "dtype": None, **found} for found in agent.get("certificates", [])]
+        for row in sorted(rows, key=lambda r: r["dtype"] is not None):
+            out.append(row | {"half": (row["dtype"] or agent["dtype"]) in ("bfloat16", "float16")})
+    return out
 
 
 def left_out(info: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -209,6 +209,7 @@ def test_how_each_model_was_run_and_what_was_left_out(run_path: Path, tmp_path: 
     for road in ("tree", "fork", "step", "rows"):
         assert f" {road} (" in table
     assert EVIL not in text
+    assert "half precision" not in table
     assert text.count(reason) == 1
     assert "DFA-states=3, DFA-states=4, DFA-states=5 and 2 more" in words
     for agent in info["agents"]:

@@ -122,6 +122,7 @@ def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
     agent.forward.certificates.clear()  # as after loading it again
     responding.run(config, tmp_path, model=agent)
     assert load(tmp_path).info["agents"] == [told]
+    assert "In half precision rounding hides small errors" in (tmp_path / "report.html").read_text()
     mirrored = response_report.mirrored(load(tmp_path))
     assert [mirrored[f"certificate/circuit-Cycle-0/{how}/road"] for how in ("replay", "bfloat16/replay")] == [
         "tree",
