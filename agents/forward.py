@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
@@ -284,13 +284,7 @@ class Forward:
         """Read rows of one length and return what the model carries on, for each of `rows` a copy."""
         given: dict[str, Any] = {"use_cache": True}
         with read_out(self.model, lambda x: x[:, :1]):
-            found = getattr(self.model(input_ids=tokens, **given), self._cache or "", None)
-        if isinstance(found, list | tuple):
-            return [x[rows.to(x.device)] for x in found]
-        if found is None or not hasattr(found, "reorder_cache"):
-            raise TypeError(f"{type(self.model).__name__} hands on no state that can be copied into rows")
-        found.reorder_cache(rows)
-        return found
+            return _rows_of(getattr(self.model(input_ids=tokens, **given), self._cache or "", None), rows)
 
     def resumed(
         self,
@@ -324,29 +318,42 @@ class Forward:
             path = tree.path(leaf)
             shared = next(i for i, node in enumerate(path) if node not in place)
             leaving.setdefault(shared, []).append(path[shared:])
-        read = [place[node] + 1 for node in mine if node in place]
-        for stop in sorted({*leaving, *read}):
+        last = max((place[node] + 1 for node in mine if node in place), default=0)
+        stops = sorted({*leaving, last} if last else leaving)
+        for k, stop in enumerate(stops):
             if stop > state.tokens:
                 own = np.array([spine[state.tokens : stop]])
                 picks = [(0, i, mine[node]) for i, node in enumerate(own[0].tolist()) if node in mine]
                 which, logits, cache = self._go_on(t, tree, own, state, picks, stepwise)
                 state = State(cache, stop)
-                if memory is not None:
-                    memory.states[t] = state
                 yield which, logits
             if stop in leaving:
-                yield from self._branches(t, tree, leaving[stop], state, mine, stepwise)
+                ahead = spine[stop : stops[k + 1]] if k + 1 < len(stops) else []
+                state = yield from self._branches(t, tree, leaving[stop], ahead, state, mine, stepwise)
+            if memory is not None:
+                memory.states[t] = state
 
     def _branches(
         self,
         t: int,
         tree: Tree,
         branches: Sequence[list[int]],
+        ahead: list[int],
         state: State,
         mine: Mapping[int, list[int]],
         stepwise: bool,
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    ) -> Generator[tuple[list[int], Tensor], None, State]:
+        """Read branches from copies of a state, and the next piece of the spine beside them if none is longer.
+
+        A shorter piece would be padded, which spoils the state of a recurrent layer. Returns the state after what was
+        read of the spine.
+        """
         found: set[int] = set()
+        ordered = sorted(branches, key=len, reverse=True)
+        most = max(1, self.batch_tokens // (state.tokens + max(len(ahead), len(ordered[0]))))
+        if state.cache is not None and len(ahead) >= len(ordered[0]) and len(ordered) < most:
+            ordered = [ahead, *ordered]
+        after = [state]
 
         def run(some: Sequence[list[int]]) -> tuple[list[int], Tensor]:
             nodes = np.full((len(some), max(map(len, some))), -1, dtype=np.int64)
@@ -356,14 +363,15 @@ class Forward:
                 picks += [(row, i, mine[n]) for i, n in enumerate(branch) if n in mine and n not in found | new]
                 new.update(branch)
             forked = State(_forked(state.cache, len(some)), state.tokens)
-            which, logits, _ = self._go_on(t, tree, nodes, forked, picks, stepwise)
+            which, logits, cache = self._go_on(t, tree, nodes, forked, picks, stepwise)
             found.update(new)
+            if some[0] is ahead:
+                after[0] = State(_rows_of(cache, torch.tensor([0])), state.tokens + len(ahead))
             return which, logits
 
-        ordered = sorted(branches, key=len, reverse=True)
-        most = max(1, self.batch_tokens // (state.tokens + len(ordered[0])))
         for k in range(0, len(ordered), most):
             yield from _halving(run, ordered[k : k + most])
+        return after[0]
 
     def _go_on(
         self,
@@ -476,17 +484,18 @@ class Forward:
 
 
 def _forked(cache: Any, rows: int) -> Any:
-    """Return a copy of a state, so many times side by side."""
-    if cache is None:
-        return None
-    found = copy.deepcopy(cache)
-    if rows > 1 and hasattr(found, "reorder_cache"):
-        found.reorder_cache(torch.zeros(rows, dtype=torch.long))
-    elif rows > 1 and isinstance(found, list | tuple):
-        found = [x.repeat_interleave(rows, 0) for x in found]
-    elif rows > 1:
-        raise TypeError(f"a state of type {type(found).__name__} cannot be copied into rows")
-    return found
+    """Return a copy of a state of one row, so many times side by side."""
+    return None if cache is None else _rows_of(copy.deepcopy(cache), torch.zeros(rows, dtype=torch.long))
+
+
+def _rows_of(cache: Any, rows: Int[Tensor, " row"]) -> Any:
+    """Return some rows of a state, which is given away."""
+    if isinstance(cache, list | tuple):
+        return [x[rows.to(x.device)] for x in cache]
+    if cache is None or not hasattr(cache, "reorder_cache"):
+        raise TypeError(f"a state of type {type(cache).__name__} cannot be copied into rows")
+    cache.reorder_cache(rows)
+    return cache
 
 
 def _leaves(tree: Tree, nodes: Sequence[int]) -> list[int]:

@@ -113,7 +113,8 @@ class LanguageModel(Agent):
             edits: site, layer (from 0), and a function that gets the activation there in each forward pass, a
                 `Float[Tensor, "row token head dim"]`, and returns what goes on instead, or None to only look. Copy
                 before you write. `reading` says what rows and tokens are. An edit at a token reaches all that comes
-                after it, also later questions of the episode.
+                after it, also later questions of the episode. Where a model cannot read a tree in one pass, a token of
+                the transcript is run in several rows or passes: treat it alike wherever it comes.
             done: called after each forward pass that went well (one that runs out of memory is done again in parts).
 
         Raises:

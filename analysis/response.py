@@ -136,7 +136,8 @@ def exact(
     """Return the response in the limit of no strength: the norm of the Jacobian-vector product.
 
     Arguments, result and errors are those of `responses`, with the one strength 0. Attention by sdpa goes through its
-    plain kernel, the one that has a forward derivative; eager attention is differentiated as it is.
+    plain kernel, the one that has a forward derivative; eager attention is differentiated as it is. A model that torch
+    cannot differentiate forward (grouped experts, functions of its own without a `jvp`) gets a `ResponseError`.
     """
     return _measure(model, tokens, positions, LIMIT, directions, along, layer, max_bytes)
 

@@ -177,6 +177,11 @@ def run_rows(
             worst = max(worst, _one_pass(model, base, part, strengths, push, layer, value, dots, k == 0))
             k += len(part)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if strengths == LIMIT and isinstance(error, NotImplementedError):
+                first = str(error).splitlines()[0]
+                raise ResponseError(
+                    f"{model.name} cannot be differentiated: {first} Measure responses at finite strengths instead"
+                ) from error
             if not out_of_memory(error):
                 raise
             if len(part) == 1:

@@ -45,7 +45,8 @@ which none is exact is refused, with a reason. Where live sessions take another 
 This table is the check of that check. For each architecture a tiny random model (2 to 4 layers, at least one of each
 kind that it mixes; windows, chunks and convolutions of {window} tokens or so) plays
 {jobs},
-up to {depth} tokens and so far beyond every window, once by replay and once live. The truth is one forward pass over
+up to {depth} tokens and so far beyond every window, once by replay and once live ("two tokens" is DFA with names of two
+tokens). The truth is one forward pass over
 one row for each choice: no tree, no mask, no cache, no batch. A number is the largest difference of a choice's
 log-probability in nats, by replay / live. *Exact* means that no difference is above 1e-4 of the standard deviation of
 log-probabilities over the vocabulary, or above 4 times what batching alone changes in that model, and that no greedy
@@ -144,7 +145,8 @@ def page(lines: Sequence[Line]) -> str:
     for line in lines:
         errors = [" / ".join(f"{e:.0e}" for e in line.errors[j.name].values()) if line.errors else "" for j in JOBS]
         layers = f"{len(line.heads)} of {line.layers}" if line.layers else ""
-        verdict = line.verdict + (f": {line.reason}" if line.reason else "").replace("|", "\\|")
+        told = line.reason.removeprefix(f"{line.name} is refused: ").replace("|", "\\|")
+        verdict = f"{line.verdict}: {told}" if told else line.verdict
         road = " / ".join(dict.fromkeys(line.roads))
         out.append(f"| {line.name} | {road} | {' | '.join(errors)} | {layers} | {verdict} |\n")
     return "".join(out)
@@ -153,9 +155,10 @@ def page(lines: Sequence[Line]) -> str:
 def write(lines: Sequence[Line], out: str | None, docs: str | None) -> None:
     """Write the record and the page, where a file is given."""
     if out:
-        record = {"summary": summary(lines), "architectures": [asdict(line) for line in lines]}
         machine = {"hardware": hardware(), "versions": versions(["torch", "transformers"])}
-        Path(out).write_text(json.dumps({**record, **machine}, indent=1) + "\n")
+        rows = ",\n".join(json.dumps(asdict(line)) for line in lines)
+        head = json.dumps({"summary": summary(lines), **machine})
+        Path(out).write_text(f'{head[:-1]}, "architectures": [\n{rows}\n]}}\n')
     if docs:
         Path(docs).parent.mkdir(parents=True, exist_ok=True)
         Path(docs).write_text(page(lines))

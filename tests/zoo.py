@@ -57,6 +57,10 @@ def _alternating(local: str, other: str = "full_attention", **more: Any) -> Sett
     return {"layer_types": [local, other] * 2, **more}
 
 
+def _one_each(local: str, **more: Any) -> Settings:
+    return {"layer_types": [local, "full_attention"], "num_hidden_layers": 2, **more}
+
+
 _SLIDING = _alternating("sliding_attention")
 _ROTARY: Settings = {"rope_type": "default", "rope_theta": 10000.0}
 _LATENT: Settings = {  # keys and values behind a bottleneck, as DeepSeek has them
@@ -77,7 +81,7 @@ _DELTA: Settings = {  # linear attention by the delta rule
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
 }
-_DELTA_MIX = _alternating("linear_attention", **_DELTA)
+_DELTA_MIX = _one_each("linear_attention", **_DELTA)
 _MAMBA: Settings = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -150,7 +154,7 @@ TABLE: dict[str, Settings] = {
     "jais2": {},
     "minicpm3": _LATENT,
     "youtu": _LATENT,
-    "hrm_text": {},
+    "hrm_text": _TWO_LAYERS,
     "smollm3": {},
     # ... positions by distance
     "bloom": _TWO_LAYERS,
@@ -276,19 +280,20 @@ TABLE: dict[str, Settings] = {
     # Attention mixed with convolutions and recurrences
     "inkling_text": _INKLING,
     "inkling2_text": _INKLING,
-    "lfm2": _alternating("conv", block_multiple_of=16, conv_L_cache=3),
-    "lfm2_moe": _alternating("conv", num_dense_layers=1),
+    "lfm2": _one_each("conv", block_multiple_of=16, conv_L_cache=3),
+    "lfm2_moe": _one_each("conv", num_dense_layers=1),
     "lfm3": {},
     "zaya+window": {**_alternating("hybrid_sliding", "hybrid"), "num_experts_per_tok": 1, "router_hidden_size": 16},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
-    "qwen3_next": _DELTA,
+    "qwen3_next": _DELTA_MIX,
     "qwen3_5_text": _DELTA_MIX,
     "qwen3_5_moe_text": _DELTA_MIX,
     "olmo_hybrid": _DELTA_MIX,
-    "kimi_linear": {**_LATENT, **_alternating("linear_attention", linear_head_dim=16, linear_num_heads=4)},
-    "bailing_hybrid": {**_LATENT, **_alternating("linear_attention", linear_head_dim=16, linear_num_heads=4)},
-    "minimax": _alternating("linear_attention", block_size=2 * WINDOW),
+    "kimi_linear": {**_LATENT, **_one_each("linear_attention", linear_head_dim=16, linear_num_heads=4)},
+    "bailing_hybrid": {**_LATENT, **_one_each("linear_attention", linear_head_dim=16, linear_num_heads=4)},
+    "minimax": _one_each("linear_attention", block_size=2 * WINDOW),
     "jamba": {
+        "num_hidden_layers": 2,
         "mamba_d_state": 8,
         "mamba_dt_rank": 8,
         "attn_layer_period": 2,
@@ -296,15 +301,17 @@ TABLE: dict[str, Settings] = {
         "expert_layer_period": 2,
         "use_mamba_kernels": False,
     },
-    "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
+    "bamba": {**_MAMBA, "attn_layer_indices": [1], "num_hidden_layers": 2},
     "granitemoehybrid": {
         **_MAMBA,
-        "layer_types": ["mamba", "attention"] * 2,
+        "layer_types": ["mamba", "attention"],
+        "num_hidden_layers": 2,
         "shared_intermediate_size": 32,
     },
-    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
+    "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128, **_TWO_LAYERS},
     "nemotron_h": {
-        "layers_block_type": ["mamba", "attention", "mamba", "mlp"],
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "num_hidden_layers": 3,
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
         "n_groups": 1,
@@ -315,14 +322,16 @@ TABLE: dict[str, Settings] = {
         "mamba_d_state": 8,
         "mamba_dt_rank": 8,
         "n_mamba_heads": 2,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "num_hidden_layers": 2,
         "attention_head_dim": 32,
         "attention_hidden_size": 128,
         "num_key_value_heads": 4,
         "use_mamba_kernels": False,
     },
     "zamba2": {
-        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "layers_block_type": ["mamba", "hybrid"],
+        "num_hidden_layers": 2,
         "mamba_d_state": 16,
         "n_mamba_heads": 8,
         "mamba_headdim": 16,
@@ -338,6 +347,7 @@ TABLE: dict[str, Settings] = {
     },
     "recurrent_gemma": {
         "block_types": ("recurrent", "attention"),
+        "num_hidden_layers": 2,
         "lru_width": 64,
         "attention_window_size": WINDOW,
         "num_key_value_heads": 1,

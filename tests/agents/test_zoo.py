@@ -14,7 +14,7 @@ from nextstate.agents.language import BUILT_IN, LanguageModel
 from tests.exactness import BOX, JOBS, ROADS, TWO_TOKENS, Job, measure, noise, tolerance, truths
 from tests.zoo import BOTH_WAYS, FAST, NAMES, ODD, build, build_odd
 
-HALF = ("llama", "gemma3_text", "gpt_neo", "qwen3_moe", "mamba2")
+HALF = ("llama", "gemma3_text", "gpt_neo", "cohere2", "mamba2")
 SHORT_BOX = Job("short Box", "Box", {"boxes": 10}, 40, episodes=1)
 
 
