@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Self
@@ -18,7 +18,7 @@ from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, contex
 from nextstate.agents.loading import BUILT_IN as BUILT_IN
 from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load, weights_hash
 from nextstate.agents.loading import default_device as default_device
-from nextstate.agents.sites import Edit, Site, Sites
+from nextstate.agents.sites import Edit, Names, Site, Sites
 from nextstate.agents.text import Encoder, TokenizerError
 from nextstate.envs.contrast import pieces
 from nextstate.envs.game import Episode
@@ -37,6 +37,7 @@ class LanguageModel(Agent):
         revision: branch, tag or commit on the hub.
         allow_incomplete: load a checkpoint that lacks tensors or has some too many; what it lacks is random.
         bos: begin transcripts with the beginning-of-sequence token, or not; by default as the tokenizer does.
+        modules: names of its modules, as `nextstate.agents.sites.Names` has them; by default found by structure.
         batch_size: most episodes in one forward pass.
         batch_tokens: most tokens in one forward pass, padding included (one episode always goes). Batches halve
             themselves when memory runs out.
@@ -45,6 +46,7 @@ class LanguageModel(Agent):
     Raises:
         AgentError: there is no such model, or it is not one that can be used; weights are read from safetensors only,
             and code that comes with a model is never run.
+        SiteError: `modules` names what the model does not have, or what does not do what its name says.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class LanguageModel(Agent):
         revision: str | None = None,
         allow_incomplete: bool = False,
         bos: bool | None = None,
+        modules: Mapping[str, Any] | None = None,
         batch_size: int = 64,
         batch_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
@@ -74,6 +77,7 @@ class LanguageModel(Agent):
         self.commit = found.commit
         self.incomplete = found.incomplete
         self.quantization = quantization
+        self._names = None if modules is None else Names(**modules)
         self.encoder = _encoder(name, self.tokenizer, bos)
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
@@ -82,6 +86,8 @@ class LanguageModel(Agent):
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # any will do: nobody looks at it
         self.forward = Forward(self.model, name, self.pad, self.batch_tokens)
         self._done: list[Callable[[Reading], None]] = []
+        if self._names is not None:
+            self.sites.check("resid_pre")  # names that are wrong are said now, not when heads are first read
 
     @cached_property
     def traced(self) -> Any:
@@ -92,8 +98,12 @@ class LanguageModel(Agent):
 
     @cached_property
     def sites(self) -> Sites:
-        """Where activations are read and written; set it to name the modules of an unknown architecture."""
-        return Sites.of(self.model)
+        """Where activations are read and written: found by structure, or by `modules`."""
+        return Sites.of(self.model, self._names)
+
+    @cached_property
+    def _hash(self) -> str | None:
+        return weights_hash(self.name)  # reads all files, and a run asks for it after each cell
 
     @contextmanager
     def hooks(self, *edits: tuple[Site, int, Edit], done: Callable[[Reading], None] | None = None) -> Iterator[Self]:
@@ -150,7 +160,7 @@ class LanguageModel(Agent):
             "certificates": [c.describe() for c in self.forward.certificates.values()],
             "bos": bool(self.encoder.bos),
             "revision": self.commit,
-            "hash": weights_hash(self.name),
+            "hash": self._hash,
             "incomplete": self.incomplete,
             "ignored_weights": self.fit.describe(),
         }

@@ -14,7 +14,8 @@ import polars as pl
 from nextstate.analysis import heads_figures as figures
 from nextstate.analysis.heads import LEAST, Routing, carriers, head_table
 from nextstate.analysis.heads_tables import HeadsRun, load
-from nextstate.analysis.page import Drawn, environment, furniture, replace
+from nextstate.analysis.log import proved
+from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
 from nextstate.analysis.recovery import rank_agreement
 
 FEW = 20  # pairs, under which intervals are too narrow to lean on
@@ -52,6 +53,8 @@ def render(run: HeadsRun) -> str:
     return templates.get_template("heads.html.jinja").render(
         run=run,
         info=run.info,
+        certificates=certificates(run.info),
+        left_out=left_out(run.info),
         agent=run.info["agents"][0],
         headline=headline(run, routes.get(("head", "denoise"))),
         counts=[{"design": d, "kind": k} | c for (d, k), c in run.counts.items()],
@@ -245,8 +248,8 @@ def _attention(run: HeadsRun) -> list[dict[str, Any]]:
 
 
 def mirrored(run: HeadsRun) -> dict[str, Any]:
-    """Return what W&B is given at the end: summary numbers and the figures."""
-    out: dict[str, Any] = {}
+    """Return what W&B is given at the end: how the model was run, summary numbers and the figures."""
+    out: dict[str, Any] = {**proved(run.info)}
     for (design, kind), counts in run.counts.items():
         out |= {f"summary/{design}/{kind}/{k}": counts[k] for k in ("drawn", "sound", "kept", "failed")}
         for direction in figures.DIRECTIONS:

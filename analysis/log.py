@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import polars as pl
 
-from nextstate.analysis import figures, plays, tables
+from nextstate.analysis import figures, page, plays, tables
 from nextstate.analysis.tables import Run
 
 Mode = Literal["offline", "online", "disabled"]
@@ -91,6 +91,7 @@ class Log:
             return
         try:
             loaded = run if isinstance(run, Run) else tables.load(run)
+            self._send(proved(loaded.info))
             answers, played = tables.narrow(loaded.rows), plays.load(loaded)
             drawn = plays.every(loaded, played)
             if len(answers):
@@ -145,6 +146,19 @@ def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> 
     }
     named = head(setting, agent)
     return {f"{named}/{key}": None if value is None else float(value) for key, value in means.items()}  # type: ignore[arg-type]
+
+
+def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
+    """Return what `run.json` says of how each model was run, under names like `certificate/nextstate-tiny/replay/road`.
+
+    A copy in another precision has that in its name; of several certificates of one name the last is told.
+    """
+    out: dict[str, float | int | str] = {}
+    for found in page.certificates(info):
+        where = [_slug(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
+        named = "/".join(["certificate", *filter(None, where)])
+        out |= {f"{named}/{key}": found[key] for key in ("road", "error", "tolerance", "depth", "columns", "seconds")}
+    return out
 
 
 def head(setting: Mapping[str, Any], agent: str) -> str:

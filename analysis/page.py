@@ -24,7 +24,7 @@ def environment(**filters: Callable[..., Any]) -> jinja2.Environment:
         loader=jinja2.PackageLoader("nextstate.analysis", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    out.filters |= {"percent": percent, "embed": embed, "number": lambda n: f"{n:,}", **filters}
+    out.filters |= {"percent": percent, "embed": embed, "number": lambda n: f"{n:,}", "exponent": exponent, **filters}
     return out
 
 
@@ -90,3 +90,29 @@ class Drawn:
 def percent(value: float | None) -> str:
     """Return a share as a reader wants it: "87.3 %", "100 %"; a dash where there is none."""
     return "–" if value is None else f"{100 * value:.1f}".removesuffix(".0") + "\u202f%"
+
+
+def exponent(value: float) -> str:
+    """Return a number with two digits, in scientific notation: "2.6e-04", and 0 as "0"."""
+    return f"{value:.1e}" if value else "0"
+
+
+def certificates(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what was proved of how each model of a run was run, a row each, from `run.json`.
+
+    `dtype` is that of a copy in another precision, and None for the model itself; `half` tells half precision.
+    """
+    out = []
+    for agent in info["agents"]:
+        rows = [{"model": agent["name"], "dtype": None, **found} for found in agent.get("certificates", [])]
+        for row in sorted(rows, key=lambda r: r["dtype"] is not None):
+            out.append(row | {"half": (row["dtype"] or agent["dtype"]) in ("bfloat16", "float16")})
+    return out
+
+
+def left_out(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a run left out: a row for each agent and reason, with all `settings` that it goes for."""
+    out: dict[tuple[str, str], list[str]] = {}
+    for x in info["left_out"]:
+        out.setdefault((x["agent"], x["reason"]), []).append(x["setting"])
+    return [{"agent": agent, "reason": reason, "settings": some} for (agent, reason), some in out.items()]

@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from nextstate.analysis import figures, plays, states, tables
-from nextstate.analysis.page import Drawn, environment, furniture, replace
+from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
 from nextstate.analysis.tables import Run, RunError
 
 ANSWERS = 6000  # agent's answers that the episode viewer holds at most
@@ -49,6 +49,8 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
     return templates.get_template("report.html.jinja").render(
         run=run,
         info=run.info,
+        certificates=certificates(run.info),
+        left_out=left_out(run.info),
         headline=headline(run, by_game, by_size),
         games=[
             _game(run, name, cells, curves, drawn) for name in dict.fromkeys(s["game"] for s in run.info["settings"])

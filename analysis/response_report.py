@@ -10,7 +10,8 @@ import polars as pl
 
 from nextstate.analysis import response_figures as figures
 from nextstate.analysis.figures import SCALE
-from nextstate.analysis.page import Drawn, environment, furniture, replace
+from nextstate.analysis.log import proved
+from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
 from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, agreement, load
 from nextstate.analysis.response_window import KINDS, Window
 
@@ -46,6 +47,8 @@ def render(run: ResponseRun) -> str:
     return templates.get_template("response.html.jinja").render(
         run=run,
         info=run.info,
+        certificates=certificates(run.info),
+        left_out=left_out(run.info),
         agent=run.info["agents"][0],
         headline=headline(run),
         heads=[] if shown is None else shown.rows(named=True),
@@ -221,8 +224,8 @@ def _patched(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
 
 
 def mirrored(run: ResponseRun) -> dict[str, Any]:
-    """Return what W&B is given at the end: summary numbers and the figures."""
-    told, out = headline(run), dict[str, Any]()
+    """Return what W&B is given at the end: how the model was run, summary numbers and the figures."""
+    told, out = headline(run), dict[str, Any](proved(run.info))
     for x in told["windows"]:
         out |= {f"summary/window/{x['dtype']}/{k}": x[k] for k in ("low", "high", "layers") if x[k] is not None}
     for kind in KINDS:

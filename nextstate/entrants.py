@@ -24,6 +24,21 @@ if TYPE_CHECKING:
 REFERENCES = ("ideal", "chance")
 
 
+class ModulesConfig(Strict):
+    """Names of a model's modules, for one in which they are not found by structure.
+
+    The keys are those of `nextstate.agents.sites.Names`.
+    """
+
+    blocks: str = Field(description="path of the list of decoder blocks in the model")
+    attention: str = Field(description="path of the attention module in a block")
+    projection: str = Field(description="path of the output projection in the attention module")
+    mlp: str = Field(description="path of the MLP in a block")
+    attn_out: str = ""
+    mlp_out: str = ""
+    adds: bool = True
+
+
 class AgentConfig(Strict):
     """A language model and how to load it; a bare name in `agents` means all defaults.
 
@@ -39,6 +54,7 @@ class AgentConfig(Strict):
     revision: str | None = None
     allow_incomplete: bool = False
     bos: bool | None = Field(default=None, description="begin with BOS, or not; by default as the tokenizer does")
+    modules: ModulesConfig | None = Field(default=None, description="by default they are found by structure")
     batch_size: int = Field(default=64, ge=1)
     batch_tokens: int | None = Field(default=None, ge=1)
 
@@ -123,12 +139,16 @@ def load_model(entry: str | AgentConfig) -> LanguageModel:
     """Load the model that a config names.
 
     Raises:
-        AgentError: it cannot be loaded.
+        AgentError: it cannot be loaded, or its modules are not what the config says.
     """
     from nextstate.agents.language import LanguageModel  # torch and transformers take seconds to import
+    from nextstate.agents.sites import SiteError
 
     given = AgentConfig(name=entry) if isinstance(entry, str) else entry
-    return LanguageModel(**given.model_dump())
+    try:
+        return LanguageModel(**given.model_dump())
+    except SiteError as error:
+        raise AgentError(f"{given.name}: {error}") from error
 
 
 def _intervention(how: InterveneConfig) -> Intervention:

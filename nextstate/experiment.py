@@ -25,6 +25,7 @@ from nextstate.folder import (
     RunConfig,
     begin,
     now,
+    remembered,
     slugify,
     write_json,
     write_parquet,
@@ -201,14 +202,23 @@ class _Turn:
 
     def _do(self, task: Task) -> tuple[pl.DataFrame | None, str]:
         if self.agent is None:
-            agent = self.entrant.load()
-            if isinstance(agent, Agent):
-                others = [a for a in self.record["agents"] if a["name"] != self.entrant.name]
-                self.note(agents=[*others, agent.describe()])
-                self._remark("\n".join(agent.warnings()))
-            self.agent = agent
+            self.agent = self.entrant.load()
+            self._describe()
+            if isinstance(self.agent, Agent):
+                self._remark("\n".join(self.agent.warnings()))
         self._remark(task.remark(self.agent))
-        return task.do(self.agent)
+        try:
+            return task.do(self.agent)
+        finally:
+            self._describe()  # what was proved of a model is known once it has answered
+
+    def _describe(self) -> None:
+        if isinstance(self.agent, Agent):
+            agents = self.record["agents"]
+            found = remembered(agents, self.agent.describe())
+            if found not in agents:
+                by_name = {a["name"]: a for a in agents} | {found["name"]: found}
+                self.note(agents=list(by_name.values()))
 
     def _remark(self, text: str) -> None:
         for line in text.splitlines():

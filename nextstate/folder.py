@@ -141,6 +141,25 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def remembered(agents: list[dict[str, Any]], now: dict[str, Any]) -> dict[str, Any]:
+    """Return what an agent says of itself now, with what was proved of it before in the same run.
+
+    Args:
+        agents: those of `run.json`.
+        now: of the agent, as `Agent.describe` returns it. A certificate of it takes the place of earlier ones of the
+            same road that hold for no larger trees.
+    """
+    earlier = next((a for a in agents if a["name"] == now["name"]), {}).get("certificates", [])
+    new = now.get("certificates", [])
+    kept = [c for c in earlier if not any(_covers(other, c) for other in new)]
+    return now | {"certificates": [*kept, *new]} if kept else now
+
+
+def _covers(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    alike = all(one.get(key) == other.get(key) for key in ("road", "live", "attention", "dtype"))
+    return alike and all(one[key] >= other[key] for key in ("depth", "columns"))
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write a file beside its place and rename it, so that there is never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)

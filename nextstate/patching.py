@@ -17,7 +17,17 @@ from nextstate.entrants import AgentConfig, load_model
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Game, GameError
 from nextstate.envs.games import make_game
-from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, of_one_model, write_json, write_parquet
+from nextstate.folder import (
+    ExperimentError,
+    Progress,
+    RunConfig,
+    begin,
+    now,
+    of_one_model,
+    remembered,
+    write_json,
+    write_parquet,
+)
 
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # of the published state pairs
 PAPER_DISTANCES = (1, 5, 10, 20, 40)  # and noop pairs
@@ -161,7 +171,12 @@ def _run(
     progress.on("loading the model")
     if model is None:
         model = load_model(config.model)
-    note(agents=[model.describe() | {"layers": model.sites.layers, "heads": model.sites.heads}])
+
+    def describe() -> None:
+        size = {"layers": model.sites.layers, "heads": model.sites.heads}
+        note(agents=[remembered(record["agents"], model.describe() | size)])
+
+    describe()
     mirror = log.Log(config.wandb)
     mirror.start(out, config.name, config.model_dump())
 
@@ -202,6 +217,7 @@ def _run(
                 continue
             frame = sweep_rows(job, sweep, found, failed[which])
             write_parquet(path, frame)
+            describe()  # with what was proved of longer prompts
         else:
             frame = pl.read_parquet(path)
         top = frame.sort("recovery", descending=True).row(0, named=True)

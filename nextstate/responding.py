@@ -17,7 +17,17 @@ from nextstate.agents.config import Strict
 from nextstate.entrants import AgentConfig, load_model
 from nextstate.envs.contrast import Pair
 from nextstate.envs.games import make_game
-from nextstate.folder import ExperimentError, Progress, RunConfig, begin, now, of_one_model, write_json, write_parquet
+from nextstate.folder import (
+    ExperimentError,
+    Progress,
+    RunConfig,
+    begin,
+    now,
+    of_one_model,
+    remembered,
+    write_json,
+    write_parquet,
+)
 
 SHOWN = 24  # heads of a patching run that are looked at again
 
@@ -138,14 +148,12 @@ class _Run:
         self.began, self.before = time.monotonic(), float(record["seconds"])
         progress.on("loading the model")
         self.model: Any = load_model(config.model) if model is None else model
-        sites = self.model.sites
-        size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
         if patched is not None and patched.info["agents"][0]["name"] != self.model.name:
             raise ExperimentError(
                 f"patching={config.patching} is a run of {patched.info['agents'][0]['name']}, expected one of "
                 f"{self.model.name}"
             )
-        self.note(agents=[self.model.describe() | size])
+        self.describe()
         for warning in self.model.warnings():
             self.remark(warning)
         self.log = log.Log(config.wandb)
@@ -154,6 +162,13 @@ class _Run:
     def note(self, **changes: Any) -> None:
         self.record.update(changes, seconds=round(self.before + time.monotonic() - self.began, 1))
         write_json(self.out / "run.json", self.record)
+
+    def describe(self, *more: dict[str, Any]) -> None:
+        """Write down what is known of the model, and more that was proved of copies of it."""
+        sites, found = self.model.sites, self.model.describe()
+        size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
+        found |= size | {"certificates": [*found["certificates"], *more]}
+        self.note(agents=[remembered(self.record["agents"], found)])
 
     def path(self, name: str) -> Path:
         return self.out / "response" / f"{name}.parquet"
@@ -189,6 +204,7 @@ class _Run:
             )
         self.exact(given, main)
         self.signature(given, main)
+        self.describe()
         random = main["random"]
         deep = random.middle is not None and random.layers[-1] in random.holds(random.middle)
         if deep:
@@ -197,6 +213,7 @@ class _Run:
             flat = self.bridge(name, chosen)
             if name in self.compared(told) and flat.middle is not None:
                 self.bridge_heads(name, chosen, flat)
+            self.describe()
         self.progress.on("report")
         self.note(finished=now())
         page = response_report.write(self.out)
@@ -246,6 +263,8 @@ class _Run:
                                   max_bytes=config.max_bytes)  # fmt: skip
                 flat = {k: window([found], k, flat=config.flat, alike=config.alike) for k in KINDS}
                 write_parquet(path, pl.concat([flat[k].table(dtype) for k in KINDS]))
+                proved = twin.describe()["certificates"] if dtype != own else []
+                self.describe(*(c | {"dtype": dtype} for c in proved))
             rows = pl.read_parquet(path)
             for k in KINDS:
                 edges = restored(rows.filter(kind=k))

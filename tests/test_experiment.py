@@ -21,7 +21,7 @@ from nextstate.agents.config import ConfigError, find_config, packaged_configs, 
 from nextstate.agents.training import TrainConfig
 from nextstate.envs.game import GameError
 from nextstate.experiment import Config
-from nextstate.folder import ExperimentError, answered, left_out
+from nextstate.folder import ExperimentError, answered, left_out, remembered, slugify
 from nextstate.grammars import GrammarConfig
 from nextstate.patching import PatchConfig
 from nextstate.responding import ResponseConfig
@@ -126,6 +126,57 @@ def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path, folders: dict[st
     assert 0 < table.filter(pl.col("agent") != "ideal").height < table.filter(agent="ideal").height
 
 
+def proofs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    agents = json.loads((folder / "run.json").read_text())["agents"]
+    return {a["name"]: a["certificates"] for a in agents if a["kind"] == "model"}
+
+
+def test_what_was_proved_of_each_model_is_recorded_and_kept(tmp_path: Path, folders: dict[str, Path]) -> None:
+    model = str(folders["gpt2"])
+    games = [{"game": "DFA", "over": {"states": [3, 4]}, "steps": 12, "episodes": 3}]
+    play = [{"game": "Cycle", "settings": {"period": 3}, "steps": 3, "episodes": 3}]
+    config = Config(**SMALL | {"agents": [model], "games": games, "play": play, "intervene": {"heads": [[0, 1]]}})
+    page = experiment.run(config, tmp_path)
+    found = proofs(tmp_path)
+    assert list(found) == [model, f"{model} [without 0.1]"]
+    longest = rows(tmp_path)["prompt_tokens"].max()
+    for certificates in found.values():
+        assert [(c["road"], c["live"]) for c in certificates] == [("tree", False), ("tree", True)]
+        assert all(c["error"] <= c["tolerance"] and c["seconds"] > 0 for c in certificates)
+        assert certificates[0]["depth"] >= longest  # of the last cell, not of the first
+    assert page.read_text().count("<strong>tree</strong> <small>live</small>") == 2
+    experiment.run(config, tmp_path)  # nothing is left to ask
+    assert proofs(tmp_path) == found
+    (tmp_path / "plays" / slugify(model) / "Cycle-period=3.parquet").unlink()
+    experiment.run(config, tmp_path)  # replay is not proved again, and its proof stays
+    assert [c["live"] for c in proofs(tmp_path)[model]] == [False, True]
+    assert proofs(tmp_path)[model][0] == found[model][0]
+    assert list(proofs(tmp_path)) == list(found)
+
+
+def test_live_runs_record_what_was_proved_of_sessions(tmp_path: Path, folders: dict[str, Path]) -> None:
+    model = str(folders["gpt2"])
+    games = [{"game": "DFA", "over": {"states": [3]}, "steps": 4, "episodes": 3}]
+    experiment.run(Config(**SMALL | {"agents": [model], "games": games, "road": "live"}), tmp_path)
+    assert [(c["road"], c["live"]) for c in proofs(tmp_path)[model]] == [("tree", True)]
+
+
+def test_certificates_give_way_to_those_that_hold_for_more() -> None:
+    def proof(road: str, depth: int, live: bool = False) -> dict[str, Any]:
+        return {"road": road, "live": live, "attention": "sdpa", "depth": depth, "columns": 2 * depth}
+
+    def after(*old: dict[str, Any], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        told = remembered([{"name": "b"}, {"name": "a", "certificates": list(old)}], {"name": "a", "certificates": new})
+        return list(told["certificates"])
+
+    small, large, fork, live = proof("tree", 10), proof("tree", 20), proof("fork", 20), proof("tree", 20, live=True)
+    assert after(small, new=[large]) == [large]
+    assert after(large, new=[small]) == [large, small]
+    assert after(small, live, new=[fork]) == [small, live, fork]
+    assert after(small, new=[]) == [small]
+    assert remembered([], {"name": "a"}) == {"name": "a"}
+
+
 def test_tokens_that_differ_from_those_of_the_whole_text_are_remarked(tmp_path: Path, folders: dict[str, Path]) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -172,6 +223,8 @@ def test_live_and_replay_write_the_same_rows(tmp_path: Path, folders: dict[str, 
         ({"games": [{"gaem": "Box"}]}, "unknown key 'gaem'.*did you mean 'game'"),
         ({"games": [{"game": "Box", "steps": [1, 2]}]}, "does not fit grid=episodes"),
         ({"agents": []}, "at least 1"),
+        ({"agents": [{"name": "x", "modules": {"bloks": "h"}}]}, "unknown key 'bloks'.*did you mean 'blocks'"),
+        ({"agents": [{"name": "x", "modules": {"blocks": "h"}}]}, r"modules\.projection: Field required"),
         ({"games": []}, "`games` and `play` are both empty"),
         ({"name": "../../etc"}, "should match pattern"),
         ({"road": "live", "games": [{"game": "Box", "ask": "all"}]}, "live road asks one question"),

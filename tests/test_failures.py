@@ -189,6 +189,21 @@ def test_runs_of_one_model_say_why_it_failed(tmp_path: Path, what: str, given: d
     assert isinstance(refused.exception, ModelFailed)
 
 
+def test_wrong_names_of_modules_are_one_line_of_the_command_line(tmp_path: Path) -> None:
+    save("gpt2", tmp_path / "good")
+    modules = {"blocks": "transformer.h", "attention": "attn", "projection": "o_proj", "mlp": "mlp"}
+    entry = {"name": "./good", "modules": modules}
+    run = SMALL | {"agents": [entry]}
+    patch = {"name": "one", "wandb": "disabled", "model": entry, "pairs": 2, "settings": {"states": 4}, "steps": 5}
+    for command, config in (("run", run), ("patch", patch)):
+        (tmp_path / f"{command}.yaml").write_text(json.dumps(config))
+        code, out, err = nextstate(command, f"{command}.yaml", "--out", command, cwd=tmp_path)
+        assert code == 1
+        (line,) = err.strip().splitlines()
+        assert "./good: GPT2Attention has no module 'o_proj': it holds c_attn, c_proj" in line
+        assert "Traceback" not in out + err
+
+
 def test_incomplete_models_are_marked_in_every_row_and_on_the_page(tmp_path: Path) -> None:
     broken = str(without_layer(tmp_path / "broken"))
     agents = [{"name": broken, "allow_incomplete": True}, "ideal"]

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from nextstate.agents.agent import AgentError, ContextError, Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, live, prompts_of, replay, seeds_for
+from nextstate.agents.sites import SiteError
 from nextstate.envs.games import make_game
 
 CASES: list[tuple[str, dict[str, Any], int]] = [
@@ -158,6 +160,67 @@ def test_a_context_too_short_is_said_and_nothing_is_cut(folders: dict[str, Path]
     assert result.left_out == str(caught.value)
     assert len(result.rows) + len(caught.value.prompts) == 120
     assert max(r["prompt_tokens"] for r in result.rows) <= 512
+
+
+def test_a_window_is_no_limit_and_rows_equal_plain_passes(folders: dict[str, Path]) -> None:
+    tokenizer = LanguageModel(str(folders["gpt2"]), device="cpu").tokenizer
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=8, initializer_range=0.3,
+    )  # fmt: skip
+    agent = LanguageModel("windowed", loaded=(MistralForCausalLM(config).eval(), tokenizer))
+    assert agent.context == 512
+    episodes = episodes_of(make_game("DFA", states=4), range(2), 20)
+    result = replay(agent, episodes)
+    prompts = [p for e in episodes for p in prompts_of(e)]
+    assert result.left_out == ""
+    assert len(result.rows) == len(prompts) == 40
+    assert max(r["prompt_tokens"] for r in result.rows) > 200
+    for row, prompt in zip(result.rows, prompts, strict=True):
+        logprobs, greedy = plain(agent, prompt)
+        assert row["logprobs"] == pytest.approx(logprobs, abs=1e-4)
+        assert row["greedy_correct"] == (greedy in prompt.asked.accepted)
+
+
+MODULES = {"blocks": "transformer.h", "attention": "attn", "projection": "c_proj", "mlp": "mlp"}
+
+
+def test_modules_given_by_name_are_those_found_by_structure(folders: dict[str, Path]) -> None:
+    name = str(folders["gpt2"])
+    found = LanguageModel(name, device="cpu")
+    given = LanguageModel(name, device="cpu", modules=MODULES)
+    paths = []
+    for agent in (found, given):
+        path = {module: path for path, module in agent.model.named_modules()}
+        paths.append([
+            (x.kind, x.heads, x.head_dim, x.adds, path[x.block], *map(path.get, (x.projection, x.attn_out, x.mlp_out)))
+            for x in agent.sites.per_layer
+        ])  # fmt: skip
+    assert paths[0] == paths[1]
+    assert paths[0][1][4:] == tuple(f"transformer.h.1{x}" for x in ("", ".attn.c_proj", ".attn", ".mlp"))
+    episodes = episodes_of(make_game("Box", boxes=3), range(3), 3)
+    answers = []
+    for agent in (found, given):
+        with agent.hooks(("head", 1, lambda x: x * (torch.arange(4) != 2)[:, None])):
+            answers.append(replay(agent, episodes).rows)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": "model.layers"}, r"GPT2LMHeadModel has no module 'model\.layers': it holds transformer, lm_head"),
+        ({"projection": "o_proj"}, r"has no module 'o_proj': it holds c_attn, c_proj"),
+        ({"mlp": "ln_2"}, r"resid_pre \+ attn_out \+ mlp_out is not the block's output"),
+    ],
+)
+def test_wrong_names_of_modules_are_said_when_the_model_is_loaded(
+    folders: dict[str, Path], change: dict[str, str], message: str
+) -> None:
+    with pytest.raises(SiteError, match=message) as caught:
+        LanguageModel(str(folders["gpt2"]), device="cpu", modules=MODULES | change)
+    assert "\n" not in str(caught.value)
 
 
 def test_logits_that_are_not_finite_are_an_error(folders: dict[str, Path]) -> None:

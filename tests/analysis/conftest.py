@@ -111,7 +111,13 @@ def make_run(
             folder = path / "rows" / agent.replace("/", "-").replace(":", "-")
             folder.mkdir(parents=True, exist_ok=True)
             pl.DataFrame(rows, schema=ROWS, orient="row").write_parquet(folder / f"{slug}.parquet")
+    proved = {"error": 1.2e-05, "tolerance": 0.00026, "depth": 1253, "columns": 1277, "attention": "sdpa"}
+    certificates = [
+        {"road": "fork", "live": False, **proved, "seconds": 0.29, "tried": {"tree": f"off by 3.1 nats: {EVIL}"}},
+        {"road": "step", "live": True, **proved, "seconds": 12.0, "tried": {}},
+    ]
     about = {"parameters": 912_000, "dtype": "float32", "revision": "built-in", "hash": "sha256:1f9a"}
+    about |= {"certificates": certificates}
     info = {
         "name": name, "config": {"name": name, "seed": 0, "agents": [MODEL], "note": EVIL},
         "config_hash": "9f2c01d4a7b3", "seed": 0,

@@ -324,7 +324,8 @@ def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
     assert "url(" not in page
     assert "@import" not in page
-    for words in ("heads carry state", "State against action", "Spearman", "What was run", "Positions"):
+    for words in ("heads carry state", "State against action", "Spearman", "What was run", "Positions",
+                  "How each model was run"):  # fmt: skip
         assert words in text
     figures = json.loads(re.search(r'id="data-figures">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     places = sorted(int(n) for n in re.findall(r'data-figure="(\d+)"', page))
@@ -345,6 +346,12 @@ def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
     patching.run(config, tmp_path, model=agent)
     assert written == {p: p.stat().st_mtime_ns for p in files[1:]}
     assert_frame_equal(tables[files[0]], pl.read_parquet(files[0]))
+    (before,) = load(tmp_path).info["agents"]
+    assert [(c["road"], c["live"]) for c in before["certificates"]] == [("tree", False)]
+    agent.forward.certificates.clear()  # as after loading it again
+    patching.run(config, tmp_path, model=agent)
+    assert load(tmp_path).info["agents"] == [before]
+    assert heads_report.mirrored(load(tmp_path))["certificate/circuit-DFA-0/replay/road"] == "tree"
     with pytest.raises(ExperimentError, match=r"another config \(different: pairs\)"):
         patching.run(config.model_copy(update={"pairs": 7}), tmp_path, model=agent)
 

@@ -40,7 +40,8 @@ def test_offline_files_read_back(run_path: Path, tmp_path: Path, capfd: pytest.C
     assert capfd.readouterr() == ("", "")
     assert [p.name for p in tmp_path.iterdir()] == ["wandb"]
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    found = json.dumps(read_back(file))
+    told = read_back(file)
+    found, summary = json.dumps(told), told["summary"]
     assert "Box/boxes=2/nextstate-tiny/accuracy" in metrics
     for name in (
         *metrics,
@@ -50,6 +51,9 @@ def test_offline_files_read_back(run_path: Path, tmp_path: Path, capfd: pytest.C
         "by_step/DFA/size=3",
     ):
         assert name in found, name
+    assert [summary[f"certificate/nextstate-tiny/{how}/road"] for how in ("replay", "live")] == ["fork", "step"]
+    proved = {"error": 1.2e-05, "tolerance": 0.00026, "depth": 1253, "columns": 1277, "seconds": 0.29}
+    assert {key: summary[f"certificate/nextstate-tiny/replay/{key}"] for key in proved} == proved
     names = [p.name for p in tmp_path.glob("wandb/offline-run-*/files/media/*/**/*") if p.is_file()]
     assert any(n.startswith("questions") for n in names)
     assert any(n.startswith("cells") for n in names)

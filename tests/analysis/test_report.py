@@ -192,3 +192,27 @@ def test_cells_asked_late_in_long_episodes_are_in_the_viewer(tmp_path: Path) -> 
     assert [bool(step["asked"]) for step in late["steps"]] == [False] * 59 + [True]
     story = late["opening"] + "".join(step["told"] for step in late["steps"])
     assert story.count("go to state") == 59
+
+
+def test_how_each_model_was_run_and_what_was_left_out(run_path: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_path, run)
+    info = json.loads((run / "run.json").read_text())
+    reason = "someone/bert is refused: it is not causal"
+    refused = [{"agent": "someone/bert", "setting": f"DFA-states={n}", "reason": reason} for n in range(3, 8)]
+    (run / "run.json").write_text(json.dumps(info | {"left_out": refused}))
+    text = report.write(run).read_text(encoding="utf-8")
+    words = " ".join(" ".join(Page(text).words).split())
+    table = words[words.index("How each model was run") : words.index("Left out")]
+    assert "nextstate/tiny fork 1.2e-05 2.6e-04 1,253 1,277 0.3 tree : off by 3.1 nats: " + EVIL in table
+    assert "nextstate/tiny step live 1.2e-05 2.6e-04 1,253 1,277 12.0 –" in table
+    for road in ("tree", "fork", "step", "rows"):
+        assert f" {road} (" in table
+    assert EVIL not in text
+    assert "half precision" not in table
+    assert text.count(reason) == 1
+    assert "DFA-states=3, DFA-states=4, DFA-states=5 and 2 more" in words
+    for agent in info["agents"]:
+        agent.pop("certificates", None)  # as earlier versions wrote them
+    (run / "run.json").write_text(json.dumps(info))
+    assert "How each model was run" not in report.write(run).read_text(encoding="utf-8")

@@ -80,7 +80,8 @@ def test_the_page_is_whole_loads_nothing_and_says_whose_recipe_it_is(folder: Pat
     assert "</script>" not in page
     assert "default-src 'none'" in page
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
-    for words in ("The recipe is ours, not the paper's", "Bridge to the games", "scale-invariant window", "Copying"):
+    for words in ("The recipe is ours, not the paper's", "Bridge to the games", "scale-invariant window", "Copying",
+                  "How each model was run"):  # fmt: skip
         assert words.lower() in page.lower()
     figures = json.loads(re.search(r'id="data-figures">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
     places = sorted(int(n) for n in re.findall(r'data-figure="(\d+)"', page))
@@ -116,6 +117,17 @@ def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
     assert written == {p: p.stat().st_mtime_ns for p in written}
     for path in gone:
         assert_frame_equal(before[path], pl.read_parquet(path))
+    (told,) = load(tmp_path).info["agents"]
+    assert [(c["road"], c.get("dtype")) for c in told["certificates"]] == [("tree", "bfloat16"), ("tree", None)]
+    agent.forward.certificates.clear()  # as after loading it again
+    responding.run(config, tmp_path, model=agent)
+    assert load(tmp_path).info["agents"] == [told]
+    assert "In half precision rounding hides small errors" in (tmp_path / "report.html").read_text()
+    mirrored = response_report.mirrored(load(tmp_path))
+    assert [mirrored[f"certificate/circuit-Cycle-0/{how}/road"] for how in ("replay", "bfloat16/replay")] == [
+        "tree",
+        "tree",
+    ]
     with pytest.raises(ExperimentError, match=r"another config \(different: block\)"):
         responding.run(config.model_copy(update={"block": 9}), tmp_path, model=agent)
 
