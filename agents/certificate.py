@@ -151,24 +151,26 @@ class _Ladder:
         self.noise = 0.0  # of plain passes of several lengths, for models in float64 that have parts in float32
 
     def climb(self, depth: int, columns: int, roads: Sequence[Road]) -> Certificate:
-        small = [
-            _sample(self.forward, min(depth, TRUNK), COLUMNS, 0, whole=True),
-            _sample(self.forward, min(depth, 30), 70, 1),
-        ]
-        reach = [] if depth <= TRUNK and columns <= COLUMNS else [[_sample(self.forward, depth, columns, 2)]]
-        jobs = [(some, *self._truth(some)) for some in (small, *reach)]
+        reach = [] if depth <= TRUNK and columns <= COLUMNS else [_sample(self.forward, depth, columns, 2)]
+        further = [(reach, *self._truth(reach))] if reach else []
+        jobs: dict[bool, list[tuple[list[Sample], list[Want], Float[Tensor, "want vocabulary"]]]] = {}
         for road in roads:
+            beside = road != "tree"  # these roads read branches as rows side by side
+            if beside not in jobs:
+                first = _sample(self.forward, min(depth, TRUNK), COLUMNS, 0, whole=beside)
+                small = [first, _sample(self.forward, min(depth, 30), 70, 1)]
+                jobs[beside] = [(small, *self._truth(small)), *further]
             if self.live and road == "tree" and self.forward.masks.one_layout:
                 self.tried[road] = "its ALiBi has no row for each episode"
                 continue
             error, bound = 0.0, np.inf
             try:
-                for some, wanted, truth in jobs:
+                for some, wanted, truth in jobs[beside]:
                     off, mean, finite = self._off(road, some, wanted, truth)
                     own, mean_own = self._bounds(some, wanted, truth, max(off, mean))
                     error, bound = max((error, bound), (off, own), key=lambda x: x[0] / x[1])
                     if not finite or off > own or mean > mean_own:
-                        why = self._why(small[0]) if road == "tree" else ""
+                        why = "" if beside else self._why(jobs[beside][0][0][0])
                         self.tried[road] = f"off by {off:.2g} nats{why}"
                         break
                 else:
@@ -177,8 +179,8 @@ class _Ladder:
             except Exception as error_:
                 if isinstance(error_, RuntimeError | MemoryError) and out_of_memory(error_):
                     raise
-                first = (str(error_).strip().splitlines() or [""])[0][:120]
-                self.tried[road] = f"{type(error_).__name__}: {first}"
+                told = (str(error_).strip().splitlines() or [""])[0][:120]
+                self.tried[road] = f"{type(error_).__name__}: {told}"
         told = "; ".join(f"{road}: {why}" for road, why in self.tried.items())
         raise AgentError(
             f"{self.forward.name} is refused: no way of running it gives what plain forward passes give ({told})"

@@ -122,6 +122,7 @@ class Forward:
         self.reading: Reading | None = None  # what is read now, for hooks
         self.finished: Reading | None = None  # what was read last, with all its passes
         self.certificates: dict[bool, Certificate] = {}  # of replay and of live sessions
+        self._refused: dict[bool, tuple[int, int, AgentError]] = {}  # at which depth and columns, and why
         self.proving = False  # hooks leave the model as it is while it is measured
         parameters = inspect.signature(model.forward).parameters
         self._cache = next((name for name in _CACHES if name in parameters), None)
@@ -147,9 +148,15 @@ class Forward:
         if known is not None and known.attention != self.masks.attention:
             known = None
         if known is None or depth > known.depth or columns > known.columns:
+            refused = self._refused.get(live)
+            if refused is not None and depth >= refused[0] and columns >= refused[1]:
+                raise refused[2]
             self.proving = True
             try:
                 known = self.certificates[live] = certify(self, depth, columns, live, known)
+            except AgentError as error:
+                self._refused[live] = (depth, columns, error)
+                raise
             finally:
                 self.proving = False
         return known.road
