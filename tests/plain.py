@@ -30,8 +30,6 @@ class Paths(NamedTuple):
     projection: str  # what its heads go into
     mixers: tuple[str, ...]  # what gives attention's part of the stream, whichever a block has
     attention: str  # what returns the weights in eager mode
-    layers: tuple[int, ...] = (0, 1, 2, 3)  # those with heads
-    all_layers: int = 4
 
 
 _DECODER = Paths("model.layers.{}", "self_attn.o_proj", ("self_attn",), "self_attn")
@@ -43,16 +41,14 @@ PATHS = {
     "phi3": _DECODER,
     "llama4_text": _DECODER,
     "gpt_neo": Paths("transformer.h.{}", "attn.attention.out_proj", ("attn",), "attn.attention"),
-    "mpt": Paths("transformer.blocks.{}", "attn.out_proj", ("attn",), "attn", (0, 1), 2),
-    "bloom": Paths("transformer.h.{}", "", ("self_attention.dense",), "self_attention", (), 2),
-    "bamba": _DECODER._replace(mixers=("mamba", "self_attn"), layers=(1,), all_layers=2),
-    "lfm2": _DECODER._replace(projection="self_attn.out_proj", mixers=("conv", "self_attn"), layers=(1,), all_layers=2),
-    "qwen3_next": _DECODER._replace(mixers=("linear_attn", "self_attn"), layers=(1,), all_layers=2),
-    "jamba": _DECODER._replace(mixers=("mamba", "self_attn"), layers=(1,), all_layers=2),
-    "recurrent_gemma": Paths(
-        "model.layers.{}", "temporal_block.o_proj", ("temporal_block",), "temporal_block", (1,), 2
-    ),
-    "minimax": _DECODER._replace(layers=(1,), all_layers=2),
+    "mpt": Paths("transformer.blocks.{}", "attn.out_proj", ("attn",), "attn"),
+    "bloom": Paths("transformer.h.{}", "", ("self_attention.dense",), "self_attention"),
+    "bamba": _DECODER._replace(mixers=("mamba", "self_attn")),
+    "lfm2": _DECODER._replace(projection="self_attn.out_proj", mixers=("conv", "self_attn")),
+    "qwen3_next": _DECODER._replace(mixers=("linear_attn", "self_attn")),
+    "jamba": _DECODER._replace(mixers=("mamba", "self_attn")),
+    "recurrent_gemma": Paths("model.layers.{}", "temporal_block.o_proj", ("temporal_block",), "temporal_block"),
+    "minimax": _DECODER,
 }
 
 
@@ -100,9 +96,21 @@ class Plain:
     def __init__(self, model: Any, paths: Paths) -> None:
         self.model, self.paths = model, paths
 
+    @property
+    def layers(self) -> int:
+        """Return the number of blocks."""
+        return len(self.model.get_submodule(self.paths.block.removesuffix(".{}")))
+
     def has(self, site: str) -> tuple[int, ...]:
-        """Return the layers with a site."""
-        return self.paths.layers if site == "head" else tuple(range(self.paths.all_layers))
+        """Return the layers with a site; heads are where the projection is."""
+        every = tuple(range(self.layers))
+        if site != "head":
+            return every
+        names = {name for name, _ in self.model.named_modules()}
+        return tuple(n for n in every if self.paths.projection and self._path(self.paths.projection, n) in names)
+
+    def _path(self, inside: str, layer: int) -> str:
+        return f"{self.paths.block.format(layer)}.{inside}"
 
     def module(self, site: str, layer: int) -> Any:
         block = self.model.get_submodule(self.paths.block.format(layer))
@@ -161,7 +169,7 @@ class Plain:
         """Return the weights [head token token] of each layer, as the model's own modules return them."""
         seen, stack = dict[int, Tensor](), ExitStack()
         with stack:
-            for layer in self.paths.layers:
+            for layer in self.has("head"):
 
                 def keep(_: Any, __: Any, out: Any, layer: int = layer) -> None:
                     seen[layer] = out[1][0]

@@ -43,7 +43,7 @@ ROADS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "recurrent_gemma": (("rows",), ("rows",)),
     "minimax": (("rows",), ("rows",)),
 }
-ABLATED = tuple(name for name in ROADS if PATHS[name].layers)
+ABLATED = tuple(name for name in ROADS if PATHS[name].projection)
 SINGLE = ("qwen3_next", "jamba", "minimax")  # their experts do not run in float64
 NO_SLOPE = ("bloom", "qwen3_next", "jamba", "recurrent_gemma", "minimax")  # torch has none of some of their functions
 NOISY = {"qwen3_next": 5.0}  # tolerances are so many times as large
@@ -60,13 +60,13 @@ def plain_of(name: str, dtype: torch.dtype = torch.float32) -> Plain:
 
 @pytest.mark.parametrize("name", ROADS)
 def test_the_road_is_known_and_so_are_the_sites(name: str) -> None:
-    agent, (replayed, lived) = zoo_agent(name), ROADS[name]
+    agent, plain, (replayed, lived) = zoo_agent(name), plain_of(name), ROADS[name]
     assert agent.forward.require(60, 120) in replayed
     assert agent.forward.require(60, 120, live=True) in lived
-    assert agent.sites.layers == PATHS[name].all_layers
-    assert agent.sites.layers_with("head") == PATHS[name].layers
-    assert agent.sites.layers_with("attn_out") == tuple(range(PATHS[name].all_layers))
-    if PATHS[name].layers:
+    assert agent.sites.layers == plain.layers
+    assert agent.sites.layers_with("head") == plain.has("head")
+    assert agent.sites.layers_with("attn_out") == tuple(range(plain.layers))
+    if plain.has("head"):
         assert agent.sites.shape("head") == (HEADS, WIDTH)
 
 
@@ -100,7 +100,7 @@ def check_sweep(name: str, site: Any, positions: Any, direction: Any, pairs: lis
 @pytest.mark.parametrize("site", ["head", "resid_pre", "attn_out"])
 @pytest.mark.parametrize("name", ROADS)
 def test_sweeps_are_one_plain_pass_a_patch(name: str, site: Any, direction: Any) -> None:
-    if site == "head" and not PATHS[name].layers:
+    if site == "head" and not PATHS[name].projection:
         with pytest.raises(SiteError, match="no heads that could be proved"):
             sweep(zoo_agent(name), made_pairs(((20, 10),)), failures="include")
         return
@@ -123,7 +123,7 @@ def asked(steps: int = 3) -> list[Prompt]:
 @pytest.mark.parametrize("name", ABLATED)
 def test_an_ablated_agent_is_a_plain_ablation(name: str, mode: Any) -> None:
     agent, plain, steps = zoo_agent(name), plain_of(name), 3
-    first, last = PATHS[name].layers[0], PATHS[name].layers[-1]
+    first, last = plain.has("head")[0], plain.has("head")[-1]
     heads = ((last, 1), (first, 3), (last, 2))
     references = [Prompt(episodes_of(GAME, [_REFERENCE_SEED + i], steps)[0], steps - 1) for i in range(2)]
     seen = [plain.values(tokens_of(agent.encoder, p), "head") for p in references]
@@ -159,7 +159,7 @@ def test_an_ablated_agent_is_a_plain_ablation(name: str, mode: Any) -> None:
 @pytest.mark.parametrize("road", ASKED)
 @pytest.mark.parametrize("name", ROADS)
 def test_what_is_recorded_is_what_a_plain_pass_computes(name: str, road: str, tmp_path: Path) -> None:
-    agent, plain, prompts, layers = zoo_agent(name), plain_of(name), asked(), PATHS[name].layers
+    agent, plain, prompts, layers = zoo_agent(name), plain_of(name), asked(), plain_of(name).has("head")
     sites: list[Any] = ["resid_pre", *(["head"] if layers else [])]
     weights = bool(layers)
     with record(agent, tmp_path / "r", sites=sites, at=["state", "last", -3, 1], attention=weights):
@@ -175,7 +175,7 @@ def test_what_is_recorded_is_what_a_plain_pass_computes(name: str, road: str, tm
         attended = Plain(eager, PATHS[name]).attention(tokens) if weights else {}
         assert set(mine["role"]) == {"state", "last", "-3", "1"}
         assert set(mine.filter(role="last")["position"]) == {len(tokens) - 1}
-        assert len(mine) == 4 * (PATHS[name].all_layers + len(layers) * HEADS * (len(sites) - 1 + weights))
+        assert len(mine) == 4 * (plain.layers + len(layers) * HEADS * (len(sites) - 1 + weights))
         for (site, layer, head), rows in mine.group_by("site", "layer", "head"):
             found, places = tensors(rows), rows["position"].to_list()
             if site == "attention":
@@ -193,9 +193,9 @@ def test_what_is_recorded_is_what_a_plain_pass_computes(name: str, road: str, tm
 def streams(plain: Plain, tokens: np.ndarray, layer: int, position: int, by: Any) -> Tensor:
     """Return what leaves each block from `layer` on, [layer token hidden], with `by(vector)` added at a position."""
     seen = dict[int, Tensor]()
-    last = plain.module("resid_pre", plain.paths.all_layers - 1)
+    last = plain.module("resid_pre", plain.layers - 1)
     hook = last.register_forward_hook(
-        lambda _, __, out: seen.update({plain.paths.all_layers: (out[0] if isinstance(out, tuple) else out)[0]})
+        lambda _, __, out: seen.update({plain.layers: (out[0] if isinstance(out, tuple) else out)[0]})
     )
 
     def push(x: Tensor) -> Tensor:
@@ -204,19 +204,20 @@ def streams(plain: Plain, tokens: np.ndarray, layer: int, position: int, by: Any
 
     looks = [
         ("resid_pre", n, lambda x, n=n: seen.update({n: x[:, 0]}))  # type: ignore[misc]
-        for n in range(layer + 1, plain.paths.all_layers)
+        for n in range(layer + 1, plain.layers)
     ]
     try:
         plain.run(tokens.tolist(), ("resid_pre", layer, push), *looks)
     finally:
         hook.remove()
-    return torch.stack([seen[n] for n in range(layer + 1, plain.paths.all_layers + 1)])
+    return torch.stack([seen[n] for n in range(layer + 1, plain.layers + 1)])
 
 
 @pytest.mark.parametrize("name", ROADS)
 def test_responses_are_plain_pushes_and_their_limit_is_the_slope(name: str) -> None:
     dtype = torch.float32 if name in SINGLE else torch.float64
-    agent, plain, layer = zoo_agent(name, dtype), plain_of(name, dtype), 1
+    agent, plain = zoo_agent(name, dtype), plain_of(name, dtype)
+    layer = plain.layers // 4
     tokens = np.random.default_rng(0).integers(5, 400, (1, 2 * WINDOW))
     positions, strengths = [2, 11], (0.05, 0.3)
     ways = unit_directions(np.random.default_rng(1), 1, 1, agent.sites.hidden)
