@@ -45,7 +45,8 @@ def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
     curves = pl.concat([tables.curves(answers), *([by_states] if len(by_states) else [])])
     hard = tables.on_hard(answers)
     drawn, look = Drawn(), figures.styles(run)
-    asked = [a for a in run.focus if len(answers)]
+    answered = set(answers["agent"].unique())
+    asked = [a for a in run.focus if a in answered]  # a model that was refused has no figures
     return templates.get_template("report.html.jinja").render(
         run=run,
         info=run.info,
