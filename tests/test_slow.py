@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", ["grammar", "patching", "replay", "response", "stepping"])
+@pytest.mark.parametrize("name", ["grammar", "patching", "replay", "response", "roads", "stepping"])
 def test_a_benchmark_agrees_with_its_peer_and_ends_in_json(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick"], cwd=ROOT, capture_output=True, text=True
