@@ -19,13 +19,14 @@ from transformers import (
 )
 
 from nextstate.agents.agent import AgentError, ContextError, Prompt
+from nextstate.agents.certificate import _Ladder
 from nextstate.agents.forward import Forward
 from nextstate.agents.intervene import Intervened, Intervention
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis.patch import sweep
 from tests.exactness import ROADS, Job, lived, measure, noise, replayed, sample, tokens_of, tolerance, truth, truths
 from tests.plain import PATHS, Plain, agent_of, made_pairs, tokenizer
-from tests.zoo import ENDS, HiddenWindow, build, widen
+from tests.zoo import ENDS, ODD, HiddenWindow, build, build_odd, widen
 
 SHORT = Job("short", "Box", {"boxes": 3}, 2, episodes=2)
 LONG = Job("long", "DFA", {"states": 10}, 60, episodes=1)  # beyond 400 tokens
@@ -219,6 +220,26 @@ def test_half_precision_takes_the_road_of_float32_and_stays_within_its_noise(
         found = measure(agent, SHORT, known, how)
         assert found.error <= tolerance(agent.model, found.spread, own)
     assert roads(agent) == {"replay": road, "live": road}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_roundings_that_choose_other_experts_are_no_reason_to_leave_the_tree(name: str, seed: int) -> None:
+    agent = agent_of(build(name, len(tokenizer()), seed=seed).to(torch.bfloat16), name)
+    assert agent.forward.require(120, 250) == "tree"
+    assert agent.certificate is not None
+    assert 0 <= agent.certificate.error <= agent.certificate.tolerance < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mamba2", "canon", "hidden window", "columns"])
+def test_half_precision_sees_a_wrong_tree_by_itself(name: str, dtype: torch.dtype) -> None:
+    """Without the copy in float32: wrong roads are far off at most nodes, whatever is rounded."""
+    for seed in range(3):
+        model = build_odd(name, len(tokenizer()), seed) if name in ODD else build(name, len(tokenizer()), seed=seed)
+        forward = agent_of(model.to(dtype), name).forward
+        with torch.inference_mode(), pytest.raises(AgentError, match=r"is refused: no way .* \(tree: off by"):
+            _Ladder(forward, live=False).climb(300, 700, ("tree",))
 
 
 # --- while it is proved, and while memory runs out
