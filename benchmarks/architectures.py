@@ -110,18 +110,18 @@ def examine(name: str, tokenizer: Any, jobs: Sequence[Job] = JOBS, most: int = 2
         {job: {road: m.error for road, m in by_road.items()} for job, by_road in found.items()},
         greedy,
         max(m.depth for m in measured),
-        model.config.get_text_config().num_hidden_layers,
-        _heads(agent),
+        *_layers(agent),
         tuple(certificates.values()),
         perf_counter() - begun,
     )
 
 
-def _heads(agent: LanguageModel) -> tuple[int, ...]:
+def _layers(agent: LanguageModel) -> tuple[int, tuple[int, ...]]:
+    """Return the number of layers, and those that have heads."""
     try:
-        return tuple(agent.sites.layers_with("head"))
+        return agent.sites.layers, agent.sites.layers_with("head")
     except SiteError:
-        return ()
+        return int(agent.model.config.get_text_config().num_hidden_layers), ()
 
 
 def summary(lines: Sequence[Line]) -> str:
