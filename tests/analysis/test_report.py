@@ -145,6 +145,23 @@ def test_headline_has_the_numbers(run_path: Path) -> None:
     assert "26 of its symbols are not one token" in words
 
 
+def test_where_nothing_is_determined_the_page_says_so(tmp_path: Path) -> None:
+    path = report.write(make_run(tmp_path, [("DFA", {"states": 4}, "", 1)]))
+    words = " ".join(Page(path.read_text(encoding="utf-8")).words)
+    assert "The transcript settles the answer of none of them" in words
+    assert "Easy against hard" not in words
+
+
+def test_easy_against_hard_needs_two_sizes(run_path: Path, tmp_path: Path) -> None:
+    words = " ".join(Page(report.write(run_path).read_text(encoding="utf-8")).words)
+    assert "Easy against hard, on determined questions:" in words
+    one = report.write(make_run(tmp_path, [("Box", {"boxes": 3}, "", 3), ("DFA", {"states": 4}, "", 1)]))
+    words = " ".join(Page(one.read_text(encoding="utf-8")).words)
+    assert "of questions in Box" in words
+    assert "Easy against hard" not in words
+    assert " and on " not in " ".join(words.split())  # of DFA no question is determined, so that Box is not compared
+
+
 def test_writing_again_replaces(run_path: Path) -> None:
     first = report.write(run_path).read_text(encoding="utf-8")
     (run_path / "report.html").write_text("old")
