@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import math
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import polars as pl
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+
+from nextstate.agents.failures import path_error
 
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
@@ -39,13 +43,22 @@ def furniture(templates: jinja2.Environment, script: str) -> dict[str, Any]:
 
 
 def replace(path: Path, make: Callable[[Path], Any]) -> Path:
-    """Let `make` write a file beside `path`, then rename it: a killed call leaves what was there."""
+    """Let `make` write a file beside `path`, then rename it: a killed call leaves what was there.
+
+    Raises:
+        PathError: `path` cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        make(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        try:
+            make(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise path_error(error, path) from error
+    except pl.exceptions.ComputeError as error:  # what Polars makes of a full disk
+        raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
     return path
 
 

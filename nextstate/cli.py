@@ -397,14 +397,25 @@ def main() -> None:
     """Run the command line; errors are one message, not a traceback, unless `--debug` is given."""
     from nextstate.agents.agent import AgentError
     from nextstate.agents.config import ConfigError
-    from nextstate.agents.failures import Broken, guarded, one_line
+    from nextstate.agents.failures import Broken, PathError, guarded, of_a_path, one_line, path_error
     from nextstate.analysis.tables import RunError
     from nextstate.envs.game import GameError
     from nextstate.folder import ExperimentError, ModelFailed
 
-    known = (AgentError, ConfigError, ExperimentError, GameError, RunError)
+    known = (AgentError, ConfigError, ExperimentError, GameError, PathError, RunError)
+
+    def paths_named() -> None:
+        try:
+            app()
+        except OSError as error:
+            if of_a_path(error):
+                raise path_error(error) from error
+            raise
+
     try:
-        guarded(app, lambda error: f"{one_line(error)} (unforeseen; `nextstate --debug ...` shows where)", known)
+        guarded(
+            paths_named, lambda error: f"{one_line(error)} (unforeseen; `nextstate --debug ...` shows where)", known
+        )
     except known as error:
         if options.debug:
             errors.print(Text(_traceback(error)), soft_wrap=True)

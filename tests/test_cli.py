@@ -119,3 +119,22 @@ def test_run_and_report(tmp_path: Path) -> None:
     code, _, _ = nextstate("report", str(page.parent))
     assert code == 0
     assert page.stat().st_mtime_ns > first
+
+
+def test_files_in_the_way_are_named_with_what_to_do(tmp_path: Path) -> None:
+    games = 'games=[{"game": "Cycle", "over": {"period": [2]}, "steps": 3, "episodes": 2}]'
+    given = ("run", "quickstart", "agents=[ideal]", "wandb=disabled", games, "--out")
+    assert nextstate(*given, str(tmp_path / "run"))[0] == 0
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, named, advice in (
+        (("report", str(tmp_path / "run")), tmp_path / "run" / "report.html", "a folder is where a file should be"),
+        ((*given, str(tmp_path / "file" / "run")), tmp_path / "file" / "run", "a file is where a folder should be"),
+    ):
+        code, _, err = nextstate(*arguments)
+        assert code == 2
+        assert err.startswith(f"error: {named}")
+        assert advice in err
+        assert len(err.splitlines()) == 1
+        assert "Traceback" in nextstate("--debug", *arguments)[2]

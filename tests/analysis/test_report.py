@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from nextstate.agents.failures import PathError
 from nextstate.analysis import report, tables
-from nextstate.analysis.page import embed, percent, sha256
+from nextstate.analysis.page import embed, percent, replace, sha256
 from nextstate.analysis.tables import RunError
 from tests.analysis.conftest import EVIL, MODEL, SMALL, make_run
 
@@ -168,6 +170,26 @@ def test_writing_again_replaces(run_path: Path) -> None:
     assert report.write(run_path).read_text(encoding="utf-8") == first
     assert not list(run_path.glob(".report*"))
     assert not list(run_path.glob(".cells*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "read-only file system; copy the folder"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device; free some space"),
+        (PermissionError("Permission denied (os error 13)"), "permission denied; let yourself read and write"),
+        (pl.exceptions.ComputeError("parquet: No space left on device"), "[Nn]o space left on device; free some space"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_named(error: Exception, said: str, tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(PathError, match=f"report.html: .*{said}"):
+        replace(tmp_path / "report.html", fail)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "old")]
 
 
 def test_reports_without_a_model_and_unfinished(run_path: Path, tmp_path: Path) -> None:
