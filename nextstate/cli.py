@@ -26,12 +26,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from nextstate import __version__
 from nextstate.folder import Progress, answered, left_out
 
 app = typer.Typer(
     name="nextstate",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -54,8 +54,17 @@ class Options:
 options = Options()
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"nextstate {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def before(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of whatever goes wrong.")] = False,
 ) -> None:
     """Does a language model know what state a system is in? Games, agents, and one report page."""

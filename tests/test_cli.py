@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_a_model_plays_and_answers() -> None:
     assert code == 0, err
     assert out.count("> take action ") == out.count("✓ right") + out.count("✗ no") >= 1
     assert "Questions: " in out
+
+
+def test_the_version_and_how_to_get_completion_are_told() -> None:
+    assert nextstate("--version")[:2] == (0, f"nextstate {version('nextstate')}\n")
+    _, out, _ = nextstate("--help")
+    assert "--version" in out
+    assert "--install-completion" in out
 
 
 @pytest.mark.parametrize("what", ["games", "models", "configs"])
