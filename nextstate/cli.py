@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -13,6 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -387,15 +389,24 @@ def list_(what: Annotated[str, typer.Argument(help="games, models or configs")])
 
 
 def _games() -> None:
-    from nextstate.envs.game import setting_names
     from nextstate.envs.games import GAMES
+    from nextstate.envs.settings import listed
 
     for name, cls in GAMES.items():
         about = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
-        console.print(f"[bold]{name}[/]  nextstate/{name}-v0 (predict), nextstate/{name}Play-v0 (play)", soft_wrap=True)
-        console.print(f"    {escape(about)}", soft_wrap=True)
-        console.print(f"    settings: {', '.join(setting_names(cls))}", soft_wrap=True)
-        console.print(f"    shortcuts: {', '.join(cls.shortcuts)}", soft_wrap=True)
+        console.print(f"[bold]{name}[/]  predict nextstate/{name}-v0, play nextstate/{name}Play-v0", soft_wrap=True)
+        console.print(Padding(Text(about), (0, 0, 0, 4), expand=False))
+        console.print(Padding(Text(f"shortcuts: {', '.join(cls.shortcuts)}"), (0, 0, 0, 4), expand=False))
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for x in listed(cls):
+            default = "" if x.default is None else f" = {json.dumps(x.default)}"
+            told = Text.assemble((f"{x.legal}: " if x.legal else "", "cyan"), x.meaning)
+            table.add_row(Text(x.name, style="bold"), Text(x.type + default), told)
+        console.print(Padding(table, (0, 0, 1, 4), expand=False))
+    console.print("After each setting: type = default, what is legal while the others are at their defaults, meaning.")
 
 
 def _traceback(error: BaseException) -> str:

@@ -94,6 +94,22 @@ def test_lists(what: str) -> None:
     ] in out
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_settings_of_games_are_told(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = nextstate("list", "games")
+    assert max(map(len, out.splitlines())) <= columns
+    told = [" ".join(line.split()) for line in out.splitlines()]
+    for line in (
+        "boxes int = 4 2 to 26: number of boxes",
+        "period int = 4 2 to 26: length of the pattern",
+        "people int = 4 2 to 21: number of people and fruits",
+        "distinct_symbols bool = false true or false: no symbol twice in a rule",
+    ):
+        assert line in told
+    assert any(line.startswith('density str = "middle" min, middle, max: ') for line in told)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
