@@ -325,7 +325,6 @@ def play(
     import yaml
 
     from nextstate import terminal
-    from nextstate.agents.human import GivenUp
     from nextstate.envs.games import make_game
 
     given = dict(s.partition("=")[::2] for s in settings or [])
@@ -341,7 +340,7 @@ def play(
             length = terminal.command(here, made, agent, steps, chosen, questions)
         else:
             length = terminal.predict(here, made, agent, steps, chosen)
-    except (EOFError, KeyboardInterrupt, GivenUp):
+    except KeyboardInterrupt:  # before the game began
         console.print("\nStopped.")
         raise typer.Exit(130) from None
     how = (["--commands"] if commands else []) + (["--questions"] if questions else [])

@@ -5,9 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from nextstate import terminal
+from nextstate.envs import make_game
 
 
 def nextstate(*arguments: str, stdin: str = "", cwd: Path | None = None) -> tuple[int, str, str]:
@@ -27,11 +32,35 @@ def test_a_person_plays_is_told_the_truth_and_gets_a_score() -> None:
     assert "nextstate play Box boxes=2 --steps 3 --seed 1" in out
 
 
-def test_a_person_may_stop() -> None:
-    code, out, err = nextstate("play", "Cycle", "--seed", "1", stdin="a\n")
-    assert code == 130
-    assert "Stopped." in out
-    assert "Traceback" not in err
+@pytest.mark.parametrize("last", ["q\n", "quit\n", ""])
+def test_a_person_may_stop_and_gets_the_score_so_far(last: str) -> None:
+    code, out, err = nextstate("play", "Box", "boxes=2", "--predictions", "--seed", "1", stdin=f"A\n{last}")
+    assert (code, err) == (0, "")
+    assert out.startswith("Box  style=paper, feedback=branch, boxes=2, objects=2\n")
+    assert "q or Ctrl-D quits." in out
+    assert "Stopped after 1 of 10 questions." in out
+    assert f"Score: {out.count('✓ right')} of 1; the best possible reader expects 1.0." in out
+
+
+def test_where_q_is_an_answer_quit_quits() -> None:
+    code, out, _ = nextstate("play", "Cycle", "--predictions", "--seed", "1", stdin="q\nquit\n")
+    assert code == 0
+    assert "quit or Ctrl-D quits." in out
+    assert "Stopped after 1 of 10 questions." in out
+
+
+def test_ctrl_c_quits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    for play in (terminal.predict, terminal.command):
+        written = Console(file=StringIO())
+        monkeypatch.setattr(written, "input", interrupted)
+        given = (terminal.Terminal(written), make_game("Box"), "human", 3, 1)
+        play(*given, False) if play is terminal.command else play(*given)
+        out = written.file.getvalue()  # type: ignore[attr-defined]
+        assert "Stopped after 0" in out
+        assert "Score: 0 of " in out
 
 
 def test_the_ideal_reader_plays_without_a_mistake() -> None:
@@ -44,7 +73,9 @@ def test_a_person_gives_commands_and_is_asked_what_they_lead_to() -> None:
     typed = "?\nmove\n5\nC\nmove the hat\nmove the hat into box a\nB\nquit\n"
     code, out, err = nextstate("play", "Box", "boxes=3", "--questions", "--seed", "8", stdin=typed)
     assert code == 0, err
-    assert out.startswith("Goal: ")
+    assert out.startswith("Box  style=paper, feedback=branch, boxes=3, objects=3\n")
+    assert "? lists them, q or Ctrl-D quits." in out
+    assert "\nGoal: " in out
     assert "1  move the " in out
     assert "Which one: move the " in out
     assert out.count("✓ right") + out.count("✗ no") == out.count("Move the ") > 0
