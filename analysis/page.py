@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,11 +88,18 @@ class Drawn:
 
     def __init__(self) -> None:
         self.figures: list[dict[str, Any]] = []
+        self.slugs: Counter[str] = Counter()
 
-    def add(self, figure: Any) -> dict[str, Any]:
-        """Keep the figure; return its place in the list, its title (which the page sets as text) and its height."""
+    def add(self, figure: Any, where: str = "") -> dict[str, Any]:
+        """Keep the figure; return its place in the list, its title (which the page sets as text) and its height.
+
+        Args:
+            figure: of Plotly, with a title.
+            where: what it is a figure of, where its title does not say; it goes before the title in the file's name.
+        """
         data = json.loads(figure.to_json())
         title = data["layout"].pop("title")["text"]
+        data["slug"] = self._slug(f"{where} {Markup(title).unescape()}")
         data["layout"]["margin"]["t"] = 8
         data["layout"]["height"] -= 26
         for trace in data["data"]:
@@ -98,6 +107,12 @@ class Drawn:
                 trace["showscale"] = False  # the page draws one scale for all
         self.figures.append(data)
         return {"at": len(self.figures) - 1, "title": Markup(title).unescape(), "height": data["layout"]["height"]}
+
+    def _slug(self, words: str) -> str:
+        """Return the name that the figure's file gets where it is saved: its words, numbered where others have them."""
+        slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:80] or "figure"
+        self.slugs[slug] += 1
+        return slug if self.slugs[slug] == 1 else f"{slug}-{self.slugs[slug]}"
 
 
 def percent(value: float | None) -> str:

@@ -82,15 +82,18 @@ def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn:
         for agent in run.focus:
             if here.filter((pl.col("variant") == variant) & (pl.col("agent") == agent)).is_empty():
                 continue
-            maps = [drawn.add(figures.heatmap(here, game, variant, agent, v, size_name)) for v in figures.VALUES]
+            maps = [
+                drawn.add(figures.heatmap(here, game, variant, agent, v, size_name), f"{game} {variant}")
+                for v in figures.VALUES
+            ]
             panels.append({"variant": variant, "agent": agent, "maps": maps, "curves": []})
         lines = [
-            drawn.add(figures.curve(curves, game, variant, "size", look, size_name)),
-            drawn.add(figures.curve(curves, game, variant, "step", look)),
+            drawn.add(figures.curve(curves, game, variant, "size", look, size_name), f"{game} {variant}"),
+            drawn.add(figures.curve(curves, game, variant, "step", look), f"{game} {variant}"),
         ]
         exact = (pl.col("game") == game) & (pl.col("variant") == variant) & (pl.col("axis") == "states")
         if curves.filter(exact)["at"].n_unique() > 1:
-            lines.append(drawn.add(figures.curve(curves, game, variant, "states", look, "|Q|")))
+            lines.append(drawn.add(figures.curve(curves, game, variant, "states", look, "|Q|"), f"{game} {variant}"))
         for panel in panels:
             if panel["variant"] == variant:
                 panel["curves"] = lines

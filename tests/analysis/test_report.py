@@ -12,7 +12,7 @@ import pytest
 
 from nextstate.agents.failures import PathError
 from nextstate.analysis import report, tables
-from nextstate.analysis.page import embed, percent, replace, sha256
+from nextstate.analysis.page import embed, environment, percent, replace, sha256
 from nextstate.analysis.tables import RunError
 from tests.analysis.conftest import EVIL, MODEL, SMALL, make_run
 
@@ -118,6 +118,21 @@ def test_every_cell_and_figure_is_there(run_path: Path) -> None:
     maps = [t for f in drawn for t in f["data"] if t["type"] == "heatmap"]
     assert len(maps) == 5 * 3
     assert {(t["zmin"], t["zmax"]) for t in maps} == {(0, 1)}
+
+
+def test_each_figure_is_saved_under_a_name_of_its_own(run_path: Path) -> None:
+    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    drawn = page.data("figures")
+    assert isinstance(drawn, list)
+    slugs = [figure["slug"] for figure in drawn]
+    assert len(set(slugs)) == len(slugs) > 1
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug) for slug in slugs)
+    captions = {int(str(a["data-figure"])): str(a["aria-label"]) for t, a in page.tags if "data-figure" in a}
+    for at, caption in captions.items():
+        assert "-".join(re.findall(r"[a-z0-9]+", caption.lower())) in slugs[at]
+    assert {"box-accuracy-against-boxes-all-steps", "dfa-density-min-accuracy-against-states-all-steps"} < set(slugs)
+    for script in ("report.script.html.jinja", "heads.script.html.jinja"):
+        assert "filename: slug" in environment().get_template(script).render()
 
 
 def test_viewer_tells_the_story(run_path: Path) -> None:
