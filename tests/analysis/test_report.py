@@ -162,6 +162,15 @@ def test_headline_has_the_numbers(run_path: Path) -> None:
     assert "26 of its symbols are not one token" in words
 
 
+def test_on_a_phone_the_headline_table_is_stacked(run_path: Path) -> None:
+    text = report.write(run_path).read_text(encoding="utf-8")
+    table = text[text.index('<table class="stacked" aria-describedby="summary">') :]
+    titles = re.findall(r'<th class="num">(.*?)</th>', table[: table.index("</thead>")])
+    body = table[table.index("<tbody>") : table.index("</tbody>")]
+    assert re.findall(r"<td[^>]*data-name=\"(.*?)\"", body) == titles * body.count("<tr>")
+    assert body.count("<td") == len(titles) * body.count("<tr>") > len(titles)
+
+
 def test_where_nothing_is_determined_the_page_says_so(tmp_path: Path) -> None:
     path = report.write(make_run(tmp_path, [("DFA", {"states": 4}, "", 1)]))
     words = " ".join(Page(path.read_text(encoding="utf-8")).words)
