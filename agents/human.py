@@ -11,7 +11,7 @@ from nextstate.agents.agent import Agent, Prediction, Prompt, from_belief
 from nextstate.agents.play import Player, View
 from nextstate.envs.game import point
 
-STOP = ("quit", "exit")
+STOP = ("q", "quit", "exit")
 _NAMED = 5  # commands that a question lists; of more it says how many there are
 
 
@@ -22,7 +22,7 @@ class GivenUp(Exception):
 class Human(Agent):
     """Asks a person, who may give a part of the answer that no other has; case does not count.
 
-    An answer that is none of the choices is asked again; "quit" raises `GivenUp`.
+    An answer that is none of the choices is asked again; "q" and "quit" raise `GivenUp` unless they are a choice.
     """
 
     name = "human"
@@ -40,18 +40,18 @@ class Human(Agent):
         while True:
             said = self.ask(f"{question.stem.strip() or 'Next'} … ").strip()
             meant = said.casefold()
+            if meant in STOP and meant not in folded:
+                raise GivenUp
             found = [i for i, w in enumerate(folded) if w == meant] or [i for i, w in enumerate(folded) if meant in w]
             if len(found) == 1:
                 return from_belief(point(len(words), found[0]), question, 0.0)
-            if meant in STOP:
-                raise GivenUp
             self.console.print(Text(f"{said!r} is none of: {', '.join(words)}", style="yellow"))
 
 
 class HumanPlayer(Player):
     """Asks a person for commands: in words, as the beginning of one command alone, or by number.
 
-    "?" lists the commands, "quit" raises `GivenUp`. What is no command is asked again, and costs nothing.
+    "?" lists the commands, "q" and "quit" raise `GivenUp`. What is no command is asked again, and costs nothing.
     """
 
     name = "human"
@@ -65,7 +65,7 @@ class HumanPlayer(Player):
     def _command(self, commands: Sequence[str]) -> str:
         while True:
             said = " ".join(self.ask("> ").split()).casefold()
-            if said in STOP:
+            if said in STOP and said not in map(str.casefold, commands):
                 raise GivenUp
             found = meant(said, commands)
             if len(found) == 1:
@@ -78,7 +78,7 @@ class HumanPlayer(Player):
                 few = ", ".join(found[:_NAMED]) + (f" or {len(found) - _NAMED} others" if len(found) > _NAMED else "")
                 self.console.print(Text(f"Which one: {few}?", style="yellow"))
             else:
-                self.console.print(Text("That is no command here. ? lists what is, quit stops.", style="yellow"))
+                self.console.print(Text("That is no command here. ? lists what is, q quits.", style="yellow"))
 
 
 def meant(said: str, commands: Sequence[str]) -> list[str]:

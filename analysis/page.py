@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import polars as pl
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+
+from nextstate.agents.failures import path_error
 
 ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
@@ -39,13 +45,22 @@ def furniture(templates: jinja2.Environment, script: str) -> dict[str, Any]:
 
 
 def replace(path: Path, make: Callable[[Path], Any]) -> Path:
-    """Let `make` write a file beside `path`, then rename it: a killed call leaves what was there."""
+    """Let `make` write a file beside `path`, then rename it: a killed call leaves what was there.
+
+    Raises:
+        PathError: `path` cannot be written.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        make(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        try:
+            make(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise path_error(error, path) from error
+    except pl.exceptions.ComputeError as error:  # what Polars makes of a full disk
+        raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
     return path
 
 
@@ -73,11 +88,18 @@ class Drawn:
 
     def __init__(self) -> None:
         self.figures: list[dict[str, Any]] = []
+        self.slugs: Counter[str] = Counter()
 
-    def add(self, figure: Any) -> dict[str, Any]:
-        """Keep the figure; return its place in the list, its title (which the page sets as text) and its height."""
+    def add(self, figure: Any, where: str = "") -> dict[str, Any]:
+        """Keep the figure; return its place in the list, its title (which the page sets as text) and its height.
+
+        Args:
+            figure: of Plotly, with a title.
+            where: what it is a figure of, where its title does not say; it goes before the title in the file's name.
+        """
         data = json.loads(figure.to_json())
         title = data["layout"].pop("title")["text"]
+        data["slug"] = self._slug(f"{where} {Markup(title).unescape()}")
         data["layout"]["margin"]["t"] = 8
         data["layout"]["height"] -= 26
         for trace in data["data"]:
@@ -85,6 +107,12 @@ class Drawn:
                 trace["showscale"] = False  # the page draws one scale for all
         self.figures.append(data)
         return {"at": len(self.figures) - 1, "title": Markup(title).unescape(), "height": data["layout"]["height"]}
+
+    def _slug(self, words: str) -> str:
+        """Return the name that the figure's file gets where it is saved: its words, numbered where others have them."""
+        slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")[:80] or "figure"
+        self.slugs[slug] += 1
+        return slug if self.slugs[slug] == 1 else f"{slug}-{self.slugs[slug]}"
 
 
 def percent(value: float | None) -> str:

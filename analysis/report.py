@@ -82,15 +82,18 @@ def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn:
         for agent in run.focus:
             if here.filter((pl.col("variant") == variant) & (pl.col("agent") == agent)).is_empty():
                 continue
-            maps = [drawn.add(figures.heatmap(here, game, variant, agent, v, size_name)) for v in figures.VALUES]
+            maps = [
+                drawn.add(figures.heatmap(here, game, variant, agent, v, size_name), f"{game} {variant}")
+                for v in figures.VALUES
+            ]
             panels.append({"variant": variant, "agent": agent, "maps": maps, "curves": []})
         lines = [
-            drawn.add(figures.curve(curves, game, variant, "size", look, size_name)),
-            drawn.add(figures.curve(curves, game, variant, "step", look)),
+            drawn.add(figures.curve(curves, game, variant, "size", look, size_name), f"{game} {variant}"),
+            drawn.add(figures.curve(curves, game, variant, "step", look), f"{game} {variant}"),
         ]
         exact = (pl.col("game") == game) & (pl.col("variant") == variant) & (pl.col("axis") == "states")
         if curves.filter(exact)["at"].n_unique() > 1:
-            lines.append(drawn.add(figures.curve(curves, game, variant, "states", look, "|Q|")))
+            lines.append(drawn.add(figures.curve(curves, game, variant, "states", look, "|Q|"), f"{game} {variant}"))
         for panel in panels:
             if panel["variant"] == variant:
                 panel["curves"] = lines
@@ -126,7 +129,8 @@ def _size_names(run: Run) -> dict[str, str]:
 def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dict[str, Any]]:
     """Return for each model and game its row of each subset, and of the smallest and largest size (determined only).
 
-    `by_game`, `by_size` come from `tables.pooled`, by agent and game, and by size also.
+    `grows` tells that these two sizes differ. `by_game`, `by_size` come from `tables.pooled`, by agent and game, and
+    by size also.
     """
     out = []
     for agent in run.focus:
@@ -135,8 +139,9 @@ def headline(run: Run, by_game: pl.DataFrame, by_size: pl.DataFrame) -> list[dic
             subsets = {row["subset"]: row for row in by_game.filter(mine).iter_rows(named=True)}
             ends = by_size.filter(mine & (pl.col("subset") == "determined")).sort("size").rows(named=True)
             if "all" in subsets:
-                found = {name: subsets.get(name) for name in tables.SUBSETS}
+                found: dict[str, Any] = {name: subsets.get(name) for name in tables.SUBSETS}
                 found |= {"smallest": ends[0] if ends else None, "largest": ends[-1] if ends else None}
+                found |= {"grows": bool(ends) and ends[0]["size"] != ends[-1]["size"]}
                 out.append({"agent": agent, "game": game, "size_name": size_name, **found})
     return out
 

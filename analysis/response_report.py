@@ -33,14 +33,16 @@ def write(run: Path) -> Path:
 def render(run: ResponseRun) -> str:
     """Return the page as text."""
     templates = environment(two=_two, short=_short)
-    drawn, table = Drawn(), run.heads
-    shown = None if table is None else table.sort("lost", descending=True).head(ROWS)
+    drawn, table, told = Drawn(), run.heads, headline(run)
+    carried = table is not None and told["heads"] is not None
+    shown = None if table is None else (table.sort("lost", descending=True) if carried else table).head(ROWS)
+    title = "Each head, left out by itself"
     sections = {
         "scales": _scales(run, drawn),
         "edges": _edges(run),
         "matrices": _matrices(run, drawn),
         "signatures": _signatures(run, drawn),
-        "head_plot": [] if table is None else [drawn.add(figures.heads(table, "Each head, left out by itself"))],
+        "head_plot": [drawn.add(figures.heads(table, title))] if table is not None and carried else [],
         "bridges": _bridges(run, drawn),
         "patched": _patched(run, drawn),
     }
@@ -50,7 +52,7 @@ def render(run: ResponseRun) -> str:
         certificates=certificates(run.info),
         left_out=left_out(run.info),
         agent=run.info["agents"][0],
-        headline=headline(run),
+        headline=told,
         heads=[] if shown is None else shown.rows(named=True),
         left=0 if table is None or shown is None else len(table) - len(shown),
         drawn=drawn.figures,
@@ -84,7 +86,7 @@ def headline(run: ResponseRun) -> dict[str, Any]:
     found = run.signature()
     if found is not None and any(found.valid):
         out["signature"] = _told(found)
-    if run.heads is not None:
+    if run.heads is not None and found is not None and found.emerges() is not None:  # else there is nothing to carry
         rows = run.heads.filter(pl.col("carries") & (pl.col("lost") > 0)).sort("lost", descending=True)
         out["heads"] = {"of": len(run.heads), "rows": rows.rows(named=True)}
     for name, rows in run.bridge.items():
@@ -244,7 +246,7 @@ def mirrored(run: ResponseRun) -> dict[str, Any]:
         words = [""] * rows["position"].n_unique()
         reach = figures.ends([rows], layers)
         out["figures/matrices"] = figures.matrices(rows, layers, words, "A block, repeated", reach)
-    if run.heads is not None:
+    if run.heads is not None and told["heads"] is not None:
         out["figures/heads"] = figures.heads(run.heads, "Each head, left out by itself")
         out["summary/heads"] = len(told["heads"]["rows"])
     for name, rows in run.bridge.items():

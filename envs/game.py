@@ -132,6 +132,12 @@ class Game(ABC):
     """A deterministic finite-state system with words. The dataclass fields of a leaf class are its settings.
 
     A state holds what the episode drew once (an automaton, a list of names) and what changes. Leaf classes are final.
+    The "Args" of their docstrings say what each setting means; `nextstate list games` shows them.
+
+    Args:
+        style: the words that the game is told in.
+        feedback: what becomes of a question: "branch" (it leaves no trace), or "inline" (it stays in the story,
+            answered).
     """
 
     name: ClassVar[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -13,6 +14,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,12 +28,12 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
+from nextstate import __version__
 from nextstate.folder import Progress, answered, left_out
 
 app = typer.Typer(
     name="nextstate",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -54,8 +56,17 @@ class Options:
 options = Options()
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"nextstate {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
 def before(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of whatever goes wrong.")] = False,
 ) -> None:
     """Does a language model know what state a system is in? Games, agents, and one report page."""
@@ -314,7 +325,6 @@ def play(
     import yaml
 
     from nextstate import terminal
-    from nextstate.agents.human import GivenUp
     from nextstate.envs.games import make_game
 
     given = dict(s.partition("=")[::2] for s in settings or [])
@@ -330,7 +340,7 @@ def play(
             length = terminal.command(here, made, agent, steps, chosen, questions)
         else:
             length = terminal.predict(here, made, agent, steps, chosen)
-    except (EOFError, KeyboardInterrupt, GivenUp):
+    except KeyboardInterrupt:  # before the game began
         console.print("\nStopped.")
         raise typer.Exit(130) from None
     how = (["--commands"] if commands else []) + (["--questions"] if questions else [])
@@ -378,15 +388,24 @@ def list_(what: Annotated[str, typer.Argument(help="games, models or configs")])
 
 
 def _games() -> None:
-    from nextstate.envs.game import setting_names
     from nextstate.envs.games import GAMES
+    from nextstate.envs.settings import listed
 
     for name, cls in GAMES.items():
         about = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
-        console.print(f"[bold]{name}[/]  nextstate/{name}-v0 (predict), nextstate/{name}Play-v0 (play)", soft_wrap=True)
-        console.print(f"    {escape(about)}", soft_wrap=True)
-        console.print(f"    settings: {', '.join(setting_names(cls))}", soft_wrap=True)
-        console.print(f"    shortcuts: {', '.join(cls.shortcuts)}", soft_wrap=True)
+        console.print(f"[bold]{name}[/]  predict nextstate/{name}-v0, play nextstate/{name}Play-v0", soft_wrap=True)
+        console.print(Padding(Text(about), (0, 0, 0, 4), expand=False))
+        console.print(Padding(Text(f"shortcuts: {', '.join(cls.shortcuts)}"), (0, 0, 0, 4), expand=False))
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for x in listed(cls):
+            default = "" if x.default is None else f" = {json.dumps(x.default)}"
+            told = Text.assemble((f"{x.legal}: " if x.legal else "", "cyan"), x.meaning)
+            table.add_row(Text(x.name, style="bold"), Text(x.type + default), told)
+        console.print(Padding(table, (0, 0, 1, 4), expand=False))
+    console.print("After each setting: type = default, what is legal while the others are at their defaults, meaning.")
 
 
 def _traceback(error: BaseException) -> str:
@@ -397,14 +416,25 @@ def main() -> None:
     """Run the command line; errors are one message, not a traceback, unless `--debug` is given."""
     from nextstate.agents.agent import AgentError
     from nextstate.agents.config import ConfigError
-    from nextstate.agents.failures import Broken, guarded, one_line
+    from nextstate.agents.failures import Broken, PathError, guarded, of_a_path, one_line, path_error
     from nextstate.analysis.tables import RunError
     from nextstate.envs.game import GameError
     from nextstate.folder import ExperimentError, ModelFailed
 
-    known = (AgentError, ConfigError, ExperimentError, GameError, RunError)
+    known = (AgentError, ConfigError, ExperimentError, GameError, PathError, RunError)
+
+    def paths_named() -> None:
+        try:
+            app()
+        except OSError as error:
+            if of_a_path(error):
+                raise path_error(error) from error
+            raise
+
     try:
-        guarded(app, lambda error: f"{one_line(error)} (unforeseen; `nextstate --debug ...` shows where)", known)
+        guarded(
+            paths_named, lambda error: f"{one_line(error)} (unforeseen; `nextstate --debug ...` shows where)", known
+        )
     except known as error:
         if options.debug:
             errors.print(Text(_traceback(error)), soft_wrap=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nextstate.agents.agent import Agent, AgentError, Prompt
-from nextstate.agents.human import GivenUp, Human, HumanPlayer
+from nextstate.agents.human import STOP, GivenUp, Human, HumanPlayer
 from nextstate.agents.play import AgentPlayer, Player, Playing, RandomPlayer, WalkthroughPlayer
 from nextstate.agents.reference import SHORTCUT, Reference
 from nextstate.envs.aims import Aim, reply, shortest
@@ -35,12 +35,23 @@ class Terminal:
     console: Console
 
     def ask(self, prompt: str) -> str:
-        """Ask for a line; raises `EOFError` where there is none."""
-        return self.console.input(Text(prompt, style="bold"))
+        """Ask for a line; raises `GivenUp` where Ctrl-D or Ctrl-C is given instead."""
+        try:
+            return self.console.input(Text(prompt, style="bold"))
+        except (EOFError, KeyboardInterrupt):
+            self.console.print()
+            raise GivenUp from None
 
     def say(self, text: str, style: str = "") -> None:
         """Write what is no markup, whatever it holds."""
         self.console.print(Text(text, style=style), soft_wrap=not style)
+
+
+def head(terminal: Terminal, game: Game, how: str) -> None:
+    """Say which game it is, with its settings, and how to go on and to quit."""
+    settings = ", ".join(f"{k}={v}" for k, v in game.settings.items() if v not in (None, ""))
+    terminal.console.print(Text.assemble((game.name, "bold"), f"  {settings}"), soft_wrap=True)
+    terminal.say(f"{how}\n", "dim")
 
 
 def has_objective(game: Game, seed: int) -> bool:
@@ -76,15 +87,25 @@ def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
     ideal = episode.beliefs("ideal")
     reader = agent_named(agent, game, terminal).live()
     tally = Tally()
+    if agent == "human":
+        answers = {choice.strip().casefold() for step in episode.steps for choice in step.questions[0].choices}
+        stop = next(word for word in STOP if word not in answers)
+        how = f"Answer what comes next; a part that no other answer has will do.\n{stop} or Ctrl-D quits."
+    else:
+        how = f"{agent} answers what comes next.\nCtrl-C quits."
+    head(terminal, game, how)
     terminal.say(episode.opening)
-    for t, step in enumerate(episode.steps):
-        if step.narration.strip():
-            terminal.say(step.narration.strip())
-        answered(terminal, reader, episode, t, tally, score(ideal[t][0], step.questions[0].accepted))
-        if step.outcome.strip():
-            terminal.say(step.outcome.strip())
+    with suppress(GivenUp, KeyboardInterrupt):
+        for t, step in enumerate(episode.steps):
+            if step.narration.strip():
+                terminal.say(step.narration.strip())
+            answered(terminal, reader, episode, t, tally, score(ideal[t][0], step.questions[0].accepted))
+            if step.outcome.strip():
+                terminal.say(step.outcome.strip())
+    if tally.asked < length:
+        terminal.say(f"Stopped after {tally.asked} of {length} questions.")
     terminal.console.print(
-        f"Score: [bold]{tally.right} of {length}[/]; the best possible reader expects {tally.ceiling:.1f}."
+        f"Score: [bold]{tally.right} of {tally.asked}[/]; the best possible reader expects {tally.ceiling:.1f}."
     )
     return length
 
@@ -164,10 +185,13 @@ def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
     else:
         player = AgentPlayer(reader).begin()
     examiner = Examiner(terminal, reader, playing, np.random.default_rng([seed, 1])) if questions and reader else None
-    terminal.say(playing.opening)
     if agent == "human":
-        terminal.say("Give commands; their beginning or number will do. ? lists them, quit stops.", "dim")
-    with suppress(GivenUp):
+        how = "Give commands; their beginning or number will do.\n? lists them, q or Ctrl-D quits."
+    else:
+        how = f"{agent} gives the commands.\nCtrl-C quits."
+    head(terminal, game, how)
+    terminal.say(playing.opening)
+    with suppress(GivenUp, KeyboardInterrupt):
         while not playing.ended:
             given = player.choose([playing.view])[0]
             if agent != "human":

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from nextstate import terminal
+from nextstate.envs import make_game
 
 
 def nextstate(*arguments: str, stdin: str = "", cwd: Path | None = None) -> tuple[int, str, str]:
@@ -26,11 +32,35 @@ def test_a_person_plays_is_told_the_truth_and_gets_a_score() -> None:
     assert "nextstate play Box boxes=2 --steps 3 --seed 1" in out
 
 
-def test_a_person_may_stop() -> None:
-    code, out, err = nextstate("play", "Cycle", "--seed", "1", stdin="a\n")
-    assert code == 130
-    assert "Stopped." in out
-    assert "Traceback" not in err
+@pytest.mark.parametrize("last", ["q\n", "quit\n", ""])
+def test_a_person_may_stop_and_gets_the_score_so_far(last: str) -> None:
+    code, out, err = nextstate("play", "Box", "boxes=2", "--predictions", "--seed", "1", stdin=f"A\n{last}")
+    assert (code, err) == (0, "")
+    assert out.startswith("Box  style=paper, feedback=branch, boxes=2, objects=2\n")
+    assert "q or Ctrl-D quits." in out
+    assert "Stopped after 1 of 10 questions." in out
+    assert f"Score: {out.count('✓ right')} of 1; the best possible reader expects 1.0." in out
+
+
+def test_where_q_is_an_answer_quit_quits() -> None:
+    code, out, _ = nextstate("play", "Cycle", "--predictions", "--seed", "1", stdin="q\nquit\n")
+    assert code == 0
+    assert "quit or Ctrl-D quits." in out
+    assert "Stopped after 1 of 10 questions." in out
+
+
+def test_ctrl_c_quits_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    for play in (terminal.predict, terminal.command):
+        written = Console(file=StringIO())
+        monkeypatch.setattr(written, "input", interrupted)
+        given = (terminal.Terminal(written), make_game("Box"), "human", 3, 1)
+        play(*given, False) if play is terminal.command else play(*given)
+        out = written.file.getvalue()  # type: ignore[attr-defined]
+        assert "Stopped after 0" in out
+        assert "Score: 0 of " in out
 
 
 def test_the_ideal_reader_plays_without_a_mistake() -> None:
@@ -43,7 +73,9 @@ def test_a_person_gives_commands_and_is_asked_what_they_lead_to() -> None:
     typed = "?\nmove\n5\nC\nmove the hat\nmove the hat into box a\nB\nquit\n"
     code, out, err = nextstate("play", "Box", "boxes=3", "--questions", "--seed", "8", stdin=typed)
     assert code == 0, err
-    assert out.startswith("Goal: ")
+    assert out.startswith("Box  style=paper, feedback=branch, boxes=3, objects=3\n")
+    assert "? lists them, q or Ctrl-D quits." in out
+    assert "\nGoal: " in out
     assert "1  move the " in out
     assert "Which one: move the " in out
     assert out.count("✓ right") + out.count("✗ no") == out.count("Move the ") > 0
@@ -77,6 +109,13 @@ def test_a_model_plays_and_answers() -> None:
     assert "Questions: " in out
 
 
+def test_the_version_and_how_to_get_completion_are_told() -> None:
+    assert nextstate("--version")[:2] == (0, f"nextstate {version('nextstate')}\n")
+    _, out, _ = nextstate("--help")
+    assert "--version" in out
+    assert "--install-completion" in out
+
+
 @pytest.mark.parametrize("what", ["games", "models", "configs"])
 def test_lists(what: str) -> None:
     code, out, _ = nextstate("list", what)
@@ -84,6 +123,22 @@ def test_lists(what: str) -> None:
     assert {"games": "nextstate/FruitStorePlay-v0", "models": "nextstate/tiny", "configs": "configs/paper/dfa.yaml"}[
         what
     ] in out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_settings_of_games_are_told(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, out, _ = nextstate("list", "games")
+    assert max(map(len, out.splitlines())) <= columns
+    told = [" ".join(line.split()) for line in out.splitlines()]
+    for line in (
+        "boxes int = 4 2 to 26: number of boxes",
+        "period int = 4 2 to 26: length of the pattern",
+        "people int = 4 2 to 21: number of people and fruits",
+        "distinct_symbols bool = false true or false: no symbol twice in a rule",
+    ):
+        assert line in told
+    assert any(line.startswith('density str = "middle" min, middle, max: ') for line in told)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +174,22 @@ def test_run_and_report(tmp_path: Path) -> None:
     code, _, _ = nextstate("report", str(page.parent))
     assert code == 0
     assert page.stat().st_mtime_ns > first
+
+
+def test_files_in_the_way_are_named_with_what_to_do(tmp_path: Path) -> None:
+    games = 'games=[{"game": "Cycle", "over": {"period": [2]}, "steps": 3, "episodes": 2}]'
+    given = ("run", "quickstart", "agents=[ideal]", "wandb=disabled", games, "--out")
+    assert nextstate(*given, str(tmp_path / "run"))[0] == 0
+    (tmp_path / "run" / "report.html").unlink()
+    (tmp_path / "run" / "report.html").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, named, advice in (
+        (("report", str(tmp_path / "run")), tmp_path / "run" / "report.html", "a folder is where a file should be"),
+        ((*given, str(tmp_path / "file" / "run")), tmp_path / "file" / "run", "a file is where a folder should be"),
+    ):
+        code, _, err = nextstate(*arguments)
+        assert code == 2
+        assert err.startswith(f"error: {named}")
+        assert advice in err
+        assert len(err.splitlines()) == 1
+        assert "Traceback" in nextstate("--debug", *arguments)[2]

@@ -129,10 +129,10 @@ class DFA(Game):
         states: number of states listed, 2 to 26 (to 676 with `symbols="pairs"`).
         density: "min" (E = Q edges), "max" (Q (Q - 1) / 2 + 1) or "middle"; not used where `edges` is given.
         edges: number of edges, Q to Q (Q - 1) / 2 + 1, as long as no state needs more actions than there are.
-        actions: number of actions listed, 1 to 26 (to 676). Few actions make many questions on which the action alone
-            does not settle the answer.
+        actions_listed: number of actions listed, 1 to 26 (to 676). Few actions make many questions on which the action
+            alone does not settle the answer.
         symbols: "letters" (a, b, ...; A, B, ...) or "pairs" (aa, ab, ...; AA, AB, ...).
-        kind: "state-action" or "state-state".
+        kind: "state-action", or "state-state", where actions are not told.
     """
 
     name: ClassVar[str] = "DFA"

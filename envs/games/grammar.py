@@ -58,11 +58,18 @@ class CFG(Game):
     Args:
         style: "plain", or "rules", where the opening gives all rules.
         grammar: name of a published one, cfg3b to cfg3k; "" for another.
-        file: a grammar of yours, in the notation of `nextstate.envs.grammar.grammar.Grammar.read`.
-        levels, symbols, rules_min, rules_max, length_min, length_max, distinct_symbols, distinct_bodies: what a grammar
-            is drawn by where neither is given, as in `nextstate.envs.grammar.sources.random_grammar`.
+        file: path of a grammar of yours. See `nextstate.envs.grammar.grammar.Grammar.read`.
+        levels: of symbols, root and terminals included, 2 to 12. This and what follows, to `distinct_bodies`, is what a
+            grammar is drawn by where neither is given (`nextstate.envs.grammar.sources.random_grammar`).
+        symbols: number of symbols at each level but the root's.
+        rules_min: the fewest rules of a symbol.
+        rules_max: the most rules of a symbol.
+        length_min: the shortest length of a rule.
+        length_max: the greatest length of a rule.
+        distinct_symbols: no symbol twice in a rule.
+        distinct_bodies: no body twice at a level, so that a body tells whose it is.
         game_seed: decides which grammar is drawn, and which tokens are in overlapping bags.
-        vocabulary: hides the terminals: each is a bag of some of that many tokens (`sources.implicit`).
+        vocabulary: hides the terminals: each is a bag of some of that many tokens. See `sources.implicit`.
         overlap: bags share tokens.
         skewed: the tokens of a bag are not alike likely.
     """

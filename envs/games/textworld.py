@@ -53,9 +53,15 @@ class TextWorld(Game):
     Ideal reader: `nextstate.envs.textworld.reader.AdventureReader`.
 
     Args:
-        rooms, objects, quest, breadth, theme, challenge, level, skills, file: what the games are made of, as in
-            `nextstate.envs.textworld.generate.Recipe`; by default 3 rooms, 5 objects and a quest of 4 commands. `file`
-            is a game of yours, .z8 or .json (with TextWorld's metadata), instead of a pool.
+        rooms: number of rooms, 1 to 20; 1, 6, 9 or 12 with `challenge="cooking"`.
+        objects: number of things besides rooms and doors, 0 to 60; more where the quest needs more.
+        quest: number of commands of the shortest solution, 1 to 20.
+        breadth: number of branches of the quest, 1 to 2; two need a quest of 4 commands or more.
+        theme: what things are called: "house", or "basic" (such as "box0").
+        challenge: one of TextWorld's own, with sizes of its own. See `nextstate.envs.textworld.generate.Recipe`.
+        level: of the challenge: coin_collector 1 to 150 or 201 to 233, treasure_hunter 1 to 30, cooking 1 to 5.
+        skills: what a cooking game takes.
+        file: path of a game of yours, .z8 or .json (with TextWorld's metadata), instead of a pool.
         games: number of games in the pool.
         game_seed: decides which games these are.
         states: about how many states each game has; rooms, objects and quest then vary.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from nextstate.agents.failures import PathError
 from nextstate.analysis import report, tables
-from nextstate.analysis.page import embed, percent, sha256
+from nextstate.analysis.page import embed, environment, percent, replace, sha256
 from nextstate.analysis.tables import RunError
 from tests.analysis.conftest import EVIL, MODEL, SMALL, make_run
 
@@ -118,6 +120,21 @@ def test_every_cell_and_figure_is_there(run_path: Path) -> None:
     assert {(t["zmin"], t["zmax"]) for t in maps} == {(0, 1)}
 
 
+def test_each_figure_is_saved_under_a_name_of_its_own(run_path: Path) -> None:
+    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    drawn = page.data("figures")
+    assert isinstance(drawn, list)
+    slugs = [figure["slug"] for figure in drawn]
+    assert len(set(slugs)) == len(slugs) > 1
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug) for slug in slugs)
+    captions = {int(str(a["data-figure"])): str(a["aria-label"]) for t, a in page.tags if "data-figure" in a}
+    for at, caption in captions.items():
+        assert "-".join(re.findall(r"[a-z0-9]+", caption.lower())) in slugs[at]
+    assert {"box-accuracy-against-boxes-all-steps", "dfa-density-min-accuracy-against-states-all-steps"} < set(slugs)
+    for script in ("report.script.html.jinja", "heads.script.html.jinja"):
+        assert "filename: slug" in environment().get_template(script).render()
+
+
 def test_viewer_tells_the_story(run_path: Path) -> None:
     page = Page(report.write(run_path).read_text(encoding="utf-8"))
     sample = page.data("episodes")
@@ -145,12 +162,58 @@ def test_headline_has_the_numbers(run_path: Path) -> None:
     assert "26 of its symbols are not one token" in words
 
 
+def test_on_a_phone_the_headline_table_is_stacked(run_path: Path) -> None:
+    text = report.write(run_path).read_text(encoding="utf-8")
+    table = text[text.index('<table class="stacked" aria-describedby="summary">') :]
+    titles = re.findall(r'<th class="num">(.*?)</th>', table[: table.index("</thead>")])
+    body = table[table.index("<tbody>") : table.index("</tbody>")]
+    assert re.findall(r"<td[^>]*data-name=\"(.*?)\"", body) == titles * body.count("<tr>")
+    assert body.count("<td") == len(titles) * body.count("<tr>") > len(titles)
+
+
+def test_where_nothing_is_determined_the_page_says_so(tmp_path: Path) -> None:
+    path = report.write(make_run(tmp_path, [("DFA", {"states": 4}, "", 1)]))
+    words = " ".join(Page(path.read_text(encoding="utf-8")).words)
+    assert "The transcript settles the answer of none of them" in words
+    assert "Easy against hard" not in words
+
+
+def test_easy_against_hard_needs_two_sizes(run_path: Path, tmp_path: Path) -> None:
+    words = " ".join(Page(report.write(run_path).read_text(encoding="utf-8")).words)
+    assert "Easy against hard, on determined questions:" in words
+    one = report.write(make_run(tmp_path, [("Box", {"boxes": 3}, "", 3), ("DFA", {"states": 4}, "", 1)]))
+    words = " ".join(Page(one.read_text(encoding="utf-8")).words)
+    assert "of questions in Box" in words
+    assert "Easy against hard" not in words
+    assert " and on " not in " ".join(words.split())  # of DFA no question is determined, so that Box is not compared
+
+
 def test_writing_again_replaces(run_path: Path) -> None:
     first = report.write(run_path).read_text(encoding="utf-8")
     (run_path / "report.html").write_text("old")
     assert report.write(run_path).read_text(encoding="utf-8") == first
     assert not list(run_path.glob(".report*"))
     assert not list(run_path.glob(".cells*"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "read-only file system; copy the folder"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device; free some space"),
+        (PermissionError("Permission denied (os error 13)"), "permission denied; let yourself read and write"),
+        (pl.exceptions.ComputeError("parquet: No space left on device"), "[Nn]o space left on device; free some space"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_named(error: Exception, said: str, tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(PathError, match=f"report.html: .*{said}"):
+        replace(tmp_path / "report.html", fail)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "old")]
 
 
 def test_reports_without_a_model_and_unfinished(run_path: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nextstate import cli, patching, responding
 from nextstate.agents.config import ConfigError, packaged_configs, read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis import response_report
-from nextstate.analysis.response_tables import agreement, load
+from nextstate.analysis.response_tables import Signature, agreement, load
 from nextstate.analysis.tables import RunError
 from nextstate.folder import ExperimentError
 from nextstate.patching import PatchConfig
@@ -90,6 +90,22 @@ def test_the_page_is_whole_loads_nothing_and_says_whose_recipe_it_is(folder: Pat
     assert len(sliders) == 2
     valid = load(folder).holds("random")
     assert [step["label"] for step in sliders[0]["steps"]] == [str(layer) for layer in valid]
+
+
+def test_where_there_is_no_signature_no_head_carries_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = load(folder)
+    page = response_report.render(run)
+    assert "heads carry it" in page
+    assert "stands out</button>" in page
+    assert "figures/heads" in response_report.mirrored(run)
+    monkeypatch.setattr(Signature, "emerges", lambda self, column=0: None)
+    page = response_report.render(run)
+    assert "No induction signature stands out." in page
+    assert "carry it:" not in page
+    assert "carries it:" not in page
+    assert "stands out</button>" not in page
+    assert "prefix matching</button>" in page
+    assert not {"figures/heads", "summary/heads"} & response_report.mirrored(run).keys()
 
 
 def test_only_what_is_within_the_window_is_drawn(folder: Path) -> None:

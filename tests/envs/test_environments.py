@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -19,6 +20,7 @@ from gymnasium.utils.env_checker import check_env
 import nextstate
 from nextstate.envs import GAMES, GameError, PlayEnv, PredictionEnv, make_game, register_environments, score, unroll
 from nextstate.envs.aims import Aim, draw_goal, leads, plan, reply, shortest, words
+from nextstate.envs.settings import listed
 
 ROOT = Path(nextstate.__file__).parent.parent
 HEAVY = ("torch", "transformers", "nnsight", "polars", "plotly", "wandb", "scipy", "sklearn")
@@ -432,3 +434,16 @@ def test_importing_and_making_is_light() -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert f'version = "{nextstate.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_each_setting_is_told_with_its_range_and_its_meaning(name: str) -> None:
+    for x in listed(GAMES[name]):
+        assert x.meaning, x
+        assert x.default is None or type(x.default).__name__ == x.type
+        if whole := re.fullmatch(r"(\d+) to (\d+)", x.legal):
+            for beyond in (int(whole[1]) - 1, int(whole[2]) + 1):
+                with pytest.raises(GameError, match=f"{x.name}={beyond} is not possible"):
+                    make_game(name, **{x.name: beyond})
+        elif x.type == "int":
+            assert x.name == "level"  # which only challenges have
