@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair, Span, fair, last, piece_of, pieces, roles, spot, tell
-from nextstate.envs.game import Action, Episode, require, require_whole
+from nextstate.envs.contrast import Pair, Span, differences, fair, last, piece_of, pieces, roles, spot, tell
+from nextstate.envs.game import Action, Episode, GameError, require, require_whole
 
 if TYPE_CHECKING:
     from nextstate.envs.games.textworld import Situation, TextWorld
@@ -56,9 +56,24 @@ def _draw(game: TextWorld, rng: np.random.Generator, kind: str, steps: int) -> P
     if rng.random() < 0.5:  # which side has the later answer is left to chance
         sides.reverse()
     clean, corrupted = sides
-    return Pair(
+    pair = Pair(
         kind, "balanced", clean, corrupted, roles(_spans(kind, clean, subject), _spans(kind, corrupted, subject))
     )
+    return pair if _differ_in_one_name(pair) else None
+
+
+def _differ_in_one_name(pair: Pair) -> bool:
+    """Tell whether the stories differ in one name alone, told so often as the kind has it.
+
+    Other words differ too where a command shows something: what is in a container, say, as it is opened.
+    """
+    try:
+        found = differences(pair)
+    except GameError:  # not the same sentences
+        return False
+    clean, corrupted = (pieces(side) for side in pair.sides)
+    words = {(clean[a.piece][a.start : a.end], corrupted[b.piece][b.start : b.end]) for a, b in found}
+    return len(found) == {"action": 1, "state": 2}[pair.kind] and len(words) == 1
 
 
 def _names(state: Situation, *commands: int) -> set[str]:
