@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from nextstate.agents.agent import AgentError
 from nextstate.agents.branches import Tree
+from nextstate.agents.failures import one_line
 from nextstate.agents.forward import ROADS, Forward, Memory, Road, Want, context_of, out_of_memory
 
 TRUNK, COLUMNS = 48, 120  # of the smallest tree that is measured
@@ -182,11 +183,10 @@ class _Ladder:
             except Exception as error_:
                 if isinstance(error_, RuntimeError | MemoryError) and out_of_memory(error_):
                     raise
-                told = (str(error_).strip().splitlines() or [""])[0][:120]
-                self.tried[road] = f"{type(error_).__name__}: {told}"
-        told = "; ".join(f"{road}: {why}" for road, why in self.tried.items())
+                self.tried[road] = one_line(error_)[:150]
+        reasons = "; ".join(f"{road}: {why}" for road, why in self.tried.items())
         raise AgentError(
-            f"{self.forward.name} is refused: no way of running it gives what plain forward passes give ({told})"
+            f"{self.forward.name} is refused: no way of running it gives what plain forward passes give ({reasons})"
         )
 
     def _truth(self, some: Sequence[Sample]) -> tuple[list[Want], Float[Tensor, "want vocabulary"]]:

@@ -289,9 +289,8 @@ class Forward:
 
     def state(self, tokens: Int[Tensor, "row token"], rows: Int[Tensor, " copy"]) -> Any:
         """Read rows of one length and return what the model carries on, for each of `rows` a copy."""
-        given: dict[str, Any] = {"use_cache": True}
         with read_out(self.model, lambda x: x[:, :1]):
-            return _rows_of(getattr(self.model(input_ids=tokens, **given), self._cache or "", None), rows)
+            return _rows_of(getattr(self.model(input_ids=tokens, use_cache=True), self._cache or "", None), rows)
 
     def resumed(
         self,
