@@ -122,7 +122,8 @@ class Forward:
         self.reading: Reading | None = None  # what is read now, for hooks
         self.finished: Reading | None = None  # what was read last, with all its passes
         self.certificates: dict[bool, Certificate] = {}  # of replay and of live sessions
-        self._refused: dict[bool, tuple[int, int, AgentError]] = {}  # at which depth and columns, and why
+        # At which depth and columns the model was refused, with which attention functions, and why.
+        self._refused: dict[bool, tuple[int, int, tuple[str, ...], AgentError]] = {}
         self.proving = False  # hooks leave the model as it is while it is measured
         parameters = inspect.signature(model.forward).parameters
         self._cache = next((name for name in _CACHES if name in parameters), None)
@@ -149,13 +150,14 @@ class Forward:
             known = None
         if known is None or depth > known.depth or columns > known.columns:
             refused = self._refused.get(live)
-            if refused is not None and depth >= refused[0] and columns >= refused[1]:
-                raise refused[2]
+            same = refused is not None and refused[2] == self.masks.attention
+            if refused is not None and same and depth >= refused[0] and columns >= refused[1]:
+                raise refused[3]
             self.proving = True
             try:
                 known = self.certificates[live] = certify(self, depth, columns, live, known)
             except AgentError as error:
-                self._refused[live] = (depth, columns, error)
+                self._refused[live] = (depth, columns, self.masks.attention, error)
                 raise
             finally:
                 self.proving = False

@@ -242,6 +242,18 @@ def test_half_precision_sees_a_wrong_tree_by_itself(name: str, dtype: torch.dtyp
             _Ladder(forward, live=False).climb(300, 700, ("tree",))
 
 
+def test_a_refusal_is_remembered_for_the_attention_that_it_was_met_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, measured = agent_of(build("ernie", len(tokenizer()))).forward, list[int]()
+    plain = forward.plain
+    monkeypatch.setattr(forward, "plain", lambda *args: measured.append(1) or plain(*args))
+    for attention, again in (("sdpa", True), ("sdpa", False), ("eager", True)):
+        forward.model.set_attn_implementation(attention)
+        measured.clear()
+        with pytest.raises(AgentError, match="is not causal"):
+            forward.require(60, 120)
+        assert bool(measured) == again
+
+
 # --- while it is proved, and while memory runs out
 
 
