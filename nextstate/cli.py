@@ -416,8 +416,9 @@ def main() -> None:
     """Run the command line; errors are one message, not a traceback, unless `--debug` is given."""
     from nextstate.agents.agent import AgentError
     from nextstate.agents.config import ConfigError
-    from nextstate.agents.failures import Broken, PathError, guarded, of_a_path, one_line, path_error
+    from nextstate.agents.failures import Broken, guarded, one_line
     from nextstate.analysis.tables import RunError
+    from nextstate.envs.files import PathError, is_path_error, path_error
     from nextstate.envs.game import GameError
     from nextstate.folder import ExperimentError, ModelFailed
 
@@ -427,7 +428,7 @@ def main() -> None:
         try:
             app()
         except OSError as error:
-            if of_a_path(error):
+            if is_path_error(error):
                 raise path_error(error) from error
             raise
 
