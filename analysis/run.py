@@ -332,6 +332,12 @@ class Run(Generic[C]):
             by_name = {a["name"]: a for a in self.record["agents"]} | {found["name"]: found}
             self.update(agents=list(by_name.values()))
 
+    def describe_model(self, model: Any) -> None:
+        """Keep the description of a language model, with its numbers of layers and heads and what was proved of it."""
+        sites = model.sites
+        size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
+        self.describe(model.describe() | size)
+
     def load(self, name: str, make: Callable[[], T]) -> T:
         """Return an agent, made by `make` the first time; only the last one that was asked for is kept in memory.
 
@@ -356,7 +362,7 @@ class Run(Generic[C]):
 
         def make() -> Any:
             found = self.given if self.given is not None else load_model(entry)
-            self.describe(describe_model(found))
+            self.describe_model(found)
             self.warn("\n".join(found.warnings()))
             return found
 
@@ -503,14 +509,6 @@ class Run(Generic[C]):
             set_aside=[*self.record["set_aside"], entry],
             mixed=[x for x in self.record["mixed"] if x["table"] != key],
         )
-
-
-def describe_model(model: Any) -> dict[str, Any]:
-    """Return the description of a language model, with its numbers of layers and heads."""
-    sites = model.sites
-    size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
-    found: dict[str, Any] = model.describe()
-    return found | size
 
 
 def with_certificates(agents: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:

@@ -77,12 +77,10 @@ class Study(ABC, Generic[C]):
     Class attributes:
         name: the name of the study, as `run.json` and `STUDIES` have it.
         config: the class of its configs.
-        refusals: exceptions by which the study says in one line that something cannot be done.
     """
 
     name: ClassVar[str]
     config: ClassVar[type[RunConfig]]
-    refusals: ClassVar[tuple[type[Exception], ...]] = ()
 
     @abstractmethod
     def jobs(self, config: C) -> Sequence[Job]:
@@ -279,12 +277,12 @@ def _do(
         found = guarded(
             lambda: study.do(job, run),
             lambda error: f"{job.agent or job.title} failed: {one_line(error)}",
-            (AgentError, GameError, RunError, Skip, *study.refusals),
+            (AgentError, GameError, RunError, Skip),
         )
     except Skip as error:
         run.left_out(job.agent, job.title, _line(error))
         run.progress.warn(f"{job.title}: {_line(error)}")
-    except (AgentError, GameError, *study.refusals) as error:
+    except (AgentError, GameError) as error:
         reason, failed = _line(error), not isinstance(error, GameError)
         run.progress.warn(reason)
         run.progress.failed(error)
@@ -312,7 +310,7 @@ def _summarise(study: Study[C], run: Run[C], jobs: Sequence[Job]) -> bool:
     if names and all([run.check(f"summary/{name}", identity, False) for name in names]):
         return False
     run.progress.on("statistics")
-    made = guarded(lambda: dict(study.summarise(run)), passing=(RunError, AgentError, GameError, *study.refusals))
+    made = guarded(lambda: dict(study.summarise(run)), passing=(RunError, AgentError, GameError))
     for name, frame in made.items():
         check_key(name)
         run.keep(f"summary/{name}", frame, identity)
@@ -411,11 +409,11 @@ def verify(folder: Path, cells: int = 8, seed: int = 0, tolerance: float = 1e-4,
         made = difference(run.about[job.key]["identity"], identity_of(study, job, run))
         kept = run.table(job.key)
         try:
-            passing = (AgentError, GameError, RunError, Skip, *study.refusals)
+            passing = (AgentError, GameError, RunError, Skip)
             found = guarded(lambda job=job: study.do(job, run), passing=passing)  # type: ignore[misc]
             again = found if isinstance(found, pl.DataFrame) else found[job.key]
             differs = compare(kept, again, tolerance)
-        except (AgentError, GameError, RunError, Skip, *study.refusals) as error:
+        except (AgentError, GameError, RunError, Skip) as error:
             differs = f"it cannot be made again: {_line(error)}"
         out.append(Difference(job.key, len(kept), made, differs))
         run.progress.advance(1)
@@ -467,7 +465,7 @@ class _Mirror:
             self._log.start(self.run.path, self.run.config.name, self.run.record["config"])
 
     def job(self, metrics: Mapping[str, float | None]) -> None:
-        self._log.cell(metrics)
+        self._log.job(metrics)
 
     def finish(self, page: Page) -> None:
         self.start()
