@@ -6,14 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import polars as pl
 from pydantic import Field, model_validator
 
 from nextstate.agents.config import AgentConfig
 from nextstate.analysis.run import RunConfig, RunError
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Game
-from nextstate.envs.games import make_game
 
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # of the published state pairs
 PAPER_DISTANCES = (1, 5, 10, 20, 40)  # and noop pairs

@@ -1,6 +1,7 @@
-"""The study of heads: minimal pairs of a game, exact patching sweeps over a model's sites, and which heads carry state.
+"""The study of heads: minimal pairs of a game, and exact patching sweeps over the sites of a model.
 
-Tables: `pairs/DESIGN-KIND` (a row a pair), `sweeps/DESIGN-KIND-SITE-DIRECTION-WHERE` (a row a cell), `attention/DESIGN`.
+Tables: `pairs/DESIGN-KIND` with one row for each pair, `sweeps/DESIGN-KIND-SITE-DIRECTION-WHERE` with one row for each
+cell, `attention/DESIGN` with one row for each head and example.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-
 from nextstate.agents.identity import device_kind, model_identity
+
 from nextstate.analysis.heads_config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Skip, Study
@@ -32,10 +33,7 @@ class Heads(Study[PatchConfig]):
         kinds = kinds_of(config, game)
         for design, kind in kinds:  # a game that cannot make them says so before anything is written
             draw(config.model_copy(update={"pairs": 1}), game, design, kind, np.random.default_rng(0))
-        jobs = [
-            Job(f"pairs/{d}-{k}", f"{d} {k} pairs", config.pairs, (d, k), agent=config.agent)
-            for d, k in kinds
-        ]
+        jobs = [Job(f"pairs/{d}-{k}", f"{d} {k} pairs", config.pairs, (d, k), agent=config.agent) for d, k in kinds]
         sweeps = list(sweeps_of(config, kinds))
         for s in sweeps:
             cost = config.pairs * {"last": 4, "all": 16, "map": 40}[s.where]
@@ -44,8 +42,8 @@ class Heads(Study[PatchConfig]):
         for design in main_first(config.designs):
             needs = [Sweeping(design, kind, "head", "denoise", "last") for kind in ("state", "action")]
             if all(s in sweeps for s in needs):
-                keys = [key for s in needs for key in (s.pairs, f"sweeps/{s.key}")]
-                jobs.append(Job(f"attention/{design}", "attention of the top heads", 8, design, tuple(keys), config.agent))
+                keys = tuple(key for s in needs for key in (s.pairs, f"sweeps/{s.key}"))
+                jobs.append(Job(f"attention/{design}", "attention of the top heads", 8, design, keys, config.agent))
                 break
         return jobs
 
@@ -85,9 +83,7 @@ class Heads(Study[PatchConfig]):
 
 def _drawn(run: Run[PatchConfig], design: str, kind: str) -> list[Pair]:
     game = make_game(run.config.game, **run.config.settings)
-    return run.once(
-        ("drawn", design, kind), lambda: draw(run.config, game, design, kind, run.rng(design, kind))
-    )
+    return run.once(("drawn", design, kind), lambda: draw(run.config, game, design, kind, run.rng(design, kind)))
 
 
 def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
@@ -126,9 +122,7 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     if kept.is_empty():  # said where the pairs were measured
         return pl.DataFrame(schema=SWEEP)
     config, model = run.config, run.model(run.config.model)
-    joined = run.once(
-        ("joined", job.pairs), lambda: token_pairs(model.encoder, _drawn(run, job.design, job.kind))[0]
-    )
+    joined = run.once(("joined", job.pairs), lambda: token_pairs(model.encoder, _drawn(run, job.design, job.kind))[0])
     sound = rows.filter(pl.col("tokens").is_not_null())
     pairs = [pair for pair, ok in zip(joined, sound["kept"], strict=True) if ok]
     if job.direction in ("mean", "resample") and kept["tokens"].n_unique() > 1:

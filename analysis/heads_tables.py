@@ -24,11 +24,12 @@ PAIRS: dict[str, Any] = {
     "difference_corrupted": pl.Float64, "probability_clean": pl.Float64, "greedy_clean": pl.Boolean,
     "greedy_corrupted": pl.Boolean, "kept": pl.Boolean, "reason": pl.String,
 }  # fmt: skip
+_ENDS = ("", "_low", "_high", "_band_low", "_band_high")
 HEADS: dict[str, Any] = {
     "layer": pl.Int64, "head": pl.Int64,
-    **{f"{kind}{end}": pl.Float64 for kind in ("state", "action") for end in ("", "_low", "_high", "_band_low", "_band_high")},
+    **{f"{kind}{end}": pl.Float64 for kind in ("state", "action") for end in _ENDS},
     "state_carries": pl.Boolean, "action_carries": pl.Boolean,
-    **{f"routing{end}": pl.Float64 for end in ("", "_low", "_high", "_band_low", "_band_high")},
+    **{f"routing{end}": pl.Float64 for end in _ENDS},
     "share": pl.Float64, "carries": pl.String,
 }  # fmt: skip
 EFFECTS: dict[str, Any] = {
@@ -100,8 +101,8 @@ def sweep_rows(job: Any, sweep: Sweep, found: Recovery, failed: int) -> pl.DataF
         pl.lit(sweep.control, dtype=pl.Float64).alias("control"),
         pl.Series("patched", patched, dtype=pl.List(pl.Float32)),
     )  # fmt: skip
-    missing = [pl.lit(None, dtype=pl.Float64).alias(name) for name in ("flips", "probability") if name not in rows.columns]
-    return rows.with_columns(missing).select(SWEEP)
+    missing = [name for name in ("flips", "probability") if name not in rows.columns]
+    return rows.with_columns(pl.lit(None, dtype=pl.Float64).alias(name) for name in missing).select(SWEEP)
 
 
 def restored(rows: pl.DataFrame, pairs: pl.DataFrame) -> Sweep:
