@@ -27,7 +27,7 @@ from nextstate.agents.branches import Tree, Trunk, pack
 from nextstate.agents.config import ConfigError, Strict
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import PathMasks, Places
-from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
+from nextstate.agents.rollout import determined_accuracy, episodes_of, seeds_for
 from nextstate.agents.text import Encoder, begins_with
 from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
 from nextstate.envs.game import Episode, Game, score, unroll
@@ -282,13 +282,9 @@ class CellAccuracy(TrainerCallback):  # type: ignore[misc]
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
         agent = LanguageModel("in training", loaded=(model, self.tokenizer))
         self.trainer.log(
-            {f"accuracy/{name}": self._determined(agent, episodes) for name, episodes in self.cells.items()}
+            {f"accuracy/{name}": determined_accuracy(agent, episodes) for name, episodes in self.cells.items()}
         )
         model.train()
-
-    @staticmethod
-    def _determined(agent: LanguageModel, episodes: list[Episode]) -> float:
-        return accuracy([r for r in replay(agent, episodes).rows if r["determined"]])
 
 
 def evaluation_cells(config: TrainConfig) -> dict[str, list[Episode]]:
