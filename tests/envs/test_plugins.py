@@ -6,18 +6,14 @@ from pathlib import Path
 import pytest
 
 from nextstate.envs import plugins
+from tests.outside_agent import write_package
 
 GROUP = "nextstate.things"
 COLOURS = "red = 'the colour red'\nblue = 'the colour blue'\n"
 
 
 def package(folder: Path, name: str, source: str, things: dict[str, str]) -> None:
-    """Write an installed package of one module, with its entry points, into a folder of `sys.path`."""
-    (folder / f"{name}.py").write_text(source)
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\n" + "".join(f"{k} = {v}\n" for k, v in things.items()))
+    write_package(folder, name, source, GROUP, things)
 
 
 @pytest.fixture
