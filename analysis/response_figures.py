@@ -16,9 +16,9 @@ import polars as pl
 from jaxtyping import Float
 from plotly.colors import sample_colorscale
 
+from nextstate.analysis import stats
 from nextstate.analysis.figures import SCALE, _layout, _plain, _rgba
 from nextstate.analysis.heads_figures import LIGHT, _numbers
-from nextstate.analysis.recovery import Recovery
 from nextstate.analysis.response_tables import Signature
 from nextstate.analysis.response_window import Window
 
@@ -166,7 +166,7 @@ def depth(found: Signature, title: str, words: str = "response") -> go.Figure:
     kept = [k for k, ok in enumerate(found.valid) if ok]
     x = [found.layers[k] for k in kept]
     for (condition, column), (name, colour, dash) in LINES.items():
-        one: Recovery = found.lines[condition]
+        one: stats.Band = found.lines[condition]
         value, low, high = (_numbers(a[kept, 0, column]) for a in (one.value, one.low, one.high))
         if condition == "repeated":
             traces.append(_band(x, low, high, colour))

@@ -12,8 +12,9 @@ from nextstate.analysis import response_figures as figures
 from nextstate.analysis.figures import SCALE
 from nextstate.analysis.log import proved
 from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
-from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, agreement, load
+from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, load
 from nextstate.analysis.response_window import KINDS, Window
+from nextstate.analysis.stats import spearman
 
 ROWS = 3000  # of the table of heads
 PRECISIONS = ("float32", "bfloat16")
@@ -213,8 +214,8 @@ def _patched(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
             continue
         both = table.join(rows.select("layer", "head", "lost", "low", "high"), on=["layer", "head"], how="inner")
         names = [f"{a}.{b}" for a, b in both.select("layer", "head").iter_rows()]
-        rank = agreement(both[kind].to_list(), both["lost"].to_list())
-        title = f"{kind.capitalize()}: Spearman {'–' if rank is None else f'{rank:.2f}'}"
+        rank = spearman(both[kind].to_numpy(), both["lost"].to_numpy())
+        title = f"{kind.capitalize()}: Spearman {'–' if math.isnan(rank) else f'{rank:.2f}'}"
         plots.append(drawn.add(figures.side_by_side(both[kind].to_list(), both["lost"].to_list(), names, title,
                                                     figures.ROLES[kind])))  # fmt: skip
         ends = rows.select("layer", "head", *(pl.col(c).alias(f"{kind}_{c}") for c in ("lost", "low", "high")))

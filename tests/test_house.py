@@ -17,6 +17,8 @@ FORBIDDEN = {  # the arrows point one way: analysis -> agents -> envs
     "agents": ("nextstate.analysis", "nextstate.experiment"),
     "analysis": (),
 }
+STATISTICS = {"multinomial", "quantile", "nanquantile", "percentile", "nanpercentile", "ndtri", "ndtr", "sem", "ppf"}
+NO_INTERVALS = {("analysis/response_figures.py", "quantile")}  # the range of a colour scale
 FRONT_DOOR = ("__main__.py",)  # the only modules of the package that may import its command line
 DATA = ("*.yaml", "*.jinja", "*.cfg", "py.typed")
 
@@ -63,6 +65,26 @@ def test_nothing_but_the_front_door_imports_the_command_line() -> None:
         f"{p.relative_to(ROOT)}:{line}" for p in paths for line, name in imports(p) if is_in(name, "nextstate.cli")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_intervals_and_tests_are_made_in_one_module() -> None:
+    wrong = []
+    for path in [p for p in modules(ROOT / "analysis") if p.name != "stats.py"] + front():
+        tree, name = ast.parse(path.read_text(encoding="utf-8")), str(path.relative_to(ROOT))
+        named = [(x.lineno, x.attr) for x in ast.walk(tree) if isinstance(x, ast.Attribute)]
+        named += [(x.lineno, x.id) for x in ast.walk(tree) if isinstance(x, ast.Name)]
+        named += [(x.value.lineno, "ddof") for x in ast.walk(tree) if isinstance(x, ast.keyword) and x.arg == "ddof"]
+        wrong += [
+            f"{name}:{line} uses {what}"
+            for line, what in named
+            if what in STATISTICS | {"ddof"} and (name, what) not in NO_INTERVALS
+        ]
+        wrong += [
+            f"{name}:{line} imports {what}"
+            for line, what in imports(path)
+            if is_in(what, "scipy.stats") or what.split(".")[-1] in STATISTICS
+        ]
+    assert not wrong, "\n".join([*wrong, "intervals and tests belong in analysis/stats.py"])
 
 
 def test_rooms_are_imported_by_their_package_name_only() -> None:
