@@ -96,18 +96,6 @@ def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.Data
     return pl.DataFrame(out, schema=schema | dict.fromkeys(numbers, pl.Float64()), orient="row")
 
 
-def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> dict[str, float | None]:
-    """Return the metrics of one player in one cell (an entry of run.json's `plays`), named as `log.cell_metrics` does.
-
-    Names are like `play/DFA/states=6/random/success`; also score (share of the most), steps_over and illegal.
-    """
-    from nextstate.analysis.log import head
-
-    (row,) = table(rows.select(PLAYS.keys()).with_columns(agent=pl.lit(agent))).to_dicts()
-    names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
-    return {f"play/{head(setting, agent)}/{name}": row[key] for key, name in names.items()}
-
-
 def styles(run: Run) -> dict[str, Style]:
     """Return how each player is drawn: models as everywhere, random as chance, the walkthrough as the ideal reader."""
     return {agent: style for agent, style in figures.styles(run).items() if agent in run.models} | LOOK

@@ -104,7 +104,7 @@ def _told(found: Signature) -> dict[str, Any]:
     added = found.added
     ends = {k: float(getattr(added, k)[deepest, 0, 0]) for k in ("value", "low", "high", "band_low")}
     return {"emerges": found.emerges(), "deepest": found.layers[deepest], "lines": lines, "added": ends,
-            "prompts": added.pairs, "block": found.block}  # fmt: skip
+            "prompts": found.prompts, "block": found.block}  # fmt: skip
 
 
 def _limits(run: ResponseRun, kind: str) -> dict[int, float | None]:
@@ -182,7 +182,7 @@ def _signatures(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
             }  # fmt: skip
             rows.append({"layer": layer, "others": float(found.lines["repeated"].value[k, 0, 2])
                          if found.valid[k] else None} | numbers)  # fmt: skip
-        out.append({"kind": kind, "figures": plots, "rows": rows, "prompts": found.added.pairs,
+        out.append({"kind": kind, "figures": plots, "rows": rows, "prompts": found.prompts,
                     "stripes": drawn.add(figures.stripes(found, "What repetition adds, by offset"))})  # fmt: skip
     return out
 

@@ -104,6 +104,11 @@ class Signature:
     added: stats.Band  # (excess over other offsets when repeated) - (the same in the control); axes [layer 1 two]
     lines: Mapping[str, stats.Band]  # means by condition, axes [layer 1 three]: at B - 1, at B, over all others
 
+    @property
+    def prompts(self) -> int:
+        """Number of prompts of each condition."""
+        return len(self.offsets["repeated"])
+
     def emerges(self, column: int = 0) -> int | None:
         """Return the first layer from which on, in all layers that count, the band of `added` is above 0."""
         above = [bool(self.added.band_low[k, 0, column] > 0) for k, ok in enumerate(self.valid) if ok]
