@@ -1,50 +1,40 @@
-"""From a finished run's files to numbers: accuracy, ceiling and chance of every cell, each with a 95 % interval."""
+"""The tables of questions and answers, and their statistics: accuracy, ceiling and chance with 95 % intervals.
+
+`questions/CELL` has one row for each question, `answers/AGENT/CELL` one row for each question that an agent answered.
+`rows` joins them.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from nextstate.agents.agent import Prompt
 from nextstate.analysis import stats
+from nextstate.analysis.grid import Cell
+from nextstate.analysis.predict.config import PredictConfig, asked_cells
+from nextstate.analysis.run import Run
 
 SUBSETS = ("all", "determined", "undetermined")
-QUESTION = ("setting", "episode", "step", "question")  # what makes a question the same question for every agent
-ROWS: dict[str, pl.DataType] = {
-    "agent": pl.String(),
-    "game": pl.String(),
-    "setting": pl.String(),
-    "size": pl.Int64(),
-    "variant": pl.String(),
-    "episode": pl.Int64(),
-    "step": pl.Int64(),
-    "question": pl.Int64(),
-    "variable": pl.String(),
-    "stem": pl.String(),
-    "choices": pl.List(pl.String()),
-    "truth": pl.String(),
-    "accepted": pl.List(pl.String()),
-    "greedy": pl.String(),
-    "greedy_correct": pl.Boolean(),
-    "choice": pl.String(),
-    "choice_correct": pl.Boolean(),
-    "choice_token_correct": pl.Boolean(),
-    "choice_byte_correct": pl.Boolean(),
-    "logprobs": pl.List(pl.Float32()),
-    "p_accepted": pl.Float64(),
-    "rank": pl.Int64(),
-    "ceiling": pl.Float64(),
-    "determined": pl.Boolean(),
-    "chance": pl.Float64(),
-    "prompt_tokens": pl.Int64(),
-    "incomplete": pl.Boolean(),
-}
-LATER: dict[str, Any] = {"incomplete": False}  # columns that earlier versions did not write, and what they meant
+KEY = ("episode", "step", "question")  # of a question within its cell
+QUESTION = ("setting", *KEY)
+QUESTIONS: dict[str, Any] = {
+    "episode": pl.Int64, "step": pl.Int64, "question": pl.Int64, "variable": pl.String, "stem": pl.String,
+    "choices": pl.List(pl.String), "truth": pl.String, "accepted": pl.List(pl.String), "ceiling": pl.Float64,
+    "determined": pl.Boolean, "chance": pl.Float64, "states": pl.Int64, "prompt": pl.String, "narration": pl.String,
+    "closing": pl.String, "outcome": pl.String,
+}  # fmt: skip
+ANSWERS: dict[str, Any] = {
+    "agent": pl.String, "incomplete": pl.Boolean, "episode": pl.Int64, "step": pl.Int64, "question": pl.Int64,
+    "greedy": pl.String, "greedy_correct": pl.Boolean, "choice": pl.String, "choice_correct": pl.Boolean,
+    "choice_token_correct": pl.Boolean, "choice_byte_correct": pl.Boolean, "logprobs": pl.List(pl.Float32),
+    "p_accepted": pl.Float64, "rank": pl.Int64, "prompt_tokens": pl.Int64,
+}  # fmt: skip
+CELL: dict[str, Any] = {"game": pl.String, "setting": pl.String, "size": pl.Int64, "variant": pl.String}
+ROWS = CELL | ANSWERS | QUESTIONS
 # What is averaged in a cell: column of the rows -> name in the tables. "accuracy" is that of the greedy answer.
 MEANS = {
     "greedy_correct": "accuracy",
@@ -59,104 +49,55 @@ MEANS = {
 RATIOS = {"accuracy": "n", "choice": "n", "over_ceiling": "sum_ceiling"}  # what gets an interval, over which total
 
 
-class RunError(ValueError):
-    """A run's folder is not what it should be; the message names what is missing or broken and what to do."""
+def question_frame(asked: Iterable[tuple[Prompt, Mapping[str, Any]]]) -> pl.DataFrame:
+    """Return questions as a table.
 
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: what `run.json` says, and its rows, read only when they are collected."""
-
-    path: Path
-    info: dict[str, Any]
-    rows: pl.LazyFrame = field(repr=False)
-    pending: tuple[tuple[str, str], ...] = ()  # (agent, setting) without rows, of a run that has not finished
-
-    @property
-    def name(self) -> str:
-        """The name the run was given."""
-        return str(self.info["name"])
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The agents that are language models, in the order of the run."""
-        return tuple(a["name"] for a in self.info["agents"] if a["kind"] == "model")
-
-    @property
-    def focus(self) -> tuple[str, ...]:
-        """The agents that get figures of their own: the models, or else the first agent there is."""
-        return self.models or self.agents[:1]
-
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """All agents: models first, then ideal reader, chance, shortcuts."""
-        order = {"ideal": 1, "chance": 2}
-        names = [a["name"] for a in self.info["agents"]]
-        return tuple(sorted(names, key=lambda n: 0 if n in self.models else order.get(n, 3)))
-
-
-def load(run: Path) -> Run:
-    """Read `run.json` and scan the rows of the run in folder `run`.
-
-    Raises:
-        RunError: where the folder, `run.json`, a key of it, rows or a column are missing or cannot be read.
+    Args:
+        asked: questions with their rows, from `rollout.questions`. The columns that are added: `states` is |Q| of the
+            episode's system, `prompt` all that an agent reads, up to and including the stem; `narration` is the part
+            that the step added before its questions, `closing` follows the answer where the transcript keeps answers,
+            and `outcome` all questions of the step.
     """
-    run = Path(run)
-    info = _info(run)
-    files = sorted(run.glob("rows/*/*.parquet"))
-    if not files and not (info.get("plays") and any(run.glob("plays/*/*.parquet"))):
-        raise RunError(f"{run} has no rows/*/*.parquet: the run has not got that far; run `{info['command']}` again")
-    rows = pl.concat([pl.LazyFrame(schema=ROWS), *(scan(file, info["command"], ROWS) for file in files)])
-    have = set(rows.select("agent", "setting").unique().collect().iter_rows())
-    left_out = {(x["agent"], x["setting"]) for x in info["left_out"]}
-    want = {(a["name"], s["slug"]) for a in info["agents"] for s in info["settings"] if not _optional(a["name"])}
-    missing = tuple(sorted(want - have - left_out))
-    if missing and info["finished"]:
-        agent, setting = missing[0]
-        raise RunError(
-            f"{run} says that it is finished, but {len(missing)} of its files are missing, among them that of agent "
-            f"{agent!r} on setting {setting!r}: run `{info['command']}` again, it makes what is missing"
-        )
-    return Run(run, info, rows, missing)
+    rows = []
+    for prompt, row in asked:
+        episode, step = prompt.episode, prompt.episode.steps[prompt.step]
+        text = {"prompt": episode.prompt(prompt.step, prompt.question), "narration": step.narration}
+        text |= {"closing": prompt.asked.closing, "outcome": step.outcome}
+        rows.append({**row, **text, "states": episode.game.size_of(episode.start)})
+    return frame_of(rows, QUESTIONS)
 
 
-def _optional(agent: str) -> bool:
-    return agent.startswith("shortcut:")  # each game has its own
+def frame_of(rows: Sequence[Mapping[str, Any]], schema: Mapping[str, Any], **constant: Any) -> pl.DataFrame:
+    """Return rows as a table, with the same values of `constant` in each row."""
+    columns: dict[str, Any] = {}
+    for name, dtype in schema.items():
+        if name in constant:
+            columns[name] = pl.repeat(constant[name], len(rows), dtype=dtype, eager=True)
+        elif isinstance(dtype, pl.List):  # built flat: one Series for each row would take most of the time of a run
+            lists = [r[name] for r in rows]
+            flat = pl.Series("flat", [x for one in lists for x in one], dtype=dtype.inner)
+            row = pl.Series("row", np.repeat(np.arange(len(lists)), [len(one) for one in lists]))
+            columns[name] = pl.DataFrame([row, flat]).group_by("row", maintain_order=True).agg("flat")["flat"]
+        else:
+            columns[name] = pl.Series(name, [r[name] for r in rows], dtype=dtype)
+    return pl.DataFrame(columns)
 
 
-def _info(run: Path) -> dict[str, Any]:
-    path = run / "run.json"
-    if not path.is_file():
-        raise RunError(f"{path} is missing, so {run} is no run: expected the folder that `nextstate run` printed")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} is not JSON ({error}): run its experiment again") from error
-    if not isinstance(info, dict):
-        raise RunError(f"{path} holds a {type(info).__name__}, expected an object: run its experiment again")
-    for key in ("name", "command", "finished", "agents", "settings", "left_out"):
-        if key not in info:
-            raise RunError(f"{path} has no {key!r}: it was not written by this version; run its experiment again")
-    for key, needed in (("agents", ("name", "kind")), ("settings", ("slug", "game", "size", "variant"))):
-        for entry in info[key]:
-            lacking = [k for k in needed if k not in entry]
-            if lacking:
-                raise RunError(f"{path}: an entry of {key!r} has no {lacking[0]!r}: {entry!r}")
-    return info
+def rows(run: Run[PredictConfig], cells: Iterable[Cell] | None = None) -> pl.LazyFrame:
+    """Return every answer joined with its question, lazily: only the columns that are then selected are read.
 
-
-def scan(file: Path, command: str, columns: Mapping[str, pl.DataType]) -> pl.LazyFrame:
-    """Scan the `columns` of a table of the run that `command` began; `RunError` where it has not got them."""
-    frame = pl.scan_parquet(file)
-    try:
-        found = frame.collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise RunError(f"{file} cannot be read ({error}): delete it and run `{command}` again") from error
-    frame = frame.with_columns(pl.lit(value).alias(key) for key, value in LATER.items() if key not in found)
-    for column in columns:
-        if column not in found and column not in LATER:
-            raise RunError(f"{file} has no column {column!r}: delete it and run `{command}` again")
-    return frame.select(pl.col(column).cast(kind) for column, kind in columns.items())
+    Args:
+        run: with its tables; see `nextstate.analysis.study.open_run`.
+        cells: of which cells; by default all.
+    """
+    parts = [pl.LazyFrame(schema=ROWS)]
+    for cell in asked_cells(run.config) if cells is None else cells:
+        if keys := sorted(run.keys(f"answers/*/{cell.slug}")):
+            given = pl.concat([pl.scan_parquet(run.file(key)) for key in keys])
+            asked = pl.scan_parquet(run.file(f"questions/{cell.slug}"))
+            columns = [pl.lit(value, CELL[name]).alias(name) for name, value in cell.columns.items()]
+            parts.append(given.join(asked, on=KEY, how="inner").with_columns(columns).select(ROWS))
+    return pl.concat(parts)
 
 
 # --- tables
@@ -250,8 +191,10 @@ def _strata(rows: Rows) -> pl.LazyFrame:
 
 
 def narrow(rows: Rows) -> pl.DataFrame:
-    """Read the columns that the tables need, and no others, so that several tables cost one reading of the files."""
-    return rows.lazy().select("agent", "game", "variant", "size", *QUESTION, "determined", *MEANS).collect()
+    """Return the columns that the statistics need, so that several of them cost one reading of the files."""
+    return (
+        rows.lazy().select("agent", "game", "variant", "size", *QUESTION, "states", "determined", *MEANS).collect()
+    )
 
 
 def cells(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
