@@ -12,7 +12,7 @@ import torch
 
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
 from nextstate.agents.branches import Asked, Planted, Reading, Trunk, size_of
-from nextstate.agents.certificate import Certificate
+from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
 from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
 from nextstate.agents.loading import BUILT_IN as BUILT_IN
@@ -84,7 +84,7 @@ class LanguageModel(Agent):
         self.context = context_of(self.model.config)
         pad = int(self.tokenizer.pad_token_id or 0)
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # any will do: nobody looks at it
-        self.forward = Forward(self.model, name, self.pad, self.batch_tokens)
+        self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
         self._done: list[Callable[[Reading], None]] = []
         if self._names is not None:
             self.sites.check("resid_pre")  # names that are wrong are said now, not when heads are first read

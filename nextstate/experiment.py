@@ -243,7 +243,7 @@ class Task(NamedTuple):
 
 
 def _tasks(entrant: Entrant, config: Config, out: Path, progress: Progress) -> list[Task]:
-    from nextstate.analysis import log, plays
+    from nextstate.analysis import log
 
     name = entrant.name
     asked = [
@@ -256,7 +256,7 @@ def _tasks(entrant: Entrant, config: Config, out: Path, progress: Progress) -> l
     played = [
         Task(
             p.label, plays_path(out, name, p), len(p.setting.seeds) * p.setting.steps, lambda agent: "",
-            partial(play_cell, p, progress.advance), partial(plays.cell_metrics, p.describe(), name),
+            partial(play_cell, p, progress.advance), partial(log.play_metrics, p.describe(), name),
         )
         for p in entrant.plays
     ]  # fmt: skip
