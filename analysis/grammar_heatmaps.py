@@ -13,7 +13,7 @@ from jaxtyping import Int
 from nextstate.analysis.figures import DARK, SCALE, TURN, layout, plain
 from nextstate.analysis.figures import LIGHT as PALE
 from nextstate.analysis.grammar_figures import brief, significant
-from nextstate.analysis.heads_figures import LIGHT
+from nextstate.analysis.heads.figures import LIGHT
 
 DEEPEST = 0.5  # share of a diverging scale that is used, so that the page's ink can be read on all of it
 FLOOR = 1e-4  # of attention: what is less has the colour of this
