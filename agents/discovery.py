@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nextstate.agents import tracing
+from nextstate.agents.agent import AgentError
 from nextstate.agents.residual import is_attention, layer_kind, residual_terms
 from nextstate.agents.tracing import BlockCall, Call
 
@@ -23,7 +24,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_head", "attention_heads")
 
 
-class SiteError(ValueError):
+class SiteError(AgentError):
     """A model has no such site, layer or head, or its modules are not what their names say."""
 
 

@@ -235,6 +235,7 @@ def head_table(found: Routing, layers: Sequence[int]) -> pl.DataFrame:
     columns: dict[str, Any] = {"layer": np.array(layers)[layer], "head": head}
     for name, one in (("state", found.state), ("action", found.action)):
         columns |= {name: one.value.ravel(), f"{name}_low": one.low.ravel(), f"{name}_high": one.high.ravel()}
+        columns |= {f"{name}_{end}": getattr(one, end).ravel() for end in ("band_low", "band_high")}
         columns |= {f"{name}_carries": carriers(one).ravel()}
     columns |= {"routing": found.value.ravel()}
     columns |= {f"routing_{k}": getattr(found, k).ravel() for k in ("low", "high", "band_low", "band_high")}

@@ -14,8 +14,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from nextstate.analysis.figures import _layout, _plain, _rgba
-from nextstate.analysis.heads import LEAST, Routing
-from nextstate.analysis.recovery import Sweep
+from nextstate.analysis.heads import LEAST
 
 COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
 LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: apart for every kind of sight
@@ -104,36 +103,37 @@ def _grid(title: str, layers: int, pitch: int, x: str, xaxis: Mapping[str, Any] 
     return _layout(title, max(120, pitch * layers + 84), x, "layer", xaxis=right, yaxis=down)
 
 
-def arrival(found: Routing, title: str, x: str = "layer") -> go.Figure:
-    """Draw the recovery by state pairs and by action pairs against the layer, with simultaneous bands."""
+def arrival(table: pl.DataFrame, title: str) -> go.Figure:
+    """Draw the recovery by state pairs and by action pairs against the layer, with simultaneous bands.
+
+    Args:
+        table: a row a layer, as `nextstate.analysis.heads.head_table` makes it.
+        title: of the figure.
+    """
     traces: list[Any] = []
-    for name, one in (("state", found.state), ("action", found.action)):
-        value, low, high = (a[:, 0, 0] for a in (one.value, one.band_low, one.band_high))
-        layers, colour = list(range(len(value))), COLOURS[name]
-        both = [*layers, *layers[::-1]]
-        edge = [*_numbers(high), *_numbers(low)[::-1]]
-        traces.append(
-            go.Scatter(
-                x=both,
-                y=edge,
-                mode="lines",
-                fill="toself",
-                fillcolor=_rgba(colour, 0.18),
-                line={"width": 0},
-                hoverinfo="skip",
-            )
+    layers = table["layer"].to_list()
+    for name in ("state", "action"):
+        value, low, high, below, above = (
+            _numbers(table[f"{name}{end}"]) for end in ("", "_low", "_high", "_band_low", "_band_high")
         )
+        colour = COLOURS[name]
         traces.append(
             go.Scatter(
-                x=layers, y=_numbers(value), name=name, line={"color": colour, "width": 2.2}, mode="lines+markers",
+                x=[*layers, *layers[::-1]], y=[*above, *below[::-1]], mode="lines", fill="toself",
+                fillcolor=_rgba(colour, 0.18), line={"width": 0}, hoverinfo="skip",
+            )
+        )  # fmt: skip
+        traces.append(
+            go.Scatter(
+                x=layers, y=value, name=name, line={"color": colour, "width": 2.2}, mode="lines+markers",
                 marker={"symbol": "circle" if name == "state" else "square", "size": 7},
-                customdata=list(zip(_numbers(one.low[:, 0, 0]), _numbers(one.high[:, 0, 0]), strict=True)),
+                customdata=list(zip(low, high, strict=True)),
                 hovertemplate=f"{name}, layer %{{x}}<br>%{{y:.3f}} (95 %: %{{customdata[0]:.3f}} to "
                 "%{customdata[1]:.3f})<extra></extra>",
             )
         )  # fmt: skip
-    ticks = {"dtick": 1 if found.value.shape[0] <= 16 else 4, "showgrid": False}
-    return go.Figure(traces, _layout(title, 290, x, "recovery", xaxis=ticks))
+    ticks = {"dtick": 1 if len(layers) <= 16 else 4, "showgrid": False}
+    return go.Figure(traces, _layout(title, 290, "layer", "recovery", xaxis=ticks))
 
 
 def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
@@ -194,14 +194,17 @@ def _bars(rows: pl.DataFrame, name: str, label: str) -> dict[str, Any]:
             "color": _rgba(COLOURS[label], 0.55), "visible": bool(label)}  # fmt: skip
 
 
-def screened(exact: Sweep, estimate: Sweep, title: str, colour: str) -> go.Figure:
-    """Draw the gradient's estimate (up) against the exact mean effect (right), in logits, a point a head."""
-    effects = [
-        (s.patched.difference - s.base.difference[:, None, None, None]).mean(0)[..., 0] for s in (exact, estimate)
-    ]
-    names = [f"{layer}.{head}" for layer in exact.layers for head in range(effects[0].shape[1])]
-    right, up = (e.ravel() for e in effects)
-    ends = [float(f(right.min(), right.max())) for f in (min, max)]
+def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
+    """Draw the gradient's estimate (up) against the exact mean effect (right), in logits, a point a head.
+
+    Args:
+        effects: a row a head, as `nextstate.analysis.heads_tables.effect_rows` makes it.
+        title: of the figure.
+        colour: of the points.
+    """
+    names = [f"{layer}.{head}" for layer, head in effects.select("layer", "head").iter_rows()]
+    right, up = effects["exact"], effects["estimate"]
+    ends = [min(right.min(), up.min()), max(right.max(), up.max())]  # type: ignore[type-var]
     traces = [
         _diagonal(ends),
         go.Scatter(

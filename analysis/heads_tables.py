@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 
 from nextstate.agents.sites import Site
-from nextstate.analysis.heads import Routing, routing
+from nextstate.analysis.heads import Routing, head_table, routing
+from nextstate.analysis.heads_config import EXAMPLES, SITES, Sweeping, main_first
 from nextstate.analysis.pairs import Direction, PatchError, TokenPair
-from nextstate.analysis.recovery import Readout, Recovery, Sweep, table
-from nextstate.analysis.tables import RunError
+from nextstate.analysis.recovery import Readout, Recovery, Sweep, rank_agreement, table
+from nextstate.analysis.run import Run
 from nextstate.envs.contrast import Pair
 
 PAIRS: dict[str, Any] = {
@@ -26,23 +24,32 @@ PAIRS: dict[str, Any] = {
     "difference_corrupted": pl.Float64, "probability_clean": pl.Float64, "greedy_clean": pl.Boolean,
     "greedy_corrupted": pl.Boolean, "kept": pl.Boolean, "reason": pl.String,
 }  # fmt: skip
+_ENDS = ("", "_low", "_high", "_band_low", "_band_high")
+HEADS: dict[str, Any] = {
+    "layer": pl.Int64, "head": pl.Int64,
+    **{f"{kind}{end}": pl.Float64 for kind in ("state", "action") for end in _ENDS},
+    "state_carries": pl.Boolean, "action_carries": pl.Boolean,
+    **{f"routing{end}": pl.Float64 for end in _ENDS},
+    "share": pl.Float64, "carries": pl.String,
+}  # fmt: skip
+EFFECTS: dict[str, Any] = {
+    "design": pl.String, "kind": pl.String, "layer": pl.Int64, "head": pl.Int64, "exact": pl.Float64,
+    "estimate": pl.Float64,
+}  # fmt: skip
 WRONG = "the model prefers the wrong answer in one prompt or both"
 
 
-class Job(NamedTuple):
-    """One sweep of a run: which pairs, where, in which direction."""
-
-    design: str
-    kind: str
-    site: Site
-    direction: Direction
-    where: str  # "last", "map" (each position or role by itself) or "all" (all positions at once)
-    exact: bool = True
-
-    @property
-    def slug(self) -> str:
-        """The name of its file."""
-        return "-".join([*self[:5], *([] if self.exact else ["attribution"])])
+SWEEP: dict[str, Any] = {
+    "site": pl.String, "direction": pl.String, "layer": pl.Int64, "head": pl.Int64, "position": pl.String,
+    "recovery": pl.Float64, "low": pl.Float64, "high": pl.Float64, "band_low": pl.Float64, "band_high": pl.Float64,
+    "carries": pl.Boolean, "pairs": pl.Int64, "failed": pl.Int64, "flips": pl.Float64, "probability": pl.Float64,
+    "design": pl.String, "kind": pl.String, "where": pl.String, "exact": pl.Boolean, "control": pl.Float64,
+    "patched": pl.List(pl.Float32),
+}  # fmt: skip
+ATTENTION: dict[str, Any] = {
+    "kind": pl.String, "layer": pl.Int64, "head": pl.Int64, "tokens": pl.List(pl.String),
+    "weights": pl.List(pl.Float64), "roles": pl.String, "answer": pl.String,
+}  # fmt: skip
 
 
 def pair_rows(
@@ -77,20 +84,25 @@ def pair_rows(
     return rows
 
 
-def sweep_rows(job: Job, sweep: Sweep, found: Recovery, failed: int) -> pl.DataFrame:
-    """Return one row a cell of a sweep over the pairs that were kept; `patched` has each pair's logit difference."""
+def sweep_rows(job: Any, sweep: Sweep, found: Recovery, failed: int) -> pl.DataFrame:
+    """Return one row a cell of a sweep over the pairs that were kept; `patched` has each pair's logit difference.
+
+    Args:
+        job: the `Sweeping` that it is.
+        sweep: what was measured.
+        found: the recovery, with its intervals.
+        failed: pairs on which the model fails.
+    """
     n = len(sweep.base.difference)
-    patched = sweep.patched.difference.reshape(n, -1).T
+    patched = sweep.patched.difference.reshape(n, -1).T.astype(np.float32).tolist()
     rows = table(sweep, found).with_columns(
         pl.lit(job.design).alias("design"), pl.lit(job.kind).alias("kind"), pl.lit(job.where).alias("where"),
         pl.lit(sweep.exact).alias("exact"), pl.lit(failed, dtype=pl.Int64).alias("failed"),
         pl.lit(sweep.control, dtype=pl.Float64).alias("control"),
-        pl.Series("patched", patched.astype(np.float32).tolist(), dtype=pl.List(pl.Float32)),
+        pl.Series("patched", patched, dtype=pl.List(pl.Float32)),
     )  # fmt: skip
-    for name in ("flips", "probability"):
-        if name not in rows.columns:
-            rows = rows.with_columns(pl.lit(None, dtype=pl.Float64).alias(name))
-    return rows
+    missing = [name for name in ("flips", "probability") if name not in rows.columns]
+    return rows.with_columns(pl.lit(None, dtype=pl.Float64).alias(name) for name in missing).select(SWEEP)
 
 
 def restored(rows: pl.DataFrame, pairs: pl.DataFrame) -> Sweep:
@@ -110,59 +122,96 @@ def restored(rows: pl.DataFrame, pairs: pl.DataFrame) -> Sweep:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HeadsRun:
-    """The folder of a patching run, read."""
-
-    path: Path
-    info: dict[str, Any]
-    pairs: pl.DataFrame
-    sweeps: Mapping[str, pl.DataFrame]  # by the slug of the job
-
-    def get(self, design: str, kind: str, site: str, direction: str, where: str, exact: bool = True) -> Any:
-        """Return the rows of a sweep, or None where there is none."""
-        return self.sweeps.get(Job(design, kind, cast(Site, site), cast(Direction, direction), where, exact).slug)
-
-    def sweep(self, *job: Any) -> Sweep | None:
-        """Return a sweep of the run, or None where there is none."""
-        rows = self.get(*job)
-        return None if rows is None else restored(rows, self.pairs)
-
-    def routing(self, design: str, site: str, direction: str = "denoise") -> Routing | None:
-        """Return state against action at the answering token, or None where one of both was not swept."""
-        state, action = (self.sweep(design, kind, site, direction, "last") for kind in ("state", "action"))
-        if state is None or action is None:
-            return None
-        try:
-            return routing(state, action, np.random.default_rng(self.info["seed"]))
-        except PatchError:  # no scale in one of them
-            return None
-
-    @cached_property
-    def counts(self) -> dict[tuple[str, str], dict[str, Any]]:
-        """For each design and kind: how many pairs were drawn, are sound, and count; and how well the model does."""
-        out: dict[tuple[str, str], dict[str, Any]] = {}
-        for (design, kind), rows in self.pairs.group_by("design", "kind", maintain_order=True):
-            sound = rows.filter(pl.col("tokens").is_not_null())
-            greedy = pl.concat([sound["greedy_clean"], sound["greedy_corrupted"]]).mean() if len(sound) else None
-            left = rows.filter(pl.col("tokens").is_null()).group_by("reason").len().sort("len", descending=True)
-            out[str(design), str(kind)] = {
-                "drawn": len(rows), "sound": len(sound), "kept": int(rows["kept"].sum()), "greedy": greedy,
-                "failed": len(sound) - int(rows["kept"].sum()), "left_out": left.rows(),
-            }  # fmt: skip
-        return out
+def sweep_of(run: Run[Any], *job: Any) -> Sweep | None:
+    """Return a sweep of a run (the arguments are those of `Sweeping`), or None where it has no cells."""
+    one = Sweeping(*job)
+    rows = run.table(f"sweeps/{one.key}") if run.has(f"sweeps/{one.key}") else None
+    return None if rows is None or rows.is_empty() else restored(rows, run.table(one.pairs))
 
 
-def load(path: Path) -> HeadsRun:
-    """Read the folder of a patching run.
-
-    Raises:
-        RunError: it is none, or cannot be read.
-    """
+def routing_of(run: Run[Any], design: str, site: str, direction: str = "denoise") -> Routing | None:
+    """Return state against action at the answering token, or None where one of both was not swept."""
+    state, action = (sweep_of(run, design, kind, site, direction, "last") for kind in ("state", "action"))
+    if state is None or action is None:
+        return None
     try:
-        info = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        pairs = pl.read_parquet(path / "pairs.parquet")
-        sweeps = {p.stem: pl.read_parquet(p) for p in sorted((path / "sweeps").glob("*.parquet"))}
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise RunError(f"{path} is not the folder of a patching run: {error}") from error
-    return HeadsRun(path, info, pairs, sweeps)
+        return routing(state, action, np.random.default_rng(run.config.seed))
+    except PatchError:  # no scale in one of them
+        return None
+
+
+def counts_of(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Return a row a design and kind: pairs drawn, usable, that count and on which the model fails; greedy accuracy."""
+    usable = pl.col("tokens").is_not_null()
+    greedy = (pl.col("greedy_clean").cast(pl.Float64) + pl.col("greedy_corrupted").cast(pl.Float64)).filter(usable)
+    return pairs.group_by("design", "kind", maintain_order=True).agg(
+        drawn=pl.len().cast(pl.Int64), sound=usable.sum().cast(pl.Int64), kept=pl.col("kept").sum().cast(pl.Int64),
+        failed=(usable.sum().cast(pl.Int64) - pl.col("kept").sum().cast(pl.Int64)), greedy=greedy.mean() / 2,
+    )  # fmt: skip
+
+
+def summaries(run: Run[Any]) -> dict[str, pl.DataFrame]:
+    """Return the statistics of a patching run.
+
+    - `counts`: of the pairs; `excluded`: reasons why pairs cannot be used; `examples`: a few pairs of each kind.
+    - `sweeps`: every cell of every sweep; `effects`: exact and estimated effect of each head, in logits; `screens`:
+      their rank correlation.
+    - `heads`, `layers`: state against action, of each head and of each layer as a whole (see `head_table`).
+    - `attention`: of the top heads over an example.
+    """
+    pairs = pl.concat(run.tables("pairs/*").values())
+    unusable = pairs.filter(pl.col("tokens").is_null())
+    first = pairs.sort("kept", descending=True, maintain_order=True).group_by("design", "kind", maintain_order=True)
+    cells = [rows.drop("patched") for rows in run.tables("sweeps/*").values() if len(rows)]
+    effects, screens = [], []
+    for design, kind in pairs.select("design", "kind").unique(maintain_order=True).iter_rows():
+        exact, estimate = (sweep_of(run, design, kind, "head", "denoise", "last", e) for e in (True, False))
+        if exact is not None and estimate is not None:
+            effects.append(effect_rows(design, kind, exact, estimate))
+            screens.append((design, kind, rank_agreement(exact, estimate)))
+    schema = {"design": pl.String, "kind": pl.String, "spearman": pl.Float64}
+    return {
+        "counts": counts_of(pairs),
+        "excluded": unusable.group_by("design", "kind", "reason", maintain_order=True).len("pairs").sort(
+            "pairs", descending=True, maintain_order=True
+        ),
+        "examples": first.head(EXAMPLES),
+        "sweeps": pl.concat(cells) if cells else pl.DataFrame(schema=SWEEP).drop("patched"),
+        "effects": pl.concat(effects) if effects else pl.DataFrame(schema=EFFECTS),
+        "screens": pl.DataFrame(screens, schema=schema, orient="row"),
+        **_routed(run),
+        "attention": pl.concat([pl.DataFrame(schema=ATTENTION), *run.tables("attention/*").values()]),
+    }  # fmt: skip
+
+
+def effect_rows(design: str, kind: str, exact: Sweep, estimate: Sweep) -> pl.DataFrame:
+    """Return a row a head: its mean effect in logits, exactly and as the gradient estimates it."""
+    right, up = (
+        (s.patched.difference - s.base.difference[:, None, None, None]).mean(0)[..., 0] for s in (exact, estimate)
+    )
+    layer, head = (x.ravel() for x in np.indices(right.shape))
+    columns = {"layer": np.array(exact.layers)[layer], "head": head, "exact": right.ravel(), "estimate": up.ravel()}
+    rows = pl.DataFrame(columns).filter(pl.col("exact").is_not_nan())
+    return rows.select(pl.lit(design).alias("design"), pl.lit(kind).alias("kind"), pl.all()).cast(EFFECTS)
+
+
+def _routed(run: Run[Any]) -> dict[str, pl.DataFrame]:
+    """Return `heads` and `layers` of the first design that has pairs of state and action, empty where none has."""
+    empty = pl.DataFrame(schema=HEADS)
+    for design in main_first(run.config.designs):
+        one = routing_of(run, design, "head")
+        if one is None and not any(routing_of(run, design, site) for site in SITES[1:]):
+            continue
+        heads = empty if one is None else head_table(one, _layers(run, design, "head"))
+        layers = [empty.select(pl.lit("").alias("site"), pl.all())]
+        for site in SITES[1:]:
+            if (found := routing_of(run, design, site)) is not None:
+                table_ = head_table(found, range(found.value.shape[0]))
+                layers.append(table_.select(pl.lit(site).alias("site"), pl.all()).cast(layers[0].schema))
+        return {"heads": heads.cast(HEADS), "layers": pl.concat(layers)}
+    return {"heads": empty, "layers": empty.select(pl.lit("").alias("site"), pl.all())}
+
+
+def _layers(run: Run[Any], design: str, site: str) -> list[int]:
+    rows = run.table(f"sweeps/{Sweeping(design, 'state', site, 'denoise', 'last').key}")
+    return rows["layer"].unique(maintain_order=True).to_list()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from nextstate.agents.agent import Prompt
+from nextstate.agents.agent import AgentError, Prompt
 from nextstate.agents.branches import Trunk
 from nextstate.agents.text import Encoder
 
@@ -16,7 +16,7 @@ PATCHES: tuple[Direction, ...] = ("denoise", "noise")  # the others ablate
 _WORDS = ("each", "all")
 
 
-class PatchError(RuntimeError):
+class PatchError(AgentError):
     """Pairs cannot be patched, or a control failed; the message says which, why and what to do."""
 
 

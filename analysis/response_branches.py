@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
+from nextstate.agents.agent import AgentError
 from nextstate.agents.forward import out_of_memory, read_out, skipping
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import Places
@@ -34,7 +35,7 @@ LIMIT = (0.0,)  # the strengths of the exact product
 _CPU_TOKENS = 1024  # in one pass: more do not fit into a core's cache, and take longer each
 
 
-class ResponseError(ValueError):
+class ResponseError(AgentError):
     """A response cannot be measured as asked; the message names what was given, what is possible, and what to do."""
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from nextstate.agents.failures import PathError
 from nextstate.analysis import report, tables
 from nextstate.analysis.page import embed, environment, percent, replace, sha256
 from nextstate.analysis.tables import RunError
+from nextstate.envs.files import PathError
 from tests.analysis.conftest import EVIL, MODEL, SMALL, make_run
 
 

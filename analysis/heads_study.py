@@ -1,0 +1,163 @@
+"""The study of heads: minimal pairs of a game, and exact patching sweeps over the sites of a model.
+
+Tables: `pairs/DESIGN-KIND` with one row for each pair, `sweeps/DESIGN-KIND-SITE-DIRECTION-WHERE` with one row for each
+cell, `attention/DESIGN` with one row for each head and example.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from nextstate.agents.identity import device_kind, model_identity
+
+from nextstate.analysis.heads_config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
+from nextstate.analysis.run import Run
+from nextstate.analysis.study import Job, Skip, Study
+from nextstate.envs.contrast import Pair
+from nextstate.envs.games import make_game
+
+if TYPE_CHECKING:
+    from nextstate.analysis.page.page import Page
+
+
+class Heads(Study[PatchConfig]):
+    """Find the heads that carry state, by activation patching over minimal pairs of a game."""
+
+    name = "patch"
+    config = PatchConfig
+
+    def jobs(self, config: PatchConfig) -> list[Job]:
+        game = make_game(config.game, **config.settings)
+        kinds = kinds_of(config, game)
+        for design, kind in kinds:  # a game that cannot make them says so before anything is written
+            draw(config.model_copy(update={"pairs": 1}), game, design, kind, np.random.default_rng(0))
+        jobs = [Job(f"pairs/{d}-{k}", f"{d} {k} pairs", config.pairs, (d, k), agent=config.agent) for d, k in kinds]
+        sweeps = list(sweeps_of(config, kinds))
+        for s in sweeps:
+            cost = config.pairs * {"last": 4, "all": 16, "map": 40}[s.where]
+            title = f"{s.design} {s.kind} pairs: {s.direction} {s.site}, {s.where if s.exact else 'attribution'}"
+            jobs.append(Job(f"sweeps/{s.key}", title, cost, s, (s.pairs,), config.agent))
+        for design in main_first(config.designs):
+            needs = [Sweeping(design, kind, "head", "denoise", "last") for kind in ("state", "action")]
+            if all(s in sweeps for s in needs):
+                keys = tuple(key for s in needs for key in (s.pairs, f"sweeps/{s.key}"))
+                jobs.append(Job(f"attention/{design}", "attention of the top heads", 8, design, keys, config.agent))
+                break
+        return jobs
+
+    def identity(self, job: Job, run: Run[PatchConfig]) -> dict[str, Any]:
+        return {"model": run.once("identity", lambda: model_identity(run.config.model)), "device": device_kind()}
+
+    def do(self, job: Job, run: Run[PatchConfig]) -> pl.DataFrame:
+        if job.key.startswith("pairs/"):
+            return _measure(run, *job.given)
+        if job.key.startswith("attention/"):
+            return _attend(run, job.given)
+        return _sweep(run, job.given)
+
+    def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
+        if not isinstance(job.given, Sweeping) or frame.is_empty():
+            return {}
+        top = frame.sort("recovery", descending=True).row(0, named=True)
+        numbers = {"largest_recovery": top["recovery"], "pairs": top["pairs"], "carry": int(frame["carries"].sum())}
+        return {f"{job.given.key}/{name}": value for name, value in numbers.items()}
+
+    def summarise(self, run: Run[PatchConfig]) -> dict[str, pl.DataFrame]:
+        from nextstate.analysis.heads_tables import summaries
+
+        return summaries(run)
+
+    def headline(self, run: Run[PatchConfig]) -> pl.DataFrame:
+        found = run.summary("heads").filter(pl.col("carries") != "")
+        found = found.sort(pl.max_horizontal("state", "action"), descending=True).head(SHOWN)
+        ends = [f"{kind}{end}" for kind in ("state", "action") for end in ("", "_low", "_high")]
+        return found.select(pl.format("{}.{}", "layer", "head").alias("head"), *ends, "routing", "carries")
+
+    def page(self, run: Run[PatchConfig]) -> Page:
+        from nextstate.analysis.heads_page import page
+
+        return page(run)
+
+
+def _drawn(run: Run[PatchConfig], design: str, kind: str) -> list[Pair]:
+    game = make_game(run.config.game, **run.config.settings)
+    return run.once(("drawn", design, kind), lambda: draw(run.config, game, design, kind, run.rng(design, kind)))
+
+
+def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
+    """Write pairs as tokens and ask the model about them, unpatched; a row a pair."""
+    from nextstate.analysis.heads import baseline, token_pairs
+    from nextstate.analysis.heads_tables import PAIRS, pair_rows
+    from nextstate.analysis.recovery import Readout
+
+    pairs, model = _drawn(run, design, kind), run.model(run.config.model)
+    run.warn(model.remark(pairs[0].clean))
+    found, excluded = token_pairs(model.encoder, pairs)
+    reasons = {x.pair: x.reason for x in excluded}
+    joined = dict(zip([i for i in range(len(pairs)) if i not in reasons], found, strict=True))
+    base = baseline(model, found) if found else (Readout.empty(0), Readout.empty(0))
+    words = {i: [model.tokenizer.decode([t]) for t in pair.clean] for i, pair in joined.items()}
+    rows = pair_rows(design, kind, pairs, joined, reasons, base, words)
+    if not any(row["kept"] for row in rows):
+        reason = (
+            f"{model.name} fails on all {len(found)} pairs: in none does it prefer the right answer in both prompts"
+            if found else f"no pair can be used: {rows[0]['reason']}"
+        )  # fmt: skip
+        run.left_out(run.config.agent, f"{design} {kind} pairs", reason, failed=True)
+        run.progress.warn(f"{design} {kind} pairs: {reason}")
+    run.describe_model(model)
+    return pl.DataFrame(rows, schema=PAIRS)
+
+
+def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
+    from nextstate.analysis.heads import layout, token_pairs
+    from nextstate.analysis.heads_tables import SWEEP, sweep_rows
+    from nextstate.analysis.pairs import PatchError
+    from nextstate.analysis.patch import attribution, recovery, sweep
+
+    rows = run.table(job.pairs)
+    kept = rows.filter("kept")
+    if kept.is_empty():  # said where the pairs were measured
+        return pl.DataFrame(schema=SWEEP)
+    config, model = run.config, run.model(run.config.model)
+    joined = run.once(("joined", job.pairs), lambda: token_pairs(model.encoder, _drawn(run, job.design, job.kind))[0])
+    sound = rows.filter(pl.col("tokens").is_not_null())
+    pairs = [pair for pair, ok in zip(joined, sound["kept"], strict=True) if ok]
+    if job.direction in ("mean", "resample") and kept["tokens"].n_unique() > 1:
+        lengths = kept["tokens"].n_unique()
+        raise Skip(f"pairs of {lengths} lengths cannot lend each other activations at all positions")
+    positions = {"last": "last", "all": "all", "map": layout(pairs)}[job.where]
+    given: dict[str, Any] = {"site": job.site, "positions": positions, "direction": job.direction}
+    given |= {"failures": "include", "rng": run.rng(job.key)}  # those on which the model fails are not among them
+    if job.exact:
+        # Few copies afford the whole vocabulary; maps and ablations do without.
+        given |= {"vocabulary": job.where == "last", "max_bytes": int(config.max_gigabytes * 2**30)}
+        found = sweep(model, pairs, **given)
+    else:
+        found = attribution(model, pairs, **given)
+    run.describe_model(model)  # with what was proved of longer prompts
+    try:
+        recovered = recovery(found, run.rng(job.key, "bootstrap"), resamples=config.resamples)
+    except PatchError as error:
+        raise Skip(str(error)) from error
+    return sweep_rows(job, found, recovered, len(sound) - len(kept))
+
+
+def _attend(run: Run[PatchConfig], design: str) -> pl.DataFrame:
+    """Keep the attention of the top heads from the answering token, over an example of a state and an action pair."""
+    from nextstate.analysis.heads import attention_of, head_table, top_heads
+    from nextstate.analysis.heads_tables import ATTENTION, routing_of
+
+    found, rows = routing_of(run, design, "head"), []
+    model = run.model(run.config.model) if found is not None else None
+    heads = [] if found is None else top_heads(head_table(found, model.sites.layers_with("head")))[:SHOWN]
+    for kind in ("state", "action") if heads else ():
+        example = run.table(f"pairs/{design}-{kind}").filter("kept").row(0, named=True)
+        weights = attention_of(model, example["ids"], heads)
+        for (layer, head), own in zip(heads, weights, strict=True):
+            rows.append({"kind": kind, "layer": layer, "head": head, "tokens": example["pieces"],
+                         "weights": [round(float(w), 4) for w in own], "roles": example["roles"],
+                         "answer": example["answer_clean"]})  # fmt: skip
+    return pl.DataFrame(rows, schema=ATTENTION)

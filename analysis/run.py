@@ -1,0 +1,617 @@
+"""The folder of a run: its record, its lock, and tables that know what made them.
+
+Each table is a Parquet file whose metadata holds a digest of the file and the *identity* of what made it: config, code,
+package versions, device kind, models, and the digests of the tables that it was computed from. A table is used again
+only where both fit what would be used now; any other is moved to `set-aside/`, with the reason in `run.json`.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import filelock
+import numpy as np
+import polars as pl
+from pydantic import Field
+
+from nextstate.agents.config import Strict
+from nextstate.analysis.progress import Progress
+from nextstate.envs.files import digest, file_digest, path_error, write_atomic, write_json
+
+LAYOUT = 2  # of the folder; older ones have no such entry in `run.json`
+PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "textworld", "wandb")
+DECISIVE = ("numpy", "torch", "transformers", "nnsight", "textworld")  # packages whose version may change a value
+ROOMS = ("envs", "agents", "analysis")
+_NEEDED = (
+    "study", "name", "config", "config_digest", "command", "agents", "left_out", "warnings", "set_aside", "mixed",
+)  # fmt: skip
+_KEY = "nextstate"  # of a table's metadata
+_NO_DIGEST = "0" * 64  # stands in a file's own digest while the file is digested
+_PART = re.compile(r"[A-Za-z0-9=._+-]+")
+T = TypeVar("T")
+
+
+class RunError(RuntimeError):
+    """A run cannot be started, continued or read; the message says what is in the way and what to do."""
+
+
+class ModelFailed(RunError):
+    """No model of a run could be used; the message is one line that says why."""
+
+
+class RunConfig(Strict):
+    """The part of a config that all studies share."""
+
+    study: str = Field("", description="which study this is a config of; by default that of the command")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run")
+    seed: int = Field(0, ge=0, le=10**9)
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def now() -> str:
+    """Return the time as `run.json` holds it, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of packages, without importing them."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of the modules that compute results (not of the command line and the pages)."""
+    root = Path(__file__).resolve().parent.parent
+    files = (p for room in ROOMS for p in sorted((root / room).rglob("*.py")) if "page" not in p.parts[:-1])
+    return file_digest(*files)
+
+
+def hardware() -> dict[str, Any]:
+    """Return what a run runs on."""
+    out: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())
+        out["cpu"] = found.group(1) if found else platform.processor()
+    if "torch" in sys.modules:
+        import torch
+
+        out["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return out
+
+
+# --- tables
+
+
+def write_table(path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    """Write a table with its digest and identity in the Parquet metadata, atomically; return the digest.
+
+    Args:
+        path: of the file.
+        frame: the table.
+        identity: of what made it; JSON.
+        notes: JSON that is kept with the table, such as the description of the model that was asked.
+    """
+
+    def write(partial: Path) -> None:
+        nonlocal found
+        about = {"digest": _NO_DIGEST, "identity": dict(identity), "notes": dict(notes)}
+        try:
+            frame.write_parquet(partial, compression_level=9, metadata={_KEY: json.dumps(about, sort_keys=True)})
+        except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
+            raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
+        data = partial.read_bytes()
+        found = digest(data)
+        at = data.rindex(_NO_DIGEST.encode())
+        partial.write_bytes(data[:at] + found.encode() + data[at + len(found) :])
+
+    found = ""
+    write_atomic(path, write)
+    return found
+
+
+class Damaged(Exception):
+    """A table's file is not what was written."""
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Check the digest of a table and return its metadata: `digest`, `identity`, `notes`.
+
+    Raises:
+        Damaged: the file cannot be read, is no table of ours, or its content does not fit its digest.
+    """
+    try:
+        data = path.read_bytes()
+        about: dict[str, Any] = json.loads(pl.read_parquet_metadata(data)[_KEY])
+        found, at = about["digest"], data.rindex(about["digest"].encode())
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        raise Damaged("it cannot be read as a table of a run") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Polars raises on some damaged files
+            raise
+        raise Damaged("it cannot be read as a table of a run") from error
+    if len(found) != len(_NO_DIGEST) or digest(data[:at] + _NO_DIGEST.encode() + data[at + len(found) :]) != found:
+        raise Damaged("its content does not fit its digest")
+    return about
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return in words how two identities differ, "" where they do not."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += [
+                f"{name} {_short(a.get(name))}, now {_short(b.get(name))}"
+                for name in sorted(a.keys() | b.keys())
+                if a.get(name) != b.get(name)
+            ]
+        else:
+            found.append(f"{key} {_short(a)}, now {_short(b)}")
+    return "made with " + "; ".join(found) if found else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:8]
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={_short(v)}" for k, v in value.items())
+    return "nothing" if value is None else str(value)
+
+
+# --- the lock
+
+
+@contextmanager
+def locked(folder: Path, command: str, wait: bool, progress: Progress) -> Iterator[None]:
+    """Hold the lock of a run's folder.
+
+    The operating system releases the lock when the process that holds it ends, however it ends.
+
+    Args:
+        folder: of the run; is made.
+        command: shown to others that want the folder meanwhile.
+        wait: until the folder is free, instead of raising.
+        progress: is informed of waiting.
+
+    Raises:
+        RunError: another process holds it; the message says which, and since when.
+        PathError: the folder cannot be written.
+    """
+    about = folder / "lock.json"
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if not wait:
+                raise RunError(
+                    f"{folder} is in use by {_holder(about)}; wait for it (--wait), or give another --out"
+                ) from None
+            progress.on(f"waiting for {_holder(about)}")
+            lock.acquire()
+    except OSError as error:
+        raise path_error(error, folder) from error
+    except NotImplementedError as error:  # a file system without locks
+        raise RunError(f"{folder} is on a file system without locks: {error}; give another --out") from error
+    try:
+        here = {"host": socket.gethostname(), "pid": os.getpid(), "since": now(), "command": command}
+        if (other := _read(about).get("host", here["host"])) != here["host"]:
+            progress.warn(f"{_holder(about)} did not release {folder}; on host {other} it may still be writing there")
+        write_json(about, here)
+        yield
+    finally:
+        about.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(about: Path) -> str:
+    found = _read(about)
+    return (
+        f"process {found.get('pid', 'unknown')} on host {found.get('host', 'unknown')} since "
+        f"{found.get('since', 'unknown')} ({found.get('command') or 'no command'})"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- the run
+
+
+class Run(Generic[C]):
+    """A run's folder while a study works on it, or while it is read.
+
+    Args:
+        path: the folder.
+        config: of the run.
+        record: what `run.json` holds.
+        progress: receives what is being done.
+        saved: whether changes of the record are written to `run.json`.
+    """
+
+    def __init__(
+        self, path: Path, config: C, record: dict[str, Any], progress: Progress | None = None, saved: bool = False
+    ) -> None:
+        self.path, self.config, self.record = path, config, record
+        self.progress = progress or Progress()
+        self.about: dict[str, dict[str, Any]] = {}  # of each table that may be used, by key
+        self.given: Any = None  # a loaded model, used instead of loading one
+        self.loading = False  # an agent is being loaded, or could not be
+        self._agent: tuple[str, Any] | None = None
+        self._left = 0  # of the current job
+        self._saved, self._memory = saved, dict[Any, Any]()
+        self._began, self._before = time.monotonic(), float(record.get("seconds", 0.0))
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What `run.json` holds."""
+        return self.record
+
+    def rng(self, *names: str) -> np.random.Generator:
+        """Return a generator of random numbers of its own for each tuple of names, seeded by the config."""
+        return np.random.default_rng([self.config.seed, *(zlib.crc32(name.encode()) for name in names)])
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return `make()`, called the first time and remembered for this process under `key`."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        found: T = self._memory[key]
+        return found
+
+    # --- the record
+
+    def update(self, **changes: Any) -> None:
+        """Change entries of `run.json`."""
+        self.record.update(changes, seconds=round(self._before + time.monotonic() - self._began, 1))
+        if self._saved:
+            write_json(self.path / "run.json", self.record)
+
+    def warn(self, text: str) -> None:
+        """Show a warning, and keep it in `run.json` and on the page; each line once."""
+        for line in text.splitlines():
+            if line not in self.record["warnings"]:
+                self.progress.warn(line)
+                self.update(warnings=[*self.record["warnings"], line])
+
+    def describe(self, agent: Mapping[str, Any]) -> None:
+        """Keep the description of an agent (`Agent.describe()`), with the certificates of it that are known."""
+        found = with_certificates(self.record["agents"], dict(agent))
+        if found not in self.record["agents"]:
+            by_name = {a["name"]: a for a in self.record["agents"]} | {found["name"]: found}
+            self.update(agents=list(by_name.values()))
+
+    def describe_model(self, model: Any) -> None:
+        """Keep the description of a language model, with its numbers of layers and heads and what was proved of it."""
+        sites = model.sites
+        size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
+        self.describe(model.describe() | size)
+
+    def load(self, name: str, make: Callable[[], T]) -> T:
+        """Return an agent, made by `make` the first time; only the last one that was asked for is kept in memory.
+
+        Raises:
+            AgentError: it cannot be loaded. `go` then leaves out its other jobs too.
+        """
+        if self._agent is None or self._agent[0] != name:
+            self._agent, self.loading = None, True  # frees the memory of the one before
+            self.progress.on(f"loading {name}")
+            self._agent = name, make()
+            self.loading = False
+        found: T = self._agent[1]
+        return found
+
+    def model(self, entry: Any) -> Any:
+        """Return the `LanguageModel` that a config names, loaded once and described in `run.json`.
+
+        Raises:
+            AgentError: it cannot be loaded.
+        """
+        from nextstate.agents.registry import load_model  # imports torch
+
+        def make() -> Any:
+            found = self.given if self.given is not None else load_model(entry)
+            self.describe_model(found)
+            self.warn("\n".join(found.warnings()))
+            return found
+
+        return self.load(entry if isinstance(entry, str) else entry.name, make)
+
+    def advance(self, done: int) -> None:
+        """Move the progress bar within the current job, at most to the end of it."""
+        done = min(done, self._left)
+        self._left -= done
+        self.progress.advance(done)
+
+    def begin(self, cost: int) -> None:
+        """Begin a job of this cost."""
+        self._left, self.loading = cost, False
+
+    def end(self) -> None:
+        """End the current job."""
+        self.advance(self._left)
+
+    def left_out(self, agent: str, what: str, reason: str, failed: bool = False) -> None:
+        """Keep in `run.json` that something was left out, and why.
+
+        Args:
+            agent: whose.
+            what: is left out.
+            reason: for it.
+            failed: the model failed, so that the run's exit code is 1.
+        """
+        kept = [x for x in self.record["left_out"] if (x["agent"], x["what"]) != (agent, what)]
+        more = {"failed": True} if failed else {}
+        self.update(left_out=[*kept, {"agent": agent, "what": what, "reason": reason, **more}])
+
+    # --- tables
+
+    def file(self, key: str) -> Path:
+        """Return the file of a table."""
+        return self.path / f"{key}.parquet"
+
+    def has(self, key: str) -> bool:
+        """Return whether a table is there that may be used."""
+        return key in self.about
+
+    def keys(self, pattern: str = "*") -> list[str]:
+        """Return the keys of the tables that may be used and match a pattern such as `sweeps/*`, in order of making."""
+        return [key for key in self.about if fnmatchcase(key, pattern)]
+
+    def table(self, key: str) -> pl.DataFrame:
+        """Return a table of the run.
+
+        Raises:
+            RunError: it is missing or damaged.
+        """
+        if key not in self.about:
+            raise RunError(f"{self.file(key)} is missing: run `{self.record['command']}` again")
+        try:
+            return pl.read_parquet(self.file(key))
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise RunError(
+                f"{self.file(key)} cannot be read ({error}): run `{self.record['command']}` again"
+            ) from error
+
+    def tables(self, pattern: str) -> dict[str, pl.DataFrame]:
+        """Return all tables that match a pattern such as `sweeps/*`, by the part of their key after the last `/`."""
+        return {key.rpartition("/")[2]: self.table(key) for key in self.keys(pattern)}
+
+    def summary(self, name: str) -> pl.DataFrame:
+        """Return a table of `summary/`.
+
+        Raises:
+            RunError: the study did not make it.
+        """
+        return self.table(f"summary/{name}")
+
+    def summaries(self) -> dict[str, pl.DataFrame]:
+        """Return all tables of `summary/`, by name."""
+        return self.tables("summary/*")
+
+    def keep(
+        self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
+    ) -> None:
+        """Write what was made now.
+
+        Args:
+            key: of the table.
+            found: the table, or several by key with this one among them, which is written last.
+            identity: of what made it.
+            agent: whose description in `run.json` is kept with it.
+        """
+        tables = {key: found} if isinstance(found, pl.DataFrame) else dict(found)
+        if key not in tables:
+            raise RunError(f"the job {key!r} made {', '.join(map(repr, tables)) or 'nothing'}, but not its own table")
+        others = sorted(tables.keys() - {key})
+        for name in [*others, key]:
+            check_key(name)
+            notes: dict[str, Any] = {"agents": [a for a in self.record["agents"] if a["name"] == agent]}
+            notes |= {"with": others} if others and name == key else {}
+            notes = {k: v for k, v in notes.items() if v}
+            made = write_table(self.file(name), tables[name], identity, notes)
+            self.about[name] = {"digest": made, "identity": dict(identity), "notes": notes}
+
+    def check(self, key: str, identity: Mapping[str, Any], accept_mixed: bool) -> bool:
+        """Look for a finished table, and return whether it may be used; set it aside where it may not.
+
+        Args:
+            key: of the table.
+            identity: of what would make it now.
+            accept_mixed: use it though something else made it, and say so in `run.json` (never a damaged one).
+        """
+        path = self.file(key)
+        if not path.is_file():
+            return False
+        try:
+            about = read_about(path)
+        except Damaged as error:
+            self.set_aside(key, str(error))
+            return False
+        if reason := difference(about["identity"], identity):
+            if not accept_mixed:
+                self.set_aside(key, reason)
+                return False
+            self.update(
+                mixed=[*(x for x in self.record["mixed"] if x["table"] != key), {"table": key, "reason": reason}]
+            )
+        self.about[key] = about
+        for agent in about["notes"].get("agents", []):  # a record that was lost is made again from the tables
+            if agent["name"] not in {a["name"] for a in self.record["agents"]}:
+                self.describe(agent)
+        return True
+
+    def set_aside(self, key: str, reason: str) -> None:
+        """Move a table to `set-aside/`, and keep the reason in `run.json`."""
+        path, count = self.file(key), 1
+        while (to := self.path / "set-aside" / f"{key}.{count}.parquet").exists():
+            count += 1
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(to)
+        except OSError as error:
+            raise path_error(error, to) from error
+        self.about.pop(key, None)
+        self.progress.warn(f"{key} is set aside: {reason}")
+        entry = {"table": key, "reason": reason, "when": now()}
+        self.update(
+            set_aside=[*self.record["set_aside"], entry],
+            mixed=[x for x in self.record["mixed"] if x["table"] != key],
+        )
+
+
+def with_certificates(agents: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the description of an agent, together with certificates of it that are known from earlier.
+
+    Args:
+        agents: the descriptions in `run.json`.
+        found: as `Agent.describe` returns it. A certificate of it replaces earlier ones of the same kind that hold for
+            smaller trees.
+    """
+    earlier = next((a for a in agents if a["name"] == found["name"]), {}).get("certificates", [])
+    new = found.get("certificates", [])
+    kept = [c for c in earlier if not any(_covers(other, c) for other in new)]
+    return found | {"certificates": [*kept, *new]} if kept else found
+
+
+def _covers(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    alike = all(one.get(key) == other.get(key) for key in ("road", "live", "attention", "dtype"))
+    return alike and all(one[key] >= other[key] for key in ("depth", "columns"))
+
+
+def config_digest(study: str, config: RunConfig) -> str:
+    """Return the digest of all that a config says, except how the run is mirrored."""
+    return digest(study + config.model_dump_json(exclude={"wandb", "study"}))
+
+
+def open_record(study: str, config: RunConfig, out: Path, command: str, progress: Progress) -> dict[str, Any]:
+    """Return the record of a run in `out`: a new one, or that of a run of the same config which is continued.
+
+    A `run.json` that is missing or damaged is made again where the folder's tables were made from this config.
+
+    Raises:
+        RunError: the folder holds a run of another config, of another study or of an older version, or other files.
+    """
+    path, wanted = out / "run.json", config_digest(study, config)
+    fresh = {
+        "layout": LAYOUT, "study": study, "name": config.name, "config": config.model_dump(mode="json"),
+        "config_digest": wanted, "seed": config.seed, "command": command, "started": now(), "finished": None,
+        "seconds": 0.0, "versions": versions() | {"python": platform.python_version()}, "hardware": hardware(),
+        "agents": [], "left_out": [], "warnings": [], "set_aside": [], "mixed": [],
+    }  # fmt: skip
+    try:
+        record = read_record(out) if path.exists() else None
+    except RunError as error:
+        if not any(_made_by(p) == wanted for p in out.rglob("*.parquet")):
+            raise
+        progress.warn(f"{error}; it is made again, since tables of this config are there")
+        record = None
+    if record is not None:
+        if (record["study"], record["config_digest"]) != (study, wanted):
+            raise RunError(f"{out} holds {_other(record, study, config)}; give another --out, or remove the folder")
+        now_here = {
+            "command": command or record["command"],
+            "versions": fresh["versions"],
+            "hardware": fresh["hardware"],
+        }
+        return record | now_here | {"config": fresh["config"]}
+    if out.exists():
+        tables = [p for p in out.rglob("*.parquet") if "set-aside" not in p.parts]
+        made_by = {_made_by(p) for p in tables}
+        others = [p for p in out.iterdir() if p.name not in (".lock", "lock.json", "run.json")]
+        if others and wanted not in made_by:
+            raise RunError(f"{out} is not empty and holds no run of this config; give another --out")
+    write_json(path, fresh)
+    return fresh
+
+
+def _made_by(path: Path) -> str:
+    try:
+        found = read_about(path)["identity"].get("config", "")
+    except Damaged:
+        return ""
+    return str(found)
+
+
+def _other(record: Mapping[str, Any], study: str, config: RunConfig) -> str:
+    if record["study"] != study:
+        return f"a run of the study {record['study']!r}, not {study!r}"
+    old, new = record["config"], config.model_dump(mode="json")
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in ("wandb", "study"))
+    return f"a run of another config (different: {', '.join(changed) or 'version'})"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `run.json`.
+
+    Raises:
+        RunError: it is missing, damaged or of an older layout.
+    """
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} is not the folder of a run: it has no run.json") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path} is not JSON ({error}); run the same config again to make it anew") from error
+    if not isinstance(record, dict) or record.get("layout") != LAYOUT:
+        raise RunError(
+            f"{folder} was written by another version of nextstate, whose layout is not read: run its config again "
+            "into another folder"
+        )
+    needed = {
+        "study",
+        "name",
+        "config",
+        "config_digest",
+        "command",
+        "agents",
+        "left_out",
+        "warnings",
+        "set_aside",
+        "mixed",
+    }
+    if missing := sorted(needed - record.keys()):
+        raise RunError(f"{path} has no {missing[0]!r}: it was changed by hand; run the same config again")
+    return record
+
+
+def check_key(key: str) -> None:
+    """Raise `RunError` where a table's key is no safe path below a folder."""
+    if not key or not all(_PART.fullmatch(part) and part.strip(".") for part in key.split("/")):
+        raise RunError(
+            f"the key {key!r} of a job is no safe file name: use parts of letters, digits and =._+-, joined by /"
+        )

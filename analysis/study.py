@@ -1,0 +1,467 @@
+"""A study: jobs that each make one table, statistics over these tables, a headline and a page. `go` runs one.
+
+To add a study, write one subclass of `Study` and list it in `analysis/studies.py`, in the entry points
+`nextstate.studies` of a package of your own, or in a YAML file as `study: pkg.module:Name`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple
+
+import numpy as np
+import polars as pl
+from pydantic import ValidationError
+
+from nextstate.agents.agent import AgentError
+from nextstate.agents.failures import Broken, guarded, one_line
+from nextstate.analysis.progress import Progress
+from nextstate.analysis.run import (
+    DECISIVE,
+    C,
+    Damaged,
+    ModelFailed,
+    Run,
+    RunConfig,
+    RunError,
+    check_key,
+    code_digest,
+    difference,
+    locked,
+    now,
+    open_record,
+    read_about,
+    read_record,
+    versions,
+)
+from nextstate.analysis.studies import GROUP, STUDIES
+from nextstate.envs import plugins
+from nextstate.envs.files import write_text
+from nextstate.envs.game import GameError
+
+if TYPE_CHECKING:
+    from nextstate.analysis.page.page import Page
+
+
+class Job(NamedTuple):
+    """One unit of a study's work. It makes the table `key`, which is kept in the run's folder."""
+
+    key: str  # such as "answers/ideal/Box-boxes=4": parts of letters, digits and =._+-, joined by /
+    title: str  # what is shown while it runs, and where it is left out
+    cost: int = 1  # in units of the progress bar
+    given: Any = None  # what `Study.do` needs to know
+    needs: tuple[str, ...] = ()  # keys of earlier jobs whose tables it reads
+    agent: str = ""  # which agent it asks; after one that cannot be used, its other jobs are left out
+    repeatable: bool = True  # whether `nextstate verify` may do it again (not a training of hours)
+
+
+class Skip(Exception):
+    """Raised by `Study.do` where a job cannot be done; the message is the reason."""
+
+
+class Study(ABC, Generic[C]):
+    """A kind of run.
+
+    Class attributes:
+        name: the name of the study, as `run.json` and `STUDIES` have it.
+        config: the class of its configs.
+    """
+
+    name: ClassVar[str]
+    config: ClassVar[type[RunConfig]]
+
+    @abstractmethod
+    def jobs(self, config: C) -> Sequence[Job]:
+        """Return all jobs, in the order in which they are done. Imports no torch and writes nothing.
+
+        Raises:
+            RunError, GameError, ConfigError: the config asks for what cannot be.
+        """
+
+    def identity(self, job: Job, run: Run[C]) -> dict[str, Any]:
+        """Return what decides the job's table beside config, code, versions and the tables that it needs.
+
+        JSON; for example `{"model": model_identity(entry)}`. Must not import torch.
+        """
+        return {}
+
+    @abstractmethod
+    def do(self, job: Job, run: Run[C]) -> pl.DataFrame | Mapping[str, pl.DataFrame]:
+        """Do a job; return its table, or several by key, among them the one that `job.key` names.
+
+        Raises:
+            Skip: it cannot be done; the run goes on, and says so.
+            AgentError: its agent failed.
+        """
+
+    def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
+        """Return the numbers that W&B gets as soon as a job is done."""
+        return {}
+
+    @abstractmethod
+    def summarise(self, run: Run[C]) -> Mapping[str, pl.DataFrame]:
+        """Return all statistics, as tables by name; they are kept in `summary/`."""
+
+    @abstractmethod
+    def headline(self, run: Run[C]) -> pl.DataFrame:
+        """Return the table that the terminal shows and W&B has as its summary; reads `summary/` only.
+
+        Columns of text name the row. `x_low` and `x_high` are shown as the interval of column `x`.
+        """
+
+    @abstractmethod
+    def page(self, run: Run[C]) -> Page:
+        """Return the report page; reads `summary/` and `run.json` only, and computes no statistics."""
+
+    def worker(self, config: C, out: Path) -> None:
+        """Do the part of a second process that torchrun started (`RANK` above 0)."""
+        raise RunError(f"the study {self.name!r} runs in one process: start it without torchrun")
+
+
+# --- finding studies
+
+
+def find_study(name: str) -> Study[Any]:
+    """Return a study by its name, by that of an entry point, or by `pkg.module:Name`.
+
+    Raises:
+        RunError: there is none.
+    """
+    try:
+        if name in STUDIES:
+            plugins.check_unique(GROUP, name, STUDIES)
+            module, _, attribute = STUDIES[name].path.partition(":")
+            found: Any = getattr(import_module(module), attribute)
+        else:
+            found = plugins.load(GROUP, name, STUDIES)
+    except plugins.PluginError as error:
+        raise RunError(str(error)) from error
+    if not (isinstance(found, type) and issubclass(found, Study)):
+        raise RunError(f"{name} is no study: expected a subclass of nextstate.analysis.study.Study")
+    try:
+        study: Study[Any] = found()
+    except TypeError as error:  # members that are missing
+        raise RunError(f"the study {name} is not complete: {error}") from error
+    return study
+
+
+# --- running one
+
+
+def go(
+    study: Study[C],
+    config: C,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    command: str = "",
+    model: Any = None,
+    accept_mixed: bool = False,
+    wait: bool = False,
+) -> Run[C]:
+    """Run a study, or finish a run that was begun in `out`; return the run with its page written.
+
+    Args:
+        study: what to run.
+        config: of the run.
+        out: its folder.
+        progress: receives what is being done.
+        command: that began the run, for `run.json`.
+        model: a loaded `LanguageModel`, used instead of loading the one that the config names.
+        accept_mixed: use finished tables though another model, version or device made them, and say so on the page.
+        wait: for another process that works in this folder, instead of raising.
+
+    Raises:
+        RunError: `out` belongs to another run or is in use, or the study is not sound.
+        ModelFailed: no job could be done; the message says why.
+        GameError, ConfigError: the config asks for what cannot be.
+    """
+    progress = progress or Progress()
+    jobs = checked(study, config)  # before anything is written
+    with locked(out, command, wait, progress):
+        record = open_record(study.name, config, out, command, progress)
+        run = Run(out, config, record, progress, saved=True)
+        run.given = model
+        progress.begin(sum(job.cost for job in jobs))
+        mirror = _Mirror(study, run)
+        try:
+            _do_all(study, run, jobs, accept_mixed, mirror)
+            if not any(run.has(job.key) for job in jobs):
+                reasons = dict.fromkeys(x["reason"] for x in run.record["left_out"])
+                raise ModelFailed("; ".join(reasons) or "the study has no jobs")
+            new = _summarise(study, run, jobs)
+            if new or mirror.used or not (out / "report.html").is_file() or not run.record["finished"]:
+                progress.on("page")
+                run.update(finished=now())
+                mirror.finish(write_page(study, run))
+        finally:
+            mirror.close()
+    return run
+
+
+def checked(study: Study[C], config: C) -> list[Job]:
+    """Return the jobs of a study.
+
+    Raises:
+        RunError: two of them have one key, a key is no file name, or one needs what does not come before it.
+    """
+    jobs = list(study.jobs(config))
+    seen: set[str] = set()
+    for job in jobs:
+        check_key(job.key)
+        if job.key in seen:
+            raise RunError(f"two jobs of the study {study.name!r} have the key {job.key!r}: each needs one of its own")
+        if missing := [key for key in job.needs if key not in seen]:
+            raise RunError(
+                f"the job {job.key!r} of the study {study.name!r} needs {missing[0]!r}, which is no earlier job"
+            )
+        seen.add(job.key)
+    return jobs
+
+
+def identity_of(study: Study[C], job: Job, run: Run[C]) -> dict[str, Any]:
+    """Return the identity of what makes a job's table now."""
+    inputs = {key: run.about[key]["digest"] for key in job.needs}
+    more = study.identity(job, run)
+    return {"config": run.record["config_digest"], "code": code_digest(), "versions": versions(DECISIVE)} | (
+        {"inputs": inputs} if inputs else {}) | more  # fmt: skip
+
+
+def _do_all(study: Study[C], run: Run[C], jobs: Sequence[Job], accept_mixed: bool, mirror: _Mirror) -> None:
+    unusable: dict[str, str] = {}  # agents, and why
+    for job in jobs:
+        missing = [key for key in job.needs if not run.has(key)]
+        if missing:
+            run.left_out(job.agent, job.title, f"it needs {missing[0]}, which was left out")
+        elif job.agent in unusable:
+            run.left_out(job.agent, job.title, unusable[job.agent], failed=True)
+        else:
+            identity = identity_of(study, job, run)
+            if not _finished(run, job.key, identity, accept_mixed):
+                _do(study, run, job, identity, unusable, mirror)
+                continue  # which has advanced the progress bar
+        run.progress.advance(job.cost)
+
+
+def _finished(run: Run[C], key: str, identity: dict[str, Any], accept_mixed: bool) -> bool:
+    if not run.check(key, identity, accept_mixed):
+        return False
+    others = run.about[key]["notes"].get("with", [])
+    if all([run.check(other, identity, accept_mixed) for other in others]):
+        return True
+    run.set_aside(key, "a table that was made with it is missing or set aside")
+    return False
+
+
+def _do(
+    study: Study[C], run: Run[C], job: Job, identity: dict[str, Any], unusable: dict[str, str], mirror: _Mirror
+) -> None:
+    run.progress.on(job.title)
+    mirror.start()
+    run.begin(job.cost)
+    kept = [x for x in run.record["left_out"] if (x["agent"], x["what"]) != (job.agent, job.title)]
+    run.update(left_out=kept, finished=None)
+    try:
+        found = guarded(
+            lambda: study.do(job, run),
+            lambda error: f"{job.agent or job.title} failed: {one_line(error)}",
+            (AgentError, GameError, RunError, Skip),
+        )
+    except Skip as error:
+        run.left_out(job.agent, job.title, _line(error))
+        run.progress.warn(f"{job.title}: {_line(error)}")
+    except (AgentError, GameError) as error:
+        reason, failed = _line(error), not isinstance(error, GameError)
+        run.progress.warn(reason)
+        run.progress.failed(error)
+        run.left_out(job.agent, job.title, reason, failed)
+        if job.agent and (isinstance(error, Broken) or run.loading):
+            unusable[job.agent] = reason
+    else:
+        run.keep(job.key, found, identity, job.agent)
+        mirror.job(study.metrics(job, run.table(job.key)))
+    run.end()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _summarise(study: Study[C], run: Run[C], jobs: Sequence[Job]) -> bool:
+    """Make `summary/` where it does not fit the tables; return whether it was made."""
+    inputs = {job.key: run.about[job.key]["digest"] for job in jobs if run.has(job.key)}
+    identity = {
+        "config": run.record["config_digest"], "code": code_digest(),
+        "versions": versions(("numpy", "polars", "scipy")), "inputs": inputs,
+    }  # fmt: skip
+    names = run.record.get("summary", [])
+    if names and all([run.check(f"summary/{name}", identity, False) for name in names]):
+        return False
+    run.progress.on("statistics")
+    made = guarded(lambda: dict(study.summarise(run)), passing=(RunError, AgentError, GameError))
+    for name, frame in made.items():
+        check_key(name)
+        run.keep(f"summary/{name}", frame, identity)
+    run.update(summary=sorted(made))
+    for path in sorted((run.path / "summary").glob("*.parquet")):
+        if path.stem not in made:
+            path.unlink()  # of an earlier state of this run
+    return True
+
+
+def write_page(study: Study[C], run: Run[C]) -> Page:
+    """Write `report.html` and `figures/`, from `summary/` and `run.json` alone.
+
+    Raises:
+        RunError: the page reads a table that `summarise` did not make.
+        PathError: the folder cannot be written.
+    """
+    from nextstate.analysis.page.page import render
+    from nextstate.analysis.page.vector import write_figures
+
+    page = study.page(run)
+    write_figures(page, run.path / "figures")
+    write_text(run.path / "report.html", render(page, run.record))
+    return page
+
+
+# --- reading one
+
+
+def open_run(folder: Path, keys: str = "summary/") -> tuple[Study[Any], Run[Any]]:
+    """Return the study and the run of a folder, to be read.
+
+    Args:
+        folder: of the run.
+        keys: only tables whose key begins so can be read; "" for all.
+
+    Raises:
+        RunError: it is no run, or its study or config is not known here.
+    """
+    record = read_record(folder)
+    study = find_study(record["study"])
+    try:
+        config = study.config.model_validate(record["config"])
+    except ValidationError as error:
+        raise RunError(f"{folder / 'run.json'} has a config that is not valid ({error.errors()[0]['msg']})") from error
+    run: Run[Any] = Run(folder, config, record)
+    for path in sorted(folder.rglob("*.parquet")):
+        key = path.relative_to(folder).with_suffix("").as_posix()
+        if key.startswith(keys) and not key.startswith(("set-aside/", "models/")):
+            try:
+                run.about[key] = read_about(path)
+            except Damaged as error:
+                run.progress.warn(f"{path}: {error}")
+    return study, run
+
+
+class Difference(NamedTuple):
+    """What `verify` found about one table."""
+
+    key: str
+    rows: int
+    made: str  # how the identity of what made it differs from what would make it now, "" where it does not
+    found: str  # how a recomputed table differs, "" where it does not
+
+
+def verify(folder: Path, cells: int = 8, seed: int = 0, tolerance: float = 1e-4, progress: Progress | None = None,
+           model: Any = None) -> list[Difference]:  # fmt: skip
+    """Do a seeded sample of a run's jobs again, and compare the tables with those in its folder. Writes nothing.
+
+    Args:
+        folder: of the run.
+        cells: how many jobs, at most.
+        seed: of the sample.
+        tolerance: numbers may differ by this much, as a share of the largest in their column (at least 1).
+        progress: receives what is being done.
+        model: a loaded `LanguageModel`, used instead of loading the one that the config names.
+
+    Raises:
+        RunError: it is no run, or has no table that could be done again.
+    """
+    study, run = open_run(folder, "")
+    run.progress = progress or run.progress
+    run.given = model
+    jobs = checked(study, run.config)
+    lost = [Difference(job.key, 0, "", "the table is missing or damaged")
+            for job in jobs if run.file(job.key).exists() and not run.has(job.key)]  # fmt: skip
+    possible = [job for job in jobs if run.has(job.key) and job.repeatable and all(run.has(key) for key in job.needs)]
+    if not possible:
+        raise RunError(f"{folder} has no table that could be made again: run `{run.record['command']}` first")
+    rng = np.random.default_rng(seed)
+    chosen = sorted(rng.choice(len(possible), size=min(cells, len(possible)), replace=False))
+    run.progress.begin(len(chosen))
+    out = lost
+    for job in (possible[i] for i in chosen):
+        run.progress.on(job.title)
+        made = difference(run.about[job.key]["identity"], identity_of(study, job, run))
+        kept = run.table(job.key)
+        try:
+            passing = (AgentError, GameError, RunError, Skip)
+            found = guarded(lambda job=job: study.do(job, run), passing=passing)  # type: ignore[misc]
+            again = found if isinstance(found, pl.DataFrame) else found[job.key]
+            differs = compare(kept, again, tolerance)
+        except (AgentError, GameError, RunError, Skip) as error:
+            differs = f"it cannot be made again: {_line(error)}"
+        out.append(Difference(job.key, len(kept), made, differs))
+        run.progress.advance(1)
+    return out
+
+
+def compare(old: pl.DataFrame, new: pl.DataFrame, tolerance: float) -> str:
+    """Return in words how two tables differ, "" where they do not."""
+    if old.schema != new.schema:
+        names = sorted(set(old.schema.items()) ^ set(new.schema.items()), key=str)
+        return f"other columns: {', '.join(f'{name} ({kind})' for name, kind in names)}"
+    if len(old) != len(new):
+        return f"{len(new)} rows, {len(old)} before"
+    out = []
+    for name, kind in old.schema.items():
+        a, b = old[name], new[name]
+        while isinstance(kind, pl.List):
+            if not a.list.len().equals(b.list.len()):
+                break
+            a, b, kind = a.explode(), b.explode(), kind.inner  # type: ignore[assignment]
+        if kind.is_float() and len(a) == len(b):
+            x, y = a.to_numpy().astype(float), b.to_numpy().astype(float)
+            finite = np.isfinite(x) & np.isfinite(y)
+            same = (x == y) | (np.isnan(x) & np.isnan(y)) | finite
+            largest = float(np.abs(x[finite] - y[finite]).max(initial=0.0))
+            if not same.all():
+                out.append(f"{name}: {int((~same).sum())} values are finite in one of both alone")
+            elif largest > tolerance * max(1.0, float(np.abs(x[finite]).max(initial=0.0))):
+                out.append(f"{name}: by up to {largest:.2g}")
+        elif not a.equals(b):
+            wrong = len(a) if len(a) != len(b) else int((a.ne_missing(b)).sum())
+            out.append(f"{name}: {wrong} of {len(a)} values")
+    return "; ".join(out)
+
+
+class _Mirror:
+    """Sends a run to W&B; opened when there is something to send."""
+
+    def __init__(self, study: Study[Any], run: Run[Any]) -> None:
+        self.study, self.run, self.used = study, run, False
+        self._log: Any = None
+
+    def start(self) -> None:
+        self.used = True
+        if self._log is None:
+            from nextstate.analysis.log import Log
+
+            self._log = Log(self.run.config.wandb)
+            self._log.start(self.run.path, self.run.config.name, self.run.record["config"])
+
+    def job(self, metrics: Mapping[str, float | None]) -> None:
+        self._log.job(metrics)
+
+    def finish(self, page: Page) -> None:
+        self.start()
+        self._log.finish(self.study.headline(self.run), page, self.run.record)
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()

@@ -1,0 +1,87 @@
+"""Games and agents from other packages: found by entry point or by `pkg.module:Name`, imported when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+
+
+class PluginError(ValueError):
+    """A name means no plugin, or more than one, or its plugin cannot be imported; the message is one line."""
+
+
+def names(group: str) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name, sorted by name; nothing is imported.
+
+    Where several installed packages use one name, the first of them is listed; `load` raises for such a name.
+    """
+    found = sorted(entry_points(group=group), key=lambda entry: (entry.name, _origin(entry)), reverse=True)
+    return {entry.name: entry for entry in reversed({e.name: e for e in found}.values())}
+
+
+def check_unique(group: str, name: str, built_in: Collection[str] = ()) -> None:
+    """Check that at most one thing has this name: a built-in or the entry point of one installed package.
+
+    Raises:
+        PluginError: several have it; the message names them.
+    """
+    rivals = ["nextstate itself"] if name in built_in else []
+    rivals += sorted(_origin(entry) for entry in entry_points(group=group, name=name))
+    if len(rivals) > 1:
+        raise PluginError(
+            f"{len(rivals)} installed packages have the {_noun(group)} {name!r}: {' and '.join(rivals)}; uninstall one"
+        )
+
+
+def load(group: str, name: str, built_in: Collection[str] = ()) -> object:
+    """Import and return what a name means: an entry point, or for `pkg.module:Name` an attribute of a module.
+
+    Args:
+        group: entry-point group, such as `nextstate.agents`.
+        name: a name of the group, or `pkg.module:Name`.
+        built_in: names that do not come from plugins; they are suggested for a misspelt name, and may not be reused.
+
+    Raises:
+        PluginError: there is no such name, several packages use it, or its module or attribute cannot be imported.
+    """
+    if ":" in name:
+        if not EntryPoint.pattern.fullmatch(name) or not all(name.split(":")):
+            raise PluginError(f"{name!r} is no {_noun(group)}: expected a known name or pkg.module:Name")
+        return _import(EntryPoint(name, name, group))
+    check_unique(group, name, built_in)
+    known = names(group)
+    if name not in known:
+        raise PluginError(unknown(group, name, [*built_in, *known]))
+    return _import(known[name])
+
+
+def unknown(group: str, name: str, known: Collection[str]) -> str:
+    """Return the message for a name that nothing has, with the nearest known name or all of them."""
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(sorted(known))}, or pkg.module:Name"
+    return f"there is no {_noun(group)} {name!r}; {hint}"
+
+
+def _import(entry: EntryPoint) -> object:
+    given = entry.name if entry.name == entry.value else f"{entry.name!r} of {_origin(entry)}"
+    failed = f"the {_noun(entry.group)} {given} cannot be imported"
+    try:
+        return entry.load()
+    except (Exception, SystemExit) as error:  # code of others may raise anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        hint = "; install its package, or add its folder to PYTHONPATH" if _not_found(entry, error) else ""
+        raise PluginError(f"{failed}: {why}{hint}") from error
+
+
+def _not_found(entry: EntryPoint, error: BaseException) -> bool:
+    """Tell whether the plugin's own module or a package around it is missing, rather than something it imports."""
+    return isinstance(error, ModuleNotFoundError) and f"{entry.module}.".startswith(f"{error.name}.")
+
+
+def _noun(group: str) -> str:
+    return group.rpartition(".")[2].removesuffix("s")
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"the package {entry.dist.name if entry.dist else 'unknown'} ({entry.value})"
