@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import lru_cache
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from nextstate.envs import plugins
 from nextstate.envs.game import Game, GameError, setting_names
 from nextstate.envs.games.box import Box
 from nextstate.envs.games.cycle import Cycle
@@ -35,14 +34,14 @@ GAMES: dict[str, type[Game]] = {
 }
 GROUP = "nextstate.games"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_classes: dict[str, type[Game]] = {}  # games that were named as "package.module:Class" in this process, by their names
+_referenced: dict[str, type[Game]] = {}  # games that this process was given as "package.module:Class", by name
 
 
 def make_game(name: str, **settings: Any) -> Game:
     """Return the game `name` with these settings.
 
     Args:
-        name: see `game_class`.
+        name: a name as `game_class` takes it.
         settings: the game's own.
 
     Raises:
@@ -57,45 +56,35 @@ def make_game(name: str, **settings: Any) -> Game:
 
 
 def game_class(name: str) -> type[Game]:
-    """Return the class of a game.
+    """Return the class of a game, and import it if need be.
 
     Args:
-        name: a built-in game, a game of an installed package, or "package.module:Class". A game that was given in the
-            last form is then known by its own name (`Game.name`) too, until the process ends.
+        name: a built-in game, a game of an installed package, or "package.module:Class". A game given in the last form
+            is from then on known by its own name (`Game.name`) too, until the process ends.
 
     Raises:
-        GameError: there is no such game, it cannot be imported, or several packages offer a game of that name.
+        GameError: there is no such game, it cannot be imported, or several packages have a game of that name.
     """
+    if name in _referenced:
+        return _referenced[name]
     if ":" in name:
-        return _import_class(name)
-    offered = _plugins(tuple(sys.path)).get(name, ())
-    sources = ["nextstate"] * (name in GAMES) + [_package(e) for e in offered] + [_origin(name)] * (name in _classes)
-    if name in _classes and len(sources) == 2 and offered and offered[0].value == _origin(name):
-        sources.pop()  # the same class, found in two ways
-    if len(sources) > 1:
-        raise GameError(f"game {name!r} is offered by {' and '.join(sources)}: uninstall or rename all but one")
+        return _reference(name)
+    path = tuple(sys.path)
     if name in GAMES:
+        _check_unique(name, path)
         return GAMES[name]
-    if offered:
-        return _load(offered[0])
-    if name in _classes:
-        return _classes[name]
-    known = game_names()
-    raise GameError(
-        f"unknown game {name!r}: expected one of {', '.join(known)}, or package.module:Class{_hint(name, known)}"
-    )
+    return _load(name, path)
 
 
 def game_names() -> list[str]:
-    """Return the names of the built-in games and of those that installed packages offer; imports none of them."""
-    offered = sorted(set(_plugins(tuple(sys.path))) - set(GAMES))
-    return [*GAMES, *(name for name in offered if _NAME.fullmatch(name))]
+    """Return the names of the built-in games and of those of installed packages; imports none of the latter."""
+    return [*GAMES, *(name for name in plugins.names(GROUP) if name not in GAMES and _NAME.fullmatch(name))]
 
 
 def load_games() -> tuple[dict[str, type[Game]], dict[str, str]]:
-    """Return all games of `game_names` by name, and for those that cannot be used the reason."""
+    """Return all games by name, and for those that cannot be used the reason."""
     found, problems = dict[str, type[Game]](), dict[str, str]()
-    for name in dict.fromkeys([*game_names(), *_plugins(tuple(sys.path))]):
+    for name in dict.fromkeys([*GAMES, *plugins.names(GROUP)]):
         try:
             found[name] = game_class(name)
         except GameError as error:
@@ -103,77 +92,66 @@ def load_games() -> tuple[dict[str, type[Game]], dict[str, str]]:
     return found, problems
 
 
-@lru_cache(maxsize=8)
-def _plugins(path: tuple[str, ...]) -> dict[str, tuple[EntryPoint, ...]]:
-    """Return the entry points of games by name. They depend on `path`, the folders that Python imports from."""
-    out: dict[str, tuple[EntryPoint, ...]] = {}
-    for entry in entry_points(group=GROUP):
-        out[entry.name] = (*out.get(entry.name, ()), entry)
-    return out
-
-
-def _load(entry: EntryPoint) -> type[Game]:
-    given = f"game {entry.name!r} of {_package(entry)} ({entry.value})"
-    found = _checked(given, _imported(given, entry.module, entry.attr))
-    if found.name != entry.name:
-        raise GameError(f"{given} has the name {found.name!r}: expected that of the entry point")
-    return found
-
-
-def _import_class(reference: str) -> type[Game]:
-    module, _, attribute = reference.partition(":")
-    given = f"game {reference!r}"
-    if not module or not attribute:
-        raise GameError(f"{given} is not possible: expected a name or package.module:Class")
-    found = _checked(given, _imported(given, module, attribute))
-    known = _classes.get(found.name)
-    if found.name in GAMES and GAMES[found.name] is not found:
-        raise GameError(f"{given} has the name {found.name!r}, which is that of a built-in game: expected another")
-    if known not in (None, found) and _origin(found.name) != f"{found.__module__}:{found.__qualname__}":
-        raise GameError(
-            f"{given} has the name {found.name!r}, which is that of {_origin(found.name)}: expected another"
-        )
-    if found.name not in GAMES:
-        _classes[found.name] = found
-    return found
-
-
-def _imported(given: str, module: str, attribute: str) -> Any:
+def _reference(given: str) -> type[Game]:
     try:
-        found: Any = import_module(module)
-    except (Exception, SystemExit) as error:
-        text = " ".join(str(error).split())
-        raise GameError(f"{given} cannot be imported: {type(error).__name__}: {text}") from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise GameError(f"{given} cannot be found: {module} has no {attribute!r}")
-        found = getattr(found, part)
+        found = _checked(given, plugins.load(GROUP, given))
+    except plugins.PluginError as error:
+        raise GameError(str(error)) from error
+    name = found.name
+    if GAMES.get(name) is found:
+        return found
+    taken = {
+        **dict.fromkeys(plugins.names(GROUP), "a game of an installed package"),
+        **dict.fromkeys(GAMES, "built in"),
+    }
+    if name in _referenced and _place(_referenced[name]) != _place(found):
+        taken[name] = _place(_referenced[name])
+    elif name in taken and name not in GAMES and _load(name, tuple(sys.path)) is found:
+        del taken[name]
+    if name in taken:
+        raise GameError(f"game {given!r} has the name {name!r}, which is taken ({taken[name]}): give it another one")
+    _referenced[name] = found
     return found
 
 
-def _checked(given: str, found: Any) -> type[Game]:
+# What is installed depends on the folders that Python imports from. Looking through them takes long, compared to making
+# a game, and training makes one for each episode.
+@lru_cache(maxsize=256)
+def _check_unique(name: str, path: tuple[str, ...]) -> None:
+    try:
+        plugins.check_unique(GROUP, name, GAMES)
+    except plugins.PluginError as error:
+        raise GameError(str(error)) from error
+
+
+@lru_cache(maxsize=256)
+def _load(name: str, path: tuple[str, ...]) -> type[Game]:
+    try:
+        found = _checked(name, plugins.load(GROUP, name, GAMES))
+    except plugins.PluginError as error:
+        raise GameError(str(error)) from error
+    if found.name != name:
+        raise GameError(f"the entry point {name!r} is a game named {found.name!r}: expected the same name")
+    return found
+
+
+def _checked(given: str, found: object) -> type[Game]:
     if not (isinstance(found, type) and issubclass(found, Game)):
-        raise GameError(f"{given} is no game: expected a class derived from nextstate.envs.Game, found {found!r}")
-    missing = sorted(
-        {*getattr(found, "__abstractmethods__", ()), *(n for n in ("name", "size") if not hasattr(found, n))}
-    )
+        raise GameError(f"{given!r} is no game: expected a class derived from nextstate.envs.Game, found {found!r}")
+    unset = [name for name in ("name", "size") if not hasattr(found, name)]
+    missing = sorted([*getattr(found, "__abstractmethods__", ()), *unset])
     if missing:
-        raise GameError(f"{given} is not complete: expected it to define {', '.join(missing)}")
+        raise GameError(f"the game {given!r} is not complete: expected it to define {', '.join(missing)}")
     if not _NAME.fullmatch(found.name):
-        raise GameError(
-            f"{given} has the name {found.name!r}: expected letters, digits and underscores, starting with a letter"
-        )
+        expected = "letters, digits and underscores, starting with a letter"
+        raise GameError(f"the game {given!r} has the name {found.name!r}: expected {expected}")
     return found
 
 
-def _package(entry: EntryPoint) -> str:
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+def _place(cls: type[Game]) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _origin(name: str) -> str:
-    return f"{_classes[name].__module__}:{_classes[name].__qualname__}" if name in _classes else ""
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
+def _hint(word: str, known: Sequence[str]) -> str:
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
