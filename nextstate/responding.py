@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 from pydantic import Field, model_validator
 
-from nextstate.agents.config import Strict
-from nextstate.entrants import AgentConfig, load_model
+from nextstate.agents.config import AgentConfig, Strict
+from nextstate.agents.registry import load_model
 from nextstate.envs.contrast import Pair
 from nextstate.envs.games import make_game
 from nextstate.folder import (
@@ -122,7 +122,7 @@ def run(
         GameError, RunError: something asked for cannot be.
     """
     from nextstate.agents.sites import SiteError
-    from nextstate.analysis.heads_tables import load
+    from nextstate.analysis.heads.tables import load
     from nextstate.analysis.response import ResponseError
 
     drawn = draw(config)  # before anything is written
