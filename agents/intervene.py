@@ -17,7 +17,8 @@ from nextstate.agents.branches import Reading
 from nextstate.agents.intervention import Intervention
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation, Edit, Site
-from nextstate.envs.game import Episode, Game, unroll
+from nextstate.envs.game import Episode, unroll
+from nextstate.envs.rules import Rules
 
 _REFERENCE_SEED = 2 * 10**18  # beyond every seed that an experiment draws
 
@@ -25,7 +26,7 @@ _REFERENCE_SEED = 2 * 10**18  # beyond every seed that an experiment draws
 class _Setting(NamedTuple):
     """What reference episodes are drawn for."""
 
-    game: Game
+    game: Rules
     steps: int
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from nextstate.agents.agent import Agent, ContextError, Prompt, answer_row, question_row
 from nextstate.envs.game import Episode, Game, unroll
+from nextstate.envs.vector import PredictionVectorEnv
 
 Road = Literal["replay", "live"]
 Grid = Literal["episodes", "cells"]
@@ -59,16 +61,12 @@ def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -
 
 def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
     """Step through the vector environment; the agent's greedy answer is the action of each step."""
-    import gymnasium as gym
-
     # Answers go in as choices: a greedy answer that is none of them exactly, " C" against "C" say, stays wrong.
-    envs: Any = gym.make_vec(
-        f"nextstate/{game.name}-v0", num_envs=len(seeds), steps=steps, answer="choice", **game.settings
-    )
+    envs = PredictionVectorEnv(game, num_envs=len(seeds), steps=steps, answer="choice")
     reader = agent.live()
     try:
         envs.reset(seed=seeds.start)
-        episodes: Sequence[Episode] = envs.unwrapped.episodes
+        episodes = envs.episodes
         rows = []
         for t in range(steps):
             prompts = [Prompt(e, t) for e in episodes]
@@ -95,10 +93,13 @@ def episodes_of(game: Game, seeds: Iterable[int], steps: int, ask: int | Literal
 def determined_accuracy(agent: Agent, episodes: Sequence[Episode]) -> float:
     """Return the share of right greedy answers among the questions whose answer the transcript determines.
 
+    NaN where there is no such question.
+
     Raises:
         ContextError: a prompt is too long for the agent.
     """
     asked = list(questions(episodes))
     answers = agent.predict([prompt for prompt, _ in asked])
     found = zip(asked, answers, strict=True)
-    return float(np.mean([a.greedy in prompt.asked.accepted for (prompt, row), a in found if row["determined"]]))
+    hits = [a.greedy in prompt.asked.accepted for (prompt, row), a in found if row["determined"]]
+    return float(np.mean(hits)) if hits else math.nan
