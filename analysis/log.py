@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 
 import polars as pl
 
-from nextstate.analysis import figures, page, plays, tables
+from nextstate.analysis import figures, plays, tables
+from nextstate.analysis.page.page import certificates
 from nextstate.analysis.tables import Run
 
 Mode = Literal["offline", "online", "disabled"]
@@ -154,7 +155,7 @@ def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
     A copy in another precision has that in its name; of several certificates of one name the last is told.
     """
     out: dict[str, float | int | str] = {}
-    for found in page.certificates(info):
+    for found in certificates(info):
         where = [_slug(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
         named = "/".join(["certificate", *filter(None, where)])
         out |= {f"{named}/{key}": found[key] for key in ("road", "error", "tolerance", "depth", "columns", "seconds")}

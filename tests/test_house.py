@@ -18,7 +18,7 @@ FORBIDDEN = {  # the arrows point one way: analysis -> agents -> envs
     "analysis": (),
 }
 FRONT_DOOR = ("__main__.py",)  # the only modules of the package that may import its command line
-DATA = ("*.yaml", "*.jinja", "*.cfg", "py.typed")
+DATA = ("*.yaml", "*.jinja", "*.js", "*.LICENSE", "*.cfg", "py.typed")
 
 
 def modules(folder: Path) -> list[Path]:
