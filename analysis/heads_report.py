@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextstate.analysis.heads import figures
-from nextstate.analysis.heads.recovery import rank_agreement
-from nextstate.analysis.heads.routing import LEAST, Routing, carriers, head_table
-from nextstate.analysis.heads.tables import HeadsRun, load
+from nextstate.analysis import heads_figures as figures
+from nextstate.analysis.heads import LEAST, Routing, carriers, head_table
+from nextstate.analysis.heads_tables import HeadsRun, load
 from nextstate.analysis.log import proved
-from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
+from nextstate.analysis.page import page as pages
+from nextstate.analysis.page.page import FigureList, Page
+from nextstate.analysis.recovery import rank_agreement
 
 FEW = 20  # pairs, under which intervals are too narrow to lean on
 ROWS = 3000  # of the table of heads
@@ -25,20 +25,18 @@ ABLATIONS = ("zero", "mean", "resample")
 
 
 def write(run: Path) -> Path:
-    """Write `report.html` into the folder of a patching run. The page needs no network.
+    """Write `report.html` and `figures/` into the folder of a patching run.
 
     Raises:
         RunError: the folder is none, or cannot be read.
     """
     loaded = load(Path(run))
-    page = render(loaded)
-    return replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return pages.write(make_page(loaded), loaded.info, loaded.path)
 
 
-def render(run: HeadsRun) -> str:
-    """Return the page as text."""
-    templates = environment(two=_two)
-    drawn, routes = Drawn(), _routes(run)
+def make_page(run: HeadsRun) -> Page:
+    """Return the page of a run."""
+    drawn, routes = FigureList(), _routes(run)
     heads = pl.read_parquet(run.path / "heads.parquet") if (run.path / "heads.parquet").is_file() else None
     shown = None if heads is None else heads.sort(pl.max_horizontal("state", "action"), descending=True).head(ROWS)
     sections = {
@@ -50,32 +48,27 @@ def render(run: HeadsRun) -> str:
         else [drawn.add(figures.against(heads, "Recovery of each head, by kind of pair"))],
         "screens": _screens(run, drawn),
     }
-    return templates.get_template("heads.html.jinja").render(
-        run=run,
-        info=run.info,
-        certificates=certificates(run.info),
-        left_out=left_out(run.info),
-        agent=run.info["agents"][0],
-        headline=headline(run, routes.get(("head", "denoise"))),
-        counts=[{"design": d, "kind": k} | c for (d, k), c in run.counts.items()],
-        failed=[{"design": d, "kind": k} | c for (d, k), c in run.counts.items() if not c["kept"]],
-        by_layer=by_layer(run, _main(run)).filter(pl.col("site") != "resid_pre").rows(named=True),
-        examples=_examples(run),
-        attention=_attention(run),
-        heads=[] if shown is None else shown.rows(named=True),
-        left=0 if heads is None or shown is None else len(heads) - len(shown),
-        few=FEW,
-        least=LEAST,
-        sweeps=len(run.sweeps),
-        control=max([float(s["control"][0]) for s in run.sweeps.values() if s["exact"][0]], default=None),
-        drawn=drawn.figures,
+    context = {
+        "run": run,
+        "agent": run.info["agents"][0],
+        "headline": headline(run, routes.get(("head", "denoise"))),
+        "counts": [{"design": d, "kind": k} | c for (d, k), c in run.counts.items()],
+        "failed": [{"design": d, "kind": k} | c for (d, k), c in run.counts.items() if not c["kept"]],
+        "by_layer": by_layer(run, _main(run)).filter(pl.col("site") != "resid_pre").rows(named=True),
+        "examples": _examples(run),
+        "attention": _attention(run),
+        "heads": [] if shown is None else shown.rows(named=True),
+        "left": 0 if heads is None or shown is None else len(heads) - len(shown),
+        "few": FEW,
+        "least": LEAST,
+        "sweeps": len(run.sweeps),
+        "control": max([float(s["control"][0]) for s in run.sweeps.values() if s["exact"][0]], default=None),
         **sections,
-        **furniture(templates, "heads.script.html.jinja"),
+    }
+    title = (
+        f"{run.info['name']}: what the heads of {run.info['agents'][0]['name']} carry in {run.info['config']['game']}"
     )
-
-
-def _two(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+    return Page(title, template="heads.html.jinja", context=context, figures=drawn)
 
 
 def _main(run: HeadsRun) -> str:
@@ -130,7 +123,7 @@ def headline(run: HeadsRun, found: Routing | None) -> dict[str, Any]:
     return out
 
 
-def _maps(run: HeadsRun, drawn: Drawn) -> list[dict[str, Any]]:
+def _maps(run: HeadsRun, drawn: FigureList) -> list[dict[str, Any]]:
     """Return the heatmaps over heads, by design: a row a kind, denoised and noised beside each other."""
     out = []
     for design in dict.fromkeys(d for d, _ in run.counts):
@@ -168,7 +161,7 @@ def _layers(routes: Mapping[tuple[str, str], Routing]) -> list[Any]:
     return [figures.arrival(routes[site, "denoise"], t) for site, t in titles.items() if (site, "denoise") in routes]
 
 
-def _positions(run: HeadsRun, drawn: Drawn) -> list[dict[str, Any]]:
+def _positions(run: HeadsRun, drawn: FigureList) -> list[dict[str, Any]]:
     out = []
     for (design, kind), _ in run.counts.items():
         rows = run.get(design, kind, "resid_pre", "denoise", "map")
@@ -189,7 +182,7 @@ def _visible(token: str) -> str:
     return token.strip() or {"\n": "↵", " ": "␣"}.get(token, "·")
 
 
-def _screens(run: HeadsRun, drawn: Drawn) -> list[dict[str, Any]]:
+def _screens(run: HeadsRun, drawn: FigureList) -> list[dict[str, Any]]:
     out = []
     for design, kind in run.counts:
         exact = run.sweep(design, kind, "head", "denoise", "last")
