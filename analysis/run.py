@@ -30,6 +30,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
+from nextstate.agents.agent import AgentError
 from nextstate.agents.config import Strict
 from nextstate.analysis.progress import Progress
 from nextstate.envs.files import digest, file_digest, path_error, write_atomic, write_json
@@ -122,7 +123,7 @@ def write_table(path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], no
         nonlocal found
         about = {"digest": _NO_DIGEST, "identity": dict(identity), "notes": dict(notes)}
         try:
-            frame.write_parquet(partial, compression_level=9, metadata={_KEY: json.dumps(about, sort_keys=True)})
+            frame.write_parquet(partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)})
         except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
             raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
         data = partial.read_bytes()
@@ -272,6 +273,7 @@ class Run(Generic[C]):
         self.given: Any = None  # a loaded model, used instead of loading one
         self.loading = False  # an agent is being loaded, or could not be
         self._agent: tuple[str, Any] | None = None
+        self._unloadable: dict[str, str] = {}  # agents, and why
         self._left = 0  # of the current job
         self._saved, self._memory = saved, dict[Any, Any]()
         self._began, self._before = time.monotonic(), float(record.get("seconds", 0.0))
@@ -324,12 +326,18 @@ class Run(Generic[C]):
         """Return an agent, made by `make` the first time; only the last one that was asked for is kept in memory.
 
         Raises:
-            AgentError: it cannot be loaded. `go` then leaves out its other jobs too.
+            AgentError: it cannot be loaded, which is tried once. `go` then leaves out the other jobs of the agent.
         """
         if self._agent is None or self._agent[0] != name:
             self._agent, self.loading = None, True  # frees the memory of the one before
+            if name in self._unloadable:
+                raise AgentError(self._unloadable[name])
             self.progress.on(f"loading {name}")
-            self._agent = name, make()
+            try:
+                self._agent = name, make()
+            except AgentError as error:
+                self._unloadable[name] = str(error)
+                raise
             self.loading = False
         found: T = self._agent[1]
         return found

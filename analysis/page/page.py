@@ -25,8 +25,8 @@ import plotly.graph_objects as go
 import polars as pl
 from markupsafe import Markup
 
-from nextstate.agents.failures import path_error
 from nextstate.analysis.page.formats import FILTERS
+from nextstate.envs.files import path_error
 
 
 class Plot(NamedTuple):
@@ -230,8 +230,8 @@ def certificates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def left_out(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what a run left out: one row for each agent and reason, with all `settings` that it applies to."""
+    """Return what a run left out: one row for each agent and reason, with `what` it applies to."""
     out: dict[tuple[str, str], list[str]] = {}
     for x in record.get("left_out", ()):
-        out.setdefault((x["agent"], x["reason"]), []).append(x["setting"])
-    return [{"agent": agent, "reason": reason, "settings": some} for (agent, reason), some in out.items()]
+        out.setdefault((x["agent"], x["reason"]), []).append(x["what"])
+    return [{"agent": agent, "reason": reason, "what": some} for (agent, reason), some in out.items()]

@@ -62,10 +62,9 @@ def play_cell(where: PlayCell, advance: Callable[[int], None], who: Agent | Play
     return pl.DataFrame([constant | row for row in rows], schema=PLAYS), reason
 
 
-def load(run: Run[Any], plays: Sequence[PlayCell]) -> pl.DataFrame:
-    """Return all episodes played in a run, one row each; the cells are in the order of `plays`."""
-    keys = [key for p in plays for key in sorted(run.keys(f"plays/*/{p.cell.slug}"))]
-    return pl.concat([pl.DataFrame(schema=PLAYS), *map(run.table, keys)])
+def load(run: Run[Any]) -> pl.DataFrame:
+    """Return all episodes played in a run, one row each."""
+    return pl.concat([pl.DataFrame(schema=PLAYS), *map(run.table, sorted(run.keys("plays/*")))])
 
 
 def summaries(played: pl.DataFrame, plays: Sequence[PlayCell], agents: pl.DataFrame) -> dict[str, pl.DataFrame]:
@@ -112,7 +111,7 @@ def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.Data
     """
     rng = np.random.default_rng(0)
     out = []
-    for place, part in plays.sort("episode").group_by(by, maintain_order=True):
+    for place, part in plays.sort("episode", maintain_order=True).group_by(by, maintain_order=True):
         won = part["success"].to_numpy().astype(np.float64)
         low, high = stats.wilson(np.array([won.sum()]), np.array([float(len(won))]))[:, 0]
         reachable = part.filter(pl.col("max_score") > 0)

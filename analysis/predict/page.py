@@ -45,7 +45,7 @@ def page(run: Run[PredictConfig]) -> Page:
         "cells": _cell_data(found["cells"], found["agents"]),
         "episodes": viewer.for_page(found),
         "rows": found["by_game"].filter(subset="all")["n"].sum(),
-        "grid": found["grid"],
+        "cell_counts": [len(_asked(found)), int(found["grid"]["played"].sum())],
     }
     title = f"{run.config.name}: {', '.join(context['models']) or 'reference agents'} in {', '.join(names)}"
     sections = [Section(name, table=found[name]) for name in ("cells", "shown_questions", "shown_answers")]

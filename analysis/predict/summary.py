@@ -61,7 +61,7 @@ def summaries(run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
     """
     asked, plays = asked_cells(run.config), play_cells(run.config.play, run.config.seed)
     agents = agents_of(run, participants(run.config, [c.game for c in asked], plays))
-    answers, played = narrow(rows(run, asked)), play.load(run, plays)
+    answers, played = narrow(rows(run, asked)), play.load(run)
     if answers.is_empty() and played.is_empty():
         raise ModelFailed("; ".join(dict.fromkeys(x["reason"] for x in run.record["left_out"])) or "nothing was asked")
     return {
