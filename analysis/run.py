@@ -123,7 +123,9 @@ def write_table(path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], no
         nonlocal found
         about = {"digest": _NO_DIGEST, "identity": dict(identity), "notes": dict(notes)}
         try:
-            frame.write_parquet(partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)})
+            frame.write_parquet(
+                partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
+            )
         except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
             raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
         data = partial.read_bytes()

@@ -10,7 +10,7 @@ import polars as pl
 from nextstate.analysis.figures import SCALE
 from nextstate.analysis.page.page import FigureList, Page, Section
 from nextstate.analysis.play import page as play
-from nextstate.analysis.predict import figures, states, tables, viewer
+from nextstate.analysis.predict import figures, states, statistics, viewer
 from nextstate.analysis.predict.config import PredictConfig
 from nextstate.analysis.run import Run
 
@@ -117,7 +117,7 @@ def headline(found: Tables, shown: list[str]) -> list[dict[str, Any]]:
             subsets = {row["subset"]: row for row in found["by_game"].filter(agent=agent, game=game).rows(named=True)}
             ends = found["by_size"].filter(agent=agent, game=game, subset="determined").sort("size").rows(named=True)
             if "all" in subsets:
-                row: dict[str, Any] = {name: subsets.get(name) for name in tables.SUBSETS}
+                row: dict[str, Any] = {name: subsets.get(name) for name in statistics.SUBSETS}
                 row |= {"smallest": ends[0] if ends else None, "largest": ends[-1] if ends else None}
                 row |= {"grows": bool(ends) and ends[0]["size"] != ends[-1]["size"]}
                 out.append({"agent": agent, "game": game, "size_name": first[game], **row})
@@ -140,7 +140,7 @@ def _cell_data(cells: pl.DataFrame, agents: pl.DataFrame) -> dict[str, Any]:
     names = {
         "agent": agents["agent"].to_list(),
         "game": shown["game"].unique(maintain_order=True).to_list(),
-        "subset": list(tables.SUBSETS),
+        "subset": list(statistics.SUBSETS),
     }
     names["variant"] = shown["variant"].unique(maintain_order=True).to_list()
     columns: dict[str, list[Any]] = {}

@@ -8,7 +8,8 @@ import numpy as np
 import polars as pl
 
 from nextstate.analysis import stats
-from nextstate.analysis.predict import tables
+from nextstate.analysis.predict import statistics
+from nextstate.analysis.predict.tables import QUESTION
 
 PER_DECADE = 2  # bins of |Q|
 FORMS = {
@@ -30,7 +31,7 @@ _SUMS = (("right", "greedy_correct"), ("asked", "one"), ("ceiling", "ceiling"), 
 def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Return accuracy against |Q|, in bins of half a decade, for games whose size says something else than |Q|.
 
-    Columns as in `tables.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin. Empty
+    Columns as in `statistics.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin. Empty
     where there is no such game.
     """
     known = answers.select(*_KEY, "size", "states").drop_nulls().unique()
@@ -42,7 +43,7 @@ def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.
     if joined.is_empty():
         return pl.DataFrame()
     at = joined.group_by("game", "bin").agg(at=pl.col("states").log().mean().exp().round().cast(pl.Int64))
-    table = tables.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"), rng)
+    table = statistics.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"), rng)
     return table.with_columns(axis=pl.lit("states"))
 
 
@@ -68,7 +69,7 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
         - n steps, episodes, and 95 % intervals `*_low`, `*_high` by bootstrap over episodes.
     """
     rng = np.random.default_rng(0) if rng is None else rng
-    wanted = ["agent", "game", "variant", *tables.QUESTION, "variable", "truth", "greedy", "greedy_correct"]
+    wanted = ["agent", "game", "variant", *QUESTION, "variable", "truth", "greedy", "greedy_correct"]
     rows = answers.select(*wanted, "ceiling", "chance").collect()
     asked = rows.group_by(*_KEY, "agent", "step").agg(n=pl.len(), kinds=pl.col("variable").n_unique())
     complete = asked.group_by("setting").agg(
@@ -89,13 +90,13 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
     )
     kinds = {"changed": pl.col("true") > 0, "unchanged": pl.col("true") == 0}
     rows = rows.with_columns(one=pl.lit(1))
-    steps = rows.group_by("agent", "game", "variant", *_KEY, "step").agg(
+    steps = rows.group_by("agent", "game", "variant", *_KEY, "step", maintain_order=True).agg(
         state=pl.col("greedy_correct").all(), right=pl.col("greedy_correct").sum(), asked=pl.len(),
         ceiling=pl.col("ceiling").product(), chance=pl.col("chance").product(),
         difference=pl.col("same").all(), hit=pl.col("hit").sum(), facts=(pl.col("true") + pl.col("said")).sum(),
         **{f"{name}_{form}": pl.col(of).filter(which).sum() for form, which in kinds.items() for name, of in _SUMS},
     )  # fmt: skip
-    sums = steps.group_by("agent", "game", "variant", *_KEY).agg(
+    sums = steps.group_by("agent", "game", "variant", *_KEY, maintain_order=True).agg(
         n=pl.len(), state=pl.col("state").sum(), right=pl.col("right").sum(), asked=pl.col("asked").sum(),
         ceiling=pl.col("ceiling").sum(), chance=pl.col("chance").sum(), difference=pl.col("difference").sum(),
         hit=2 * pl.col("hit").sum(), facts=pl.col("facts").sum(),

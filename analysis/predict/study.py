@@ -20,8 +20,8 @@ from nextstate.agents.play import Player
 from nextstate.agents.registry import BUILT_IN
 from nextstate.agents.rollout import episodes_of, live, questions, replay
 from nextstate.analysis.grid import Cell, game_identity
-from nextstate.analysis.play import tables as play
 from nextstate.analysis.play.config import PlayCell, play_cells
+from nextstate.analysis.play.tables import play_cell
 from nextstate.analysis.predict.config import Participant, PredictConfig, asked_cells, participants
 from nextstate.analysis.predict.tables import ANSWERS, frame_of, question_frame
 from nextstate.analysis.run import Run
@@ -76,7 +76,7 @@ class Predict(Study[PredictConfig]):
         agent = _made(run, who)
         if isinstance(agent, Agent):
             run.describe(agent.describe())
-        frame, reason = play.play_cell(where, run.advance, agent) if where else _ask(run, agent, cell)
+        frame, reason = play_cell(where, run.advance, agent) if where else _ask(run, agent, cell)
         if isinstance(agent, Agent):
             run.describe(agent.describe())  # with what was proved of a model while it answered
         if reason:
@@ -88,7 +88,9 @@ class Predict(Study[PredictConfig]):
         cell, who, where = job.given
         head = [cell.game.name, f"{cell.game.size}={cell.size}", cell.variant, "" if who is None else who.name]
         if where:
-            (row,) = play.table(frame).to_dicts()
+            from nextstate.analysis.play.statistics import table
+
+            (row,) = table(frame).to_dicts()
             names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
             return {named("play", *head, name): row[key] for key, name in names.items()}
         columns = {"ceiling": "ceiling", "chance": "chance", "determined": "determined"}
@@ -159,7 +161,7 @@ def _agent_identity(who: Participant, run: Run[PredictConfig]) -> dict[str, Any]
 def _made(run: Run[PredictConfig], who: Participant) -> Agent | Player:
     """Return an agent or player. Language models and agents from other packages are kept until another is needed."""
     spec = who.spec
-    if who.reference or spec.kind in BUILT_IN and not who.model:
+    if who.reference or (spec.kind in BUILT_IN and not who.model):
         return run.once(("made", who.name), spec.make)
 
     def make() -> Agent | Player:

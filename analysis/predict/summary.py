@@ -8,11 +8,13 @@ import polars as pl
 
 from nextstate.agents.registry import PLAYERS
 from nextstate.analysis.grid import Cell, grid_table
-from nextstate.analysis.play import tables as play
+from nextstate.analysis.play import statistics as play
 from nextstate.analysis.play.config import play_cells
+from nextstate.analysis.play.tables import load
 from nextstate.analysis.predict import states, viewer
 from nextstate.analysis.predict.config import Participant, PredictConfig, asked_cells, participants
-from nextstate.analysis.predict.tables import cells, curves, narrow, on_hard, paired, pooled, rows
+from nextstate.analysis.predict.statistics import cells, curves, narrow, on_hard, paired, pooled
+from nextstate.analysis.predict.tables import rows
 from nextstate.analysis.run import ModelFailed, Run
 from nextstate.envs.files import slug
 
@@ -61,7 +63,7 @@ def summaries(run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
     """
     asked, plays = asked_cells(run.config), play_cells(run.config.play, run.config.seed)
     agents = agents_of(run, participants(run.config, [c.game for c in asked], plays))
-    answers, played = narrow(rows(run, asked)), play.load(run)
+    answers, played = narrow(rows(run, asked)), load(run)
     if answers.is_empty() and played.is_empty():
         raise ModelFailed("; ".join(dict.fromkeys(x["reason"] for x in run.record["left_out"])) or "nothing was asked")
     return {
