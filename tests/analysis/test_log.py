@@ -55,7 +55,7 @@ def test_offline_files_read_back(run_path: Path, tmp_path: Path, capfd: pytest.C
     names = [p.name for p in tmp_path.glob("wandb/offline-run-*/files/media/*/**/*") if p.is_file()]
     for table in ("headline", "cells", "shown_questions", "shown_answers"):
         assert any(n.startswith(table) for n in names), table
-    assert sum(n.endswith("plotly.json") for n in names) == 5 * (2 + 3) + 2
+    assert sum(n.endswith("plotly.json") for n in names) == 5 * (2 + 3) + 1 + 2  # |Q| of Box
 
 
 def test_disabled_writes_nothing(run_path: Path, tmp_path: Path) -> None:
