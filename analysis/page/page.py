@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import functools
 import gzip
 import hashlib
 import importlib.resources
@@ -161,9 +162,9 @@ def write(page: Page, record: Mapping[str, Any], folder: Path) -> Path:
     from nextstate.analysis.page import vector
 
     text = render(page, record)
-    for name, make in vector.files(page.figures.figures).items():
+    for name, content in vector.files(page.figures.figures):
         (folder / "figures").mkdir(exist_ok=True)
-        replace(folder / "figures" / name, lambda path, make=make: path.write_bytes(make()))
+        replace(folder / "figures" / name, functools.partial(Path.write_bytes, data=content))
     return replace(folder / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
 
 
