@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 
 import polars as pl
 
-from nextstate.analysis import figures, page, plays, tables
+from nextstate.analysis import figures, plays, tables
+from nextstate.analysis.page.page import certificates
 from nextstate.analysis.tables import Run
 
 Mode = Literal["offline", "online", "disabled"]
@@ -101,7 +102,7 @@ class Log:
                 self._steps(cells)
                 self._send(_tables(loaded, cells))
                 drawn |= figures.every(loaded, answers, cells, totals)
-            self._send({f"figures/{slug(key)}": figure for key, figure in drawn.items()})
+            self._send({f"figures/{_slug(key)}": figure for key, figure in drawn.items()})
         finally:
             self._try(self._sink.finish)
             self._sink = _Nowhere()
@@ -119,7 +120,7 @@ class Log:
             data: dict[str, Any] = {"step": step[0]}
             for row in rows.iter_rows(named=True):
                 where = [row["game"], f"size={row['size']}", row["variant"], row["agent"], "accuracy"]
-                data["/".join(["by_step", *filter(None, map(slug, where))])] = row["accuracy"]
+                data["/".join(["by_step", *filter(None, map(_slug, where))])] = row["accuracy"]
             self._send(data)
 
     def _send(self, data: dict[str, Any]) -> None:
@@ -148,24 +149,14 @@ def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> 
     return {f"{named}/{key}": None if value is None else float(value) for key, value in means.items()}  # type: ignore[arg-type]
 
 
-def play_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> dict[str, float | None]:
-    """Return the metrics of one player on one setting (an entry of run.json's `plays`) from its rows.
-
-    Names are like `play/DFA/states=6/random/success`; also score (share of the maximum), steps_over and illegal.
-    """
-    (row,) = plays.table(rows.select(plays.PLAYS.keys()).with_columns(agent=pl.lit(agent))).to_dicts()
-    names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
-    return {f"play/{head(setting, agent)}/{name}": row[key] for key, name in names.items()}
-
-
 def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
     """Return what `run.json` says of how each model was run, under names like `certificate/nextstate-tiny/replay/road`.
 
     A copy in another precision has that in its name; of several certificates of one name the last is told.
     """
     out: dict[str, float | int | str] = {}
-    for found in page.certificates(info):
-        where = [slug(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
+    for found in certificates(info):
+        where = [_slug(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
         named = "/".join(["certificate", *filter(None, where)])
         out |= {f"{named}/{key}": found[key] for key in ("road", "error", "tolerance", "depth", "columns", "seconds")}
     return out
@@ -174,11 +165,11 @@ def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
 def head(setting: Mapping[str, Any], agent: str) -> str:
     """Return what the names of a cell's metrics begin with."""
     size = f"{setting.get('size_name', 'size')}={setting['size']}"
-    return "/".join(filter(None, map(slug, [setting["game"], size, setting["variant"], agent])))
+    return "/".join(filter(None, map(_slug, [setting["game"], size, setting["variant"], agent])))
 
 
-def slug(name: str) -> str:
-    """Return a name as a part of a W&B key, and of a file name."""
+def _slug(name: str) -> str:
+    # Names become parts of W&B keys and, for figures, of file names.
     return re.sub(r"[^\w=.,+-]+", "-", name)
 
 
@@ -213,7 +204,7 @@ def _open(
 def _summary(totals: pl.DataFrame) -> dict[str, float]:
     out: dict[str, float] = {}
     for row in totals.iter_rows(named=True):
-        head = "/".join(filter(None, map(slug, ["summary", row["game"], row["variant"], row["agent"], row["subset"]])))
+        head = "/".join(filter(None, map(_slug, ["summary", row["game"], row["variant"], row["agent"], row["subset"]])))
         found = {key: row[key] for key in ("accuracy", "choice", "over_ceiling", "ceiling", "chance", "n")}
         out |= {f"{head}/{key}": value for key, value in found.items() if value is not None}
     return out
