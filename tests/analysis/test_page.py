@@ -14,10 +14,10 @@ import jinja2
 import plotly.graph_objects as go
 import polars as pl
 import pytest
+from nextstate.analysis.heads_figures import COLOURS
 
 from nextstate.analysis import grammar_report, report, tables
 from nextstate.analysis.grammar_tables import load
-from nextstate.analysis.heads_figures import COLOURS
 from nextstate.analysis.page import vector
 from nextstate.analysis.page.formats import cell
 from nextstate.analysis.page.page import FigureList, Page, Section, environment, render, sha256, write
