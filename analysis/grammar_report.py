@@ -16,7 +16,7 @@ from nextstate.analysis.grammar_tables import PERTURBATIONS, REACHES, SOURCE, TA
 from nextstate.analysis.log import _slug
 from nextstate.analysis.page import page as pages
 from nextstate.analysis.page.formats import percents
-from nextstate.analysis.page.page import FigureList, Page
+from nextstate.analysis.page.page import FigureList, Page, Plot
 
 LONG = 20  # rules of a grammar that are shown unfolded, at most
 WORDS = {  # of what a probe reads, and of which tokens
@@ -190,7 +190,7 @@ def _perturbed(run: GrammarRun) -> dict[str, Any] | None:
     return {"best": best[0], "clean": next(iter(rows.filter(pl.col("name").is_in(same)).rows(named=True)), None)}
 
 
-def _plots(drawn: FigureList, *made: Any) -> list[dict[str, Any]]:
+def _plots(drawn: FigureList, *made: Any) -> list[Plot]:
     return [drawn.add(figure) for figure in made if figure is not None]
 
 

@@ -6,16 +6,15 @@ A page is one HTML file that works offline. Its scripts are allowed by their has
 from __future__ import annotations
 
 import base64
-import errno
+import functools
 import gzip
 import hashlib
 import importlib.resources
 import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import polars as pl
 from markupsafe import Markup
 
 from nextstate.analysis.page.formats import FILTERS
-from nextstate.envs.files import path_error
+from nextstate.envs.files import write_atomic, write_text
 
 
 class Plot(NamedTuple):
@@ -160,11 +159,9 @@ def write(page: Page, record: Mapping[str, Any], folder: Path) -> Path:
     """
     from nextstate.analysis.page import vector
 
-    text = render(page, record)
-    for name, make in vector.files(page.figures.figures).items():
-        (folder / "figures").mkdir(exist_ok=True)
-        replace(folder / "figures" / name, lambda path, make=make: path.write_bytes(make()))
-    return replace(folder / "report.html", lambda path: path.write_text(text, encoding="utf-8"))
+    for name, data in vector.files(page.figures.figures):
+        write_atomic(folder / "figures" / name, functools.partial(Path.write_bytes, data=data))
+    return write_text(folder / "report.html", render(page, record))
 
 
 def environment() -> jinja2.Environment:
@@ -175,26 +172,6 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     out.filters |= {"pack": pack, **FILTERS}
     return out
-
-
-def replace(path: Path, make: Callable[[Path], Any]) -> Path:
-    """Let `make` write a file beside `path`, then rename it: a killed call leaves what was there.
-
-    Raises:
-        PathError: `path` cannot be written.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            make(beside)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise path_error(error, path) from error
-    except pl.exceptions.ComputeError as error:  # what Polars makes of a full disk
-        raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
-    return path
 
 
 def pack(value: Any) -> str:
@@ -230,8 +207,8 @@ def certificates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def left_out(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what a run left out: one row for each agent and reason, with `what` it applies to."""
+    """Return what a run left out: one row for each agent and reason, with all `settings` that it applies to."""
     out: dict[tuple[str, str], list[str]] = {}
     for x in record.get("left_out", ()):
         out.setdefault((x["agent"], x["reason"]), []).append(x["what"])
-    return [{"agent": agent, "reason": reason, "what": some} for (agent, reason), some in out.items()]
+    return [{"agent": agent, "reason": reason, "settings": some} for (agent, reason), some in out.items()]

@@ -13,7 +13,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -38,12 +37,11 @@ LEGEND = 18  # entries at most; figures with more name their rows on an axis
 COLUMNS = ("series", "x", "x_low", "x_high", "y", "low", "high", "z", "text")
 
 
-def files(figures: Mapping[str, go.Figure]) -> dict[str, Callable[[], bytes]]:
-    """Return for each file, by its name, the function that makes its content: NAME.svg and NAME.csv a figure."""
-    out: dict[str, Callable[[], bytes]] = {}
+def files(figures: Mapping[str, go.Figure]) -> Iterator[tuple[str, bytes]]:
+    """Yield the name and the content of each file: NAME.svg and NAME.csv for every figure."""
     for name, figure in figures.items():
-        out |= {f"{name}.svg": partial(svg, figure), f"{name}.csv": partial(table, figure)}
-    return out
+        yield f"{name}.svg", svg(figure)
+        yield f"{name}.csv", table(figure)
 
 
 def svg(figure: go.Figure) -> bytes:

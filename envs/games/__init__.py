@@ -34,7 +34,7 @@ GAMES: dict[str, type[Game]] = {
 }
 GROUP = "nextstate.games"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_referenced: dict[str, type[Game]] = {}  # games that this process was given as "package.module:Class", by name
+_referenced: dict[str, type[Game]] = {}  # games that were given as "package.module:Class", by that and by name
 
 
 def make_game(name: str, **settings: Any) -> Game:
@@ -110,7 +110,7 @@ def _reference(given: str) -> type[Game]:
         del taken[name]
     if name in taken:
         raise GameError(f"game {given!r} has the name {name!r}, which is taken ({taken[name]}): give it another one")
-    _referenced[name] = found
+    _referenced[given] = _referenced[name] = found
     return found
 
 

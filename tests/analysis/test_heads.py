@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from nextstate.patching import PatchConfig
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
@@ -41,7 +42,6 @@ from nextstate.analysis.heads.tables import load, restored
 from nextstate.envs.contrast import Pair, Role, Span
 from nextstate.envs.games import make_game
 from nextstate.folder import ExperimentError
-from nextstate.patching import PatchConfig
 from tests.circuits import Circuit, circuit
 from tests.pages import data, loads_nothing, markup, places
 

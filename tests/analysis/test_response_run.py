@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from nextstate.patching import PatchConfig
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
@@ -21,7 +22,6 @@ from nextstate.analysis.page.page import render
 from nextstate.analysis.response_tables import Signature, agreement, load
 from nextstate.analysis.tables import RunError
 from nextstate.folder import ExperimentError
-from nextstate.patching import PatchConfig
 from nextstate.responding import ResponseConfig
 from tests.circuits import STATES, Circuit, circuit
 from tests.pages import data, loads_nothing, markup, places

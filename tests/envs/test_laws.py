@@ -57,7 +57,7 @@ def test_narration_keeps_the_answer_of_a_question_about_it(game: Game) -> None:
             assert all(q.answer not in words for q in step.questions)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(game=any_game(), seed=st.integers(0, 2**32), steps=st.integers(1, 16))
 def test_any_game_keeps_the_laws(game: Game, seed: int, steps: int) -> None:
     check_game(game, seeds=[seed], steps=steps, states=10)
