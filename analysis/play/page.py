@@ -59,7 +59,7 @@ def section(found: Mapping[str, pl.DataFrame], drawn: FigureList) -> dict[str, A
         panels.append(
             {
                 "variant": variant,
-                "figures": [[drawn.add(f) for f in pair] for pair in pairs],
+                "figures": [[drawn.add(f, f"{game} {variant}") for f in pair] for pair in pairs],
                 "rows": _ordered(here, look, "size"),
             }
         )

@@ -15,7 +15,6 @@ import polars as pl
 
 from nextstate.agents.agent import Agent, AgentError
 from nextstate.agents.config import AgentConfig
-from nextstate.agents.identity import device_kind, model_identity
 from nextstate.agents.play import Player
 from nextstate.agents.registry import BUILT_IN
 from nextstate.agents.rollout import episodes_of, live, questions, replay
@@ -149,9 +148,7 @@ def named(*parts: str) -> str:
 def _agent_identity(who: Participant, run: Run[PredictConfig]) -> dict[str, Any]:
     """Return what decides an agent's answers beside the config and the code of nextstate."""
     if who.model:
-        config = AgentConfig(**who.spec.arguments)
-        model = run.once(("identity", who.spec.name), lambda: model_identity(config))
-        return {"model": model, "device": device_kind(config)}
+        return run.asks(AgentConfig(**who.spec.arguments))
     if who.spec.kind in BUILT_IN:
         return {}
     source = inspect.getsourcefile(inspect.unwrap(who.spec.maker))

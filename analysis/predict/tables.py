@@ -81,5 +81,7 @@ def rows(run: Run[PredictConfig], cells: Iterable[Cell] | None = None) -> pl.Laz
             given = pl.concat([pl.scan_parquet(run.file(key)) for key in keys])
             asked = pl.scan_parquet(run.file(f"questions/{cell.slug}"))
             columns = [pl.lit(value, CELL[name]).alias(name) for name, value in cell.columns.items()]
-            parts.append(given.join(asked, on=KEY, how="inner", maintain_order="left").with_columns(columns).select(*ROWS))
+            parts.append(
+                given.join(asked, on=KEY, how="inner", maintain_order="left").with_columns(columns).select(*ROWS)
+            )
     return pl.concat(parts)

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 
 from nextstate.agents.agent import Agent, Prediction, Prompt, from_belief
-from nextstate.analysis.predict.config import PredictConfig
-from nextstate.analysis.predict.study import Predict
-from nextstate.analysis.predict.tables import rows
-from nextstate.analysis.run import Run
-from nextstate.analysis.study import go, open_run
+from tests.runs import make
 
 MODEL = "tests.analysis.conftest:Noisy"
 EVIL = "</script><img src=x onerror=\"document.title='owned'\">"
@@ -68,19 +63,9 @@ SMALL = specs((2, 4), (3, 5), (3, 5), (3, 4), 6)
 def make_run(path: Path, chosen: Sequence[Spec] = SMALL, episodes: int = 6, ask: Any = 1, **more: Any) -> Path:
     """Run the study of predictions in a folder."""
     games = [{"game": g, "settings": s, "steps": t, "episodes": episodes, "ask": ask} for g, s, t in chosen]
-    config = {"name": "quickstart", "agents": [MODEL, "ideal", "chance", "shortcuts"], "games": games} | more
-    go(Predict(), PredictConfig.model_validate({"wandb": "disabled"} | config), path, command="nextstate run x.yaml")
+    config = {"name": "quickstart", "agents": [MODEL, "ideal", "chance", "shortcuts"], "games": games}
+    make({"wandb": "disabled"} | config | more, path)
     return path
-
-
-def opened(path: Path) -> Run[PredictConfig]:
-    """Return a run with all its tables."""
-    return open_run(path, "")[1]
-
-
-def frame(path: Path) -> pl.DataFrame:
-    """Return all answers of a run, in one order."""
-    return rows(opened(path)).collect().sort("agent", "setting", "episode", "step", "question")
 
 
 @pytest.fixture(scope="session")

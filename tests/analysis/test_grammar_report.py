@@ -12,12 +12,12 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 import pytest
+from nextstate.analysis.tables import RunError
 
 from nextstate.analysis import grammar_figures, grammar_heatmaps, grammar_report
 from nextstate.analysis.grammar_tables import SCHEMAS, GrammarRun, load, published, published_robustness, support
 from nextstate.analysis.page.formats import big, percents, short
 from nextstate.analysis.page.page import render
-from nextstate.analysis.tables import RunError
 from nextstate.envs.grammar.grammar import Grammar
 from tests.pages import data, loads_nothing, markup, places, shown
 

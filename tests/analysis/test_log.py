@@ -11,8 +11,8 @@ import pytest
 from nextstate.analysis.log import Log
 from nextstate.analysis.predict.study import Predict
 from nextstate.analysis.study import checked
-from tests.analysis.conftest import MODEL, opened
-
+from tests.analysis.conftest import MODEL
+from tests.runs import opened
 
 NAME = MODEL.replace(":", "-")
 

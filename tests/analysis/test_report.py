@@ -12,14 +12,14 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from nextstate.analysis.page.formats import percent
-from nextstate.analysis.page.page import pack, render, replace, sha256
+from nextstate.analysis.page.page import pack, replace, sha256
 from nextstate.analysis.predict import statistics, viewer
-from nextstate.analysis.predict.study import Predict
 from nextstate.analysis.study import open_run, write_page
 from nextstate.envs.files import PathError
 from nextstate.envs.games import make_game
-from tests.analysis.conftest import EVIL, MODEL, frame, make_run, opened
+from tests.analysis.conftest import EVIL, MODEL, make_run
 from tests.pages import loads_nothing, markup, unpack
+from tests.runs import frame, opened
 
 
 class Page(HTMLParser):
@@ -250,8 +250,9 @@ def test_cells_asked_late_in_long_episodes_are_in_the_viewer(tmp_path: Path) -> 
     (step,) = late["steps"]
     assert (step["step"], len(step["asked"])) == (60, 1)
     assert late["opening"].count("go to state") == 59
-    assert late["opening"] + step["told"] + step["asked"][0]["stem"] == (
-        opened(path).table("questions/DFA-states=3-steps=60")["prompt"][0]
+    assert (
+        late["opening"] + step["told"] + step["asked"][0]["stem"]
+        == (opened(path).table("questions/DFA-states=3-steps=60")["prompt"][0])
     )
 
 

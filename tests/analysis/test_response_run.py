@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from nextstate.analysis.tables import RunError
 from nextstate.patching import PatchConfig
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
@@ -20,7 +21,6 @@ from nextstate.agents.language import LanguageModel
 from nextstate.analysis import response_report
 from nextstate.analysis.page.page import render
 from nextstate.analysis.response_tables import Signature, agreement, load
-from nextstate.analysis.tables import RunError
 from nextstate.folder import ExperimentError
 from nextstate.responding import ResponseConfig
 from tests.circuits import STATES, Circuit, circuit

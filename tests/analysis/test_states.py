@@ -11,31 +11,29 @@ import polars as pl
 import pytest
 
 from nextstate.analysis.predict import states
-from nextstate.analysis.predict.config import PredictConfig, asked_cells
+from nextstate.analysis.predict.config import asked_cells
 from nextstate.analysis.predict.statistics import narrow
-from nextstate.analysis.predict.study import Predict
 from nextstate.analysis.predict.tables import rows
-from nextstate.analysis.study import go
 from nextstate.envs import make_game
-from tests.analysis.conftest import frame, opened
+from tests.runs import frame, make, opened
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = PredictConfig(
-        name="whole",
-        agents=["ideal", "chance", "shortcuts"],
-        games=[
+    config = {
+        "name": "whole",
+        "agents": ["ideal", "chance", "shortcuts"],
+        "games": [
             {"game": "TextWorld", "over": {"objects": [1, 3]}, "settings": {"games": 3}, "steps": 6, "episodes": 12,
              "ask": "all"},
             {"game": "Box", "over": {"boxes": [2, 5]}, "steps": 5, "episodes": 12, "ask": "all"},
             {"game": "DFA", "over": {"states": [4]}, "steps": 5, "episodes": 12, "ask": "all"},
             {"game": "Box", "over": {"boxes": [3]}, "steps": 4, "episodes": 5},
         ],
-        wandb="disabled",
-    )  # fmt: skip
+        "wandb": "disabled",
+    }  # fmt: skip
     out = tmp_path_factory.mktemp("states") / "run"
-    go(Predict(), config, out)
+    make(config, out)
     return out
 
 

@@ -14,7 +14,8 @@ import pytest
 from nextstate.analysis import stats
 from nextstate.analysis.predict import statistics
 from nextstate.analysis.predict.tables import CELL, QUESTION, ROWS, rows
-from tests.analysis.conftest import MODEL, frame, opened
+from tests.analysis.conftest import MODEL
+from tests.runs import frame, opened
 
 
 @pytest.mark.parametrize("which", ["run_path", "many_path"])
