@@ -125,7 +125,7 @@ def test_tables_know_what_made_them(done: tuple[Path, Any]) -> None:
     assert walk["identity"]["model"] == {"weights": "one"}
     assert walk["identity"]["config"] == read_record(out)["config_digest"]
     assert set(walk["identity"]["versions"]) == set(folder.DECISIVE)
-    assert end["identity"]["inputs"] == {"walks/1": walk["digest"]}
+    assert end["identity"]["inputs"] == {"walks/1": walk["content"]}
 
 
 @pytest.mark.parametrize("gone", ["walks/2", "ends/2", "turns/2", "summary/ends"])
