@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -479,6 +479,8 @@ class Run(Generic[C]):
             notes |= {"with": others} if others and name == key else {}
             notes = {k: v for k, v in notes.items() if v}
             self.about[name] = write_table(self.file(name), tables[name], identity, notes)
+        if mixed := [x for x in self.record["mixed"] if x["table"] in tables]:
+            self.update(mixed=[x for x in self.record["mixed"] if x not in mixed])
 
     def check(self, key: str, identity: Mapping[str, Any], accept_mixed: bool) -> bool:
         """Look for a finished table, and return whether it may be used; set it aside where it may not.
