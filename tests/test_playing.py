@@ -122,7 +122,7 @@ def test_a_transcript_that_is_too_long_ends_its_episode_and_it_is_said(
 ) -> None:
     entry = {"game": "DFA", "over": {"states": [4]}, "steps": 60, "episodes": 3, "writes": True}
     config = SMALL | {"agents": [str(folders["gpt2"])], "players": [], "play": [entry]}
-    page = make(config, tmp_path)
+    make(config, tmp_path)
     (left,) = left_out(tmp_path)
     assert left["what"] == "DFA-states=4-writes (play)"
     assert "played until the transcript was too long" in left["reason"]

@@ -28,13 +28,13 @@ from nextstate.analysis.predict.tables import QUESTION
 from nextstate.analysis.study import go
 from nextstate.envs import make_game, unroll
 from nextstate.envs.contrast import pieces
+from tests.runs import answered, frame, left_out, make, page_of
 
 GAMES: list[tuple[str, dict[str, Any], int]] = [
     ("Box", {"boxes": 4}, 4),
     ("DFA", {"states": 4, "actions_listed": 3}, 5),
 ]
 HEADS = ((1, 2), (0, 3), (1, 0))
-from tests.runs import answered, frame, left_out, make, page_of
 
 
 def tokens(agent: LanguageModel, prompt: Prompt) -> list[int]:
