@@ -29,9 +29,10 @@ def page(run: Run[PredictConfig]) -> Page:
     games = [_game(found, name, shown, drawn) for name in _asked(found)["game"].unique(maintain_order=True)]
     played = play.section(found, drawn)
     names = dict.fromkeys(game["name"] for game in games + (played["games"] if played else []))
+    named = models(found["agents"])
     context = {
         "label": figures.label,
-        "models": models(found["agents"]),
+        "models": named,
         "headline": headline(found, shown),
         "games": games,
         "determined": [drawn.add(figures.determined(totals, a, look[a])) for a in asked],
@@ -47,7 +48,7 @@ def page(run: Run[PredictConfig]) -> Page:
         "rows": found["by_game"].filter(subset="all")["n"].sum(),
         "cell_counts": [len(_asked(found)), int(found["grid"]["played"].sum())],
     }
-    title = f"{run.config.name}: {', '.join(context['models']) or 'reference agents'} in {', '.join(names)}"
+    title = f"{run.config.name}: {', '.join(named) or 'reference agents'} in {', '.join(names)}"
     sections = [Section(name, table=found[name]) for name in ("cells", "shown_questions", "shown_answers")]
     return Page(title, sections=sections, template="predict/page.html.jinja", context=context, figures=drawn)
 

@@ -24,14 +24,11 @@ def agents_of(run: Run[PredictConfig], who: Iterable[Participant]) -> pl.DataFra
 
     `of` is the name of the model for a model without some of its heads, otherwise null.
     """
-    found = [
-        {"agent": p.name, "reference": p.reference, "of": p.spec.name if p.without else None}
-        for p in who
-        if run.keys(f"answers/{slug(p.name)}/*") or (p.spec.kind not in PLAYERS and run.keys(f"plays/{slug(p.name)}/*"))
-    ]
     last = {"ideal": 1, "chance": 2}
-    found.sort(key=lambda a: last.get(a["agent"], 3) if a["reference"] else 0)
-    return pl.DataFrame(found, schema={"agent": pl.String, "reference": pl.Boolean, "of": pl.String})
+    shown = [p for p in who if p.spec.kind not in PLAYERS and run.keys(f"*/{slug(p.name)}/*")]
+    shown.sort(key=lambda p: last.get(p.name, 3) if p.reference else 0)
+    rows = [(p.name, p.reference, p.spec.name if p.without else None) for p in shown]
+    return pl.DataFrame(rows, schema={"agent": pl.String, "reference": pl.Boolean, "of": pl.String}, orient="row")
 
 
 def alike(answers: pl.DataFrame, asked: Sequence[Cell]) -> pl.DataFrame:
