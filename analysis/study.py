@@ -18,26 +18,11 @@ from pydantic import ValidationError
 
 from nextstate.agents.agent import AgentError
 from nextstate.agents.failures import Broken, guarded, one_line
+from nextstate.analysis.lock import locked
 from nextstate.analysis.progress import Progress
-from nextstate.analysis.run import (
-    DECISIVE,
-    C,
-    Damaged,
-    ModelFailed,
-    Run,
-    RunConfig,
-    RunError,
-    check_key,
-    code_digest,
-    difference,
-    locked,
-    now,
-    open_record,
-    read_about,
-    read_record,
-    versions,
-)
+from nextstate.analysis.run import C, ModelFailed, Run, RunConfig, RunError, check_key, now, open_record, read_record
 from nextstate.analysis.studies import GROUP, STUDIES
+from nextstate.analysis.table import DECISIVE, Damaged, code_digest, difference, read_about, versions
 from nextstate.envs import plugins
 from nextstate.envs.game import GameError
 

@@ -204,7 +204,8 @@ def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
     """
     names = [f"{layer}.{head}" for layer, head in effects.select("layer", "head").iter_rows()]
     right, up = effects["exact"], effects["estimate"]
-    ends = [min(right.min(), up.min()), max(right.max(), up.max())]  # type: ignore[type-var]
+    both = np.concatenate([right.to_numpy(), up.to_numpy()])
+    ends = [float(both.min()), float(both.max())]
     traces = [
         _diagonal(ends),
         go.Scatter(
