@@ -19,8 +19,8 @@ from plotly.colors import sample_colorscale
 from nextstate.analysis.figures import SCALE, _layout, _plain, _rgba
 from nextstate.analysis.heads_figures import LIGHT, _numbers
 from nextstate.analysis.recovery import Recovery
-from nextstate.analysis.response_tables import Signature
-from nextstate.analysis.response_window import Window
+from nextstate.analysis.response.tables import Signature
+from nextstate.analysis.response.window import Window
 
 DEEP = 6  # layers that a figure of windows draws
 BARS = 8  # layers that a figure of the bridge draws
@@ -122,7 +122,7 @@ def matrices(
     """Draw the response of each token (up) to a push on each token (right), one layer at a time, under a slider.
 
     Args:
-        rows: as `nextstate.analysis.response_tables.matrix_rows` makes them.
+        rows: as `nextstate.analysis.response.tables.matrix_rows` makes them.
         layers: those to draw.
         words: what stands at each position.
         title: of the figure.

@@ -8,7 +8,7 @@ The subject is that of "Universal Response and Emergence of Induction in LLMs" (
 since directions, strengths, norm, injection layer and signature of that work are not known to us.
 
 The pushed copy differs from the prompt from position j on alone, so it is a branch: its tokens from j on, which see the
-keys and values before j (`nextstate.analysis.response_branches`). `responses` takes differences at finite strengths,
+keys and values before j (`nextstate.analysis.response.branches`). `responses` takes differences at finite strengths,
 `exact` the limit of none, the Jacobian-vector product, by forward-mode differentiation of the same branches.
 """
 
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis.response_branches import (
+from nextstate.analysis.response.branches import (
     LIMIT,
     ResponseError,
     dtype_of,

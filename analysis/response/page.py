@@ -12,8 +12,8 @@ from nextstate.analysis import response_figures as figures
 from nextstate.analysis.figures import SCALE
 from nextstate.analysis.log import proved
 from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
-from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, agreement, load
-from nextstate.analysis.response_window import KINDS, Window
+from nextstate.analysis.response.tables import LAST, ResponseRun, Signature, agreement, load
+from nextstate.analysis.response.window import KINDS, Window
 
 ROWS = 3000  # of the table of heads
 PRECISIONS = ("float32", "bfloat16")

@@ -17,9 +17,9 @@ from scipy.stats import spearmanr
 
 from nextstate.analysis.heads import carriers
 from nextstate.analysis.recovery import Recovery
-from nextstate.analysis.response import Response
-from nextstate.analysis.response_induction import excess, lost, means
-from nextstate.analysis.response_window import Window, of_kind, restored
+from nextstate.analysis.response.measure import Response
+from nextstate.analysis.response.induction import excess, lost, means
+from nextstate.analysis.response.window import Window, of_kind, restored
 from nextstate.analysis.tables import RunError
 
 CONDITIONS = ("repeated", "control")

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from nextstate.analysis.response import ALONG, Response, ResponseError
+from nextstate.analysis.response.measure import ALONG, Response, ResponseError
 
 FLAT = 0.05  # largest slope
 ALIKE = 0.99  # smallest cosine

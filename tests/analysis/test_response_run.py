@@ -18,7 +18,7 @@ from nextstate import cli, patching, responding
 from nextstate.agents.config import ConfigError, packaged_configs, read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis import response_report
-from nextstate.analysis.response_tables import Signature, agreement, load
+from nextstate.analysis.response.tables import Signature, agreement, load
 from nextstate.analysis.tables import RunError
 from nextstate.folder import ExperimentError
 from nextstate.patching import PatchConfig
