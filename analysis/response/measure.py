@@ -33,12 +33,8 @@ from nextstate.analysis.response.branches import (
     whole_rows,
     wide,
 )
+from nextstate.analysis.response.config import ALONG, STRENGTHS
 from nextstate.analysis.sweep import fast
-
-__all__ = ["ALONG", "STRENGTHS", "Response", "ResponseError", "exact", "responses", "unit_directions"]
-
-STRENGTHS = tuple(float(x) for x in np.geomspace(1e-4, 1, 8))
-ALONG = "along"
 
 
 @dataclass(frozen=True)

@@ -1,58 +1,70 @@
-"""The files of a response run: arrays as tables, tables as what the report says."""
+"""The tables of a response run: rows from arrays, and statistics over them."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
-from scipy.stats import spearmanr
 
 from nextstate.analysis.heads import carriers
-from nextstate.analysis.recovery import Recovery
-from nextstate.analysis.response.measure import Response
+from nextstate.analysis.response.bridge import COLUMNS as BRIDGE
+from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig, bridges_of
 from nextstate.analysis.response.induction import excess, lost, means
-from nextstate.analysis.response.window import Window, of_kind, restored
-from nextstate.analysis.tables import RunError
+from nextstate.analysis.response.measure import Response
+from nextstate.analysis.response.window import of_kind, restored
+from nextstate.analysis.run import Run
+from nextstate.analysis.stats import Band, spearman
 
-CONDITIONS = ("repeated", "control")
-LAST = "random"  # the kind of direction that heads and bridge go by
+_ENDS = ("value", "low", "high", "band_low", "band_high")
+EXACT: dict[str, Any] = {"kind": pl.String, "layer": pl.Int64, "level": pl.Float64, "apart": pl.Float64}
+MATRIX: dict[str, Any] = {"layer": pl.Int64, "position": pl.Int64, "response": pl.List(pl.Float32)}
+SIGNATURE: dict[str, Any] = {
+    "prompt": pl.Int64, "layer": pl.Int64, "offset": pl.Int64, "response": pl.Float64, "relative": pl.Float64,
+    "control": pl.Float64,
+}  # fmt: skip
+LEFT: dict[str, Any] = {"layer": pl.Int64, "head": pl.Int64, "left": pl.List(pl.Float64)}
+SCORES: dict[str, Any] = {"layer": pl.Int64, "head": pl.Int64, "prefix": pl.Float64, "copying": pl.Float64}
+BRIDGE_HEADS: dict[str, Any] = {
+    "role": pl.String, "layer": pl.Int64, "head": pl.Int64, "state": pl.Float64, "action": pl.Float64,
+    "whole": pl.List(pl.Float64), "left": pl.List(pl.Float64),
+}  # fmt: skip
+
+
+# --- from arrays
 
 
 def matrix_rows(layers: Sequence[int], value: Float[np.ndarray, "prompt layer position target"]) -> pl.DataFrame:
-    """Return the mean matrix over prompts: a row a layer and pushed position, with the list of all targets."""
+    """Return the mean matrix over prompts: a row for each layer and pushed position, with the list of all targets."""
     mean = value.mean(0)
     rows = [(layer, j, [None if np.isnan(x) else float(x) for x in line])
             for layer, matrix in zip(layers, mean, strict=True) for j, line in enumerate(matrix)]  # fmt: skip
-    return pl.DataFrame(rows, schema={"layer": pl.Int64, "position": pl.Int64, "response": pl.List(pl.Float32)},
-                        orient="row")  # fmt: skip
+    return pl.DataFrame(rows, schema=MATRIX, orient="row")
 
 
 def profile_rows(
     layers: Sequence[int],
     value: Float[np.ndarray, "prompt layer offset"],
     relative: Float[np.ndarray, "prompt layer offset"],
+    control: float,
 ) -> pl.DataFrame:
-    """Return one row a prompt, layer and offset."""
+    """Return a row for each prompt, layer and offset; `control` is that of the `Response`."""
     prompt, layer, offset = (x.ravel() for x in np.indices(value.shape))
-    return pl.DataFrame({"prompt": prompt, "layer": np.array(layers)[layer], "offset": offset + 1,
-                         "response": value.ravel(), "relative": relative.ravel()})  # fmt: skip
+    columns = {"prompt": prompt, "layer": np.array(layers)[layer], "offset": offset + 1, "response": value.ravel(),
+               "relative": relative.ravel(), "control": np.full(value.size, control)}  # fmt: skip
+    return pl.DataFrame(columns).cast(SIGNATURE)
 
 
 def exact_rows(kind: str, limit: Response, found: Response | None) -> pl.DataFrame:
-    """Return one row a layer: the norm of the exact product, and how far what was measured is from it.
+    """Return a row for each layer: the norm of the exact product, and how far the measured response is from it.
 
     Args:
         kind: of the directions that count.
         limit: the exact product.
-        found: the same pushes at the strength that is used, None where none is.
+        found: the same pushes at the strength that is used, None where there is no window.
     """
     own = of_kind(limit, kind)
     exact = limit.value[:, 0, own].astype(np.float64)
@@ -62,200 +74,273 @@ def exact_rows(kind: str, limit: Response, found: Response | None) -> pl.DataFra
         axes = (0, 1, 3, 4)
         off = np.nansum(np.square(found.value[:, 0, own] - exact), axes) / np.nansum(np.square(exact), axes)
         apart = np.sqrt(off).tolist()
-    schema = {"kind": pl.String, "layer": pl.Int64, "level": pl.Float64, "apart": pl.Float64}
     rows = zip([kind] * len(level), limit.layers, level.tolist(), apart, strict=True)
-    return pl.DataFrame(list(rows), schema=schema, orient="row")
+    return pl.DataFrame(list(rows), schema=EXACT, orient="row")
 
 
 def left_rows(layer: int, left: Float[np.ndarray, "prompt head"]) -> pl.DataFrame:
-    """Return one row a head: what is left of the signature of each prompt without it."""
-    return pl.DataFrame({"layer": [layer] * left.shape[1], "head": range(left.shape[1]), "left": left.T.tolist()})
+    """Return a row for each head: what is left of the signature of each prompt without it."""
+    columns = {"layer": [layer] * left.shape[1], "head": range(left.shape[1]), "left": left.T.tolist()}
+    return pl.DataFrame(columns, schema=LEFT)
 
 
 def score_rows(prefix: Float[np.ndarray, "layer head"], copying: Float[np.ndarray, "layer head"]) -> pl.DataFrame:
-    """Return one row a head; NaN stands where a layer has no such head."""
+    """Return a row for each head; scores are NaN for heads that a layer does not have, which are left out."""
     layer, head = (x.ravel() for x in np.indices(prefix.shape))
     rows = pl.DataFrame({"layer": layer, "head": head, "prefix": prefix.ravel(), "copying": copying.ravel()})
-    return rows.filter(pl.col("prefix").is_not_nan())
+    return rows.filter(pl.col("prefix").is_not_nan()).cast(SCORES)
 
 
 def bridge_head_rows(
-    name: str,
-    heads: Sequence[tuple[int, int]],
+    heads: pl.DataFrame,
     found: Mapping[str, tuple[Float[np.ndarray, " transcript"], Float[np.ndarray, "transcript head"]]],
 ) -> pl.DataFrame:
-    """Return one row a role and head: the response of each transcript, whole and without the head."""
+    """Return a row for each role and head: the response of each transcript, with all heads and without this one.
+
+    Args:
+        heads: layer, head, and recovery by state and action pairs when it was patched.
+        found: as `response_without` returns it.
+    """
     rows = [
-        (name, role, *heads[k], whole.tolist(), left[:, k].tolist())
-        for role, (whole, left) in found.items() for k in range(len(heads))
+        (role, *head, whole.tolist(), left[:, k].tolist())
+        for role, (whole, left) in found.items() for k, head in enumerate(heads.iter_rows())
     ]  # fmt: skip
-    schema: dict[str, Any] = {"bridge": pl.String, "role": pl.String, "layer": pl.Int64, "head": pl.Int64,
-              "whole": pl.List(pl.Float64), "left": pl.List(pl.Float64)}  # fmt: skip
+    return pl.DataFrame(rows, schema=BRIDGE_HEADS, orient="row")
+
+
+# --- statistics
+
+
+def summaries(run: Run[ResponseConfig]) -> dict[str, pl.DataFrame]:
+    """Return the statistics of a response run.
+
+    - `windows`: the windows in each precision, the model's own first; `precisions`: what they have in common over
+      layers; `exact`: the limit of no strength.
+    - `matrices`: mean responses to random pushes, in the layers that have a window.
+    - `signature`: for each kind of direction, where the induction signature begins; `lines`, `added` and `offsets`: the
+      response at its offsets, what repetition adds there, and at each offset, by layer.
+    - `heads`: the share of the signature that is lost without each head, with its scores.
+    - `edges`, `bridge`: windows and mean responses of transcripts; `bridge_heads`: the share that is lost without each
+      head; `ranks`: its rank correlation with recovery by patching.
+
+    In these tables `valid` says whether the strength is within the layer's window; the page shows nothing else.
+    """
+    windows = pl.concat(run.tables("windows/*").values())
+    precisions = precision_rows(windows)
+    parts = [_signature(run, kind) for kind in KINDS if _measured(run, kind)]
+    signature: dict[str, pl.DataFrame] = {
+        name: pl.concat([part[name] for part in parts]) if parts else pl.DataFrame(schema=schema)
+        for name, schema in _SIGNATURE.items()
+    }
+    bridge_heads = _bridge_heads(run)
+    return {
+        "windows": windows,
+        "precisions": precisions,
+        "exact": run.table("exact") if run.has("exact") else pl.DataFrame(schema=EXACT),
+        "matrices": _matrices(run),
+        **signature,
+        "heads": _heads(run),
+        **_bridges(run),
+        "bridge_heads": bridge_heads,
+        "ranks": _ranks(bridge_heads),
+    }
+
+
+def precision_rows(windows: pl.DataFrame) -> pl.DataFrame:
+    """Return a row for each precision and kind of direction: the strengths in the windows of most layers.
+
+    `strength` is the one in the middle, at which responses are measured, and `layers` the number of layers whose window
+    it is in; `weakest` and `strongest` say whether the end is the first or last strength that was tried.
+    """
+    schema = {
+        "dtype": pl.String, "kind": pl.String, "low": pl.Float64, "high": pl.Float64, "strength": pl.Float64,
+        "layers": pl.Int64, "of": pl.Int64, "weakest": pl.Boolean, "strongest": pl.Boolean,
+    }  # fmt: skip
+    rows = []
+    for (dtype, kind), mine in windows.group_by("dtype", "kind", maintain_order=True):
+        found = restored(mine)
+        low, high = (found.common[0], found.common[-1]) if found.common else (None, None)
+        held = 0 if found.middle is None else len(found.holds(found.middle))
+        ends = (low == found.strengths[0], high == found.strengths[-1])
+        rows.append((dtype, kind, low, high, found.middle, held, len(found.layers), *ends))
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-@dataclass(frozen=True)
-class Signature:
-    """Responses at offsets by layer, repeated and control; and what the repetition adds at B - 1 and at B."""
-
-    layers: tuple[int, ...]
-    valid: tuple[bool, ...]  # the strength is within the layer's window; what is not must not be shown
-    block: int
-    offsets: Mapping[str, Float[np.ndarray, "prompt layer offset"]]  # by condition
-    added: Recovery  # (excess over other offsets when repeated) - (the same in the control); axes [layer 1 two]
-    lines: Mapping[str, Recovery]  # means by condition, axes [layer 1 three]: at B - 1, at B, over all others
-
-    def emerges(self, column: int = 0) -> int | None:
-        """Return the first layer from which on, in all layers that count, the band of `added` is above 0."""
-        above = [bool(self.added.band_low[k, 0, column] > 0) for k, ok in enumerate(self.valid) if ok]
-        counted = [layer for layer, ok in zip(self.layers, self.valid, strict=True) if ok]
-        run = 0
-        while run < len(above) and above[len(above) - 1 - run]:
-            run += 1
-        return counted[len(counted) - run] if run else None
+def _holds(run: Run[ResponseConfig], kind: str) -> tuple[int, ...]:
+    """Return the layers within whose window the strength is that was used."""
+    edges = restored(run.table("windows/own").filter(kind=kind))
+    return () if edges.middle is None else edges.holds(edges.middle)
 
 
-@dataclass(frozen=True)
-class ResponseRun:
-    """The folder of a response run, read."""
-
-    path: Path
-    info: dict[str, Any]
-    tables: Mapping[str, pl.DataFrame]  # by the name of the file
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What the run was asked for."""
-        config: dict[str, Any] = self.info["config"]
-        return config
-
-    @property
-    def dtype(self) -> str:
-        """The model's own precision."""
-        return str(self.info["agents"][0]["dtype"])
-
-    @cached_property
-    def windows(self) -> dict[tuple[str, str], Window]:
-        """Windows by precision and kind of direction, the model's own precision first."""
-        named = {name.removeprefix("windows-"): t for name, t in self.tables.items() if name.startswith("windows-")}
-        order = sorted(named, key=lambda d: (d != self.dtype, d == "bfloat16"))
-        return {(d, k): restored(named[d].filter(kind=k)) for d in order for k in ("random", "along")}
-
-    def holds(self, kind: str) -> tuple[int, ...]:
-        """The layers within whose window the strength is that a kind was measured at."""
-        edges = self.windows[self.dtype, kind]
-        return () if edges.middle is None else edges.holds(edges.middle)
-
-    def signature(self, kind: str = LAST, relative: bool = False) -> Signature | None:
-        """Return the induction signature in a kind of direction, None where it was not measured."""
-        tables = [self.tables.get(f"signature-{c}-{kind}") for c in CONDITIONS]
-        if any(t is None for t in tables):
-            return None
-        block, offsets = int(self.config["block"]), {}
-        for condition, rows in zip(CONDITIONS, tables, strict=True):
-            assert rows is not None
-            layers = rows["layer"].unique(maintain_order=True).to_list()
-            shape = (rows["prompt"].n_unique(), len(layers), 2 * block - 1)
-            offsets[condition] = rows["relative" if relative else "response"].to_numpy().reshape(shape)
-        found = {c: excess(x, block) for c, x in offsets.items()}
-        draws = {"resamples": int(self.config["resamples"])}
-        added = means(found["repeated"][0] - found["control"][0], self._rng(), **draws)
-        three = {c: np.concatenate([x[..., block - 2 : block], found[c][1][..., None]], -1) for c, x in offsets.items()}
-        lines = {c: means(x, self._rng(), **draws) for c, x in three.items()}
-        valid = tuple(layer in self.holds(kind) for layer in layers)
-        return Signature(tuple(layers), valid, block, offsets, added, lines)
-
-    def _rng(self) -> np.random.Generator:
-        return np.random.default_rng(self.info["seed"])
-
-    @cached_property
-    def heads(self) -> pl.DataFrame | None:
-        """A row a head: the share of the signature that is lost without it, and its scores; None where not measured."""
-        parts = [t for name, t in self.tables.items() if name.startswith("left-")]
-        found = self.signature()
-        layers = int(self.info["agents"][0]["layers_with_heads"])
-        if found is None or not layers or len(parts) < layers or "scores" not in self.tables:
-            return None
-        table = pl.concat(parts).sort("layer", "head")
-        left = np.array(table["left"].to_list()).T.reshape(-1, layers, len(table) // layers)
-        whole = excess(found.offsets["repeated"][: len(left), -1], found.block)[0][:, 0]
-        gone = lost(whole, left, self._rng(), resamples=int(self.config["resamples"]))
-        if gone is None:
-            return None
-        ends = {name: getattr(gone, name).ravel() for name in ("value", "low", "high", "band_low", "band_high")}
-        return (
-            table.drop("left").with_columns(**{("lost" if k == "value" else k): v for k, v in ends.items()})
-            .with_columns(carries=pl.Series(carriers(gone).ravel() & np.isfinite(ends["low"])))
-            .join(self.tables["scores"], on=["layer", "head"], how="left")
-        )  # fmt: skip
-
-    @cached_property
-    def edges(self) -> dict[str, Window]:
-        """The windows on the transcripts of each game and kind."""
-        named = {name.removeprefix("edges-"): t for name, t in self.tables.items() if name.startswith("edges-")}
-        return {name: restored(rows) for name, rows in named.items()}
-
-    @cached_property
-    def bridge(self) -> dict[str, pl.DataFrame]:
-        """For each game and kind a row a role and layer: the mean response over transcripts, with intervals.
-
-        `valid` tells whether the strength is within the layer's window on these transcripts.
-        """
-        out = {}
-        for name, rows in self.tables.items():
-            if not name.startswith("bridge-"):
-                continue
-            layers, parts = rows["layer"].unique(maintain_order=True).to_list(), []
-            edges = self.edges[name.removeprefix("bridge-")]
-            holds = edges.holds(edges.middle or math.nan)
-            valid = [layer in holds for layer in layers]
-            for (role,), mine in rows.group_by("role", maintain_order=True):
-                values = mine.select("response", "relative").to_numpy().reshape(-1, len(layers), 2)
-                found = means(values, self._rng(), resamples=int(self.config["resamples"]))
-                ends = {end: getattr(found, end)[:, 0, 0] for end in ("low", "high")}
-                parts.append(pl.DataFrame({"role": [role] * len(layers), "layer": layers, "valid": valid,
-                                           "response": found.value[:, 0, 0], "relative": found.value[:, 0, 1], **ends,
-                                           "transcripts": [len(values)] * len(layers)}))  # fmt: skip
-            out[name.removeprefix("bridge-")] = pl.concat(parts)
-        return out
-
-    @cached_property
-    def bridge_heads(self) -> dict[str, pl.DataFrame]:
-        """For each game and kind a row a role and head: the share of the answering token's response lost."""
-        out = {}
-        for name, rows in self.tables.items():
-            if not name.startswith("bridgeheads-"):
-                continue
-            parts = []
-            for (_,), mine in rows.group_by("role", maintain_order=True):
-                left = np.array(mine["left"].to_list()).T[:, :, None]
-                gone = lost(np.array(mine["whole"][0]), left, self._rng(), resamples=int(self.config["resamples"]))
-                if gone is not None:
-                    ends = {("lost" if k == "value" else k): getattr(gone, k).ravel() for k in ("value", "low", "high")}
-                    parts.append(mine.drop("whole", "left").with_columns(**ends))
-            if parts:
-                out[name.removeprefix("bridgeheads-")] = pl.concat(parts)
-        return out
+def _measured(run: Run[ResponseConfig], kind: str) -> bool:
+    keys = [f"signature/{condition}-{kind}" for condition in CONDITIONS]
+    return all(run.has(key) and not run.table(key).is_empty() for key in keys)
 
 
-def agreement(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, None where one of both does not vary."""
-    if len(one) < 3 or len(set(one)) < 2 or len(set(two)) < 2:
-        return None
-    return float(spearmanr(one, two).statistic)
+def _matrices(run: Run[ResponseConfig]) -> pl.DataFrame:
+    named = {condition: f"matrix/{condition}-{RANDOM}" for condition in CONDITIONS}
+    rows = [run.table(key).select(pl.lit(c).alias("condition"), pl.all()) for c, key in named.items() if run.has(key)]
+    empty = pl.DataFrame(schema={"condition": pl.String, **MATRIX})
+    return pl.concat([empty, *rows]).filter(pl.col("layer").is_in(_holds(run, RANDOM)))
 
 
-def load(path: Path) -> ResponseRun:
-    """Read the folder of a response run.
+_SIGNATURE: dict[str, dict[str, Any]] = {
+    "signature": {
+        "kind": pl.String, "prompts": pl.Int64, "emerges": pl.Int64, "deepest": pl.Int64, "control": pl.Float64,
+    },
+    "lines": {
+        "kind": pl.String, "measure": pl.String, "condition": pl.String, "at": pl.String, "layer": pl.Int64,
+        "valid": pl.Boolean, "value": pl.Float64, "low": pl.Float64, "high": pl.Float64,
+    },
+    "added": {
+        "kind": pl.String, "at": pl.String, "layer": pl.Int64, "valid": pl.Boolean,
+        **dict.fromkeys(_ENDS, pl.Float64),
+    },
+    "offsets": {
+        "kind": pl.String, "layer": pl.Int64, "valid": pl.Boolean, "offset": pl.Int64, "added": pl.Float64,
+    },
+}  # fmt: skip
+AT = ("before", "same", "others")  # offsets B - 1, B, and the mean of all others
 
-    Raises:
-        RunError: it is none, or cannot be read.
+
+def _signature(run: Run[ResponseConfig], kind: str) -> dict[str, pl.DataFrame]:
+    """Return the tables of the induction signature in a kind of direction."""
+    block, tables = run.config.block, {c: run.table(f"signature/{c}-{kind}") for c in CONDITIONS}
+    layers = tables["repeated"]["layer"].unique(maintain_order=True).to_list()
+    valid = [layer in _holds(run, kind) for layer in layers]
+    where = {"layer": layers, "valid": valid}
+    lines = []
+    for measure in ("response", "relative"):
+        for condition in CONDITIONS:
+            values = _offsets(tables[condition], measure, block)
+            others = excess(values, block)[1][..., None]
+            band = _means(run, np.concatenate([values[..., block - 2 : block], others], -1))
+            for k, at in enumerate(AT):
+                names = {"kind": kind, "measure": measure, "condition": condition, "at": at}
+                lines.append(_rows(names, where, {end: getattr(band, end)[:, 0, k] for end in _ENDS[:3]}))
+    repeated, control = (_offsets(tables[c], "response", block) for c in CONDITIONS)
+    band = _means(run, excess(repeated, block)[0] - excess(control, block)[0])
+    added = [
+        _rows({"kind": kind, "at": at}, where, {end: getattr(band, end)[:, 0, k] for end in _ENDS})
+        for k, at in enumerate(AT[:2])
+    ]
+    apart = (repeated - control).mean(0)
+    of, offset = (x.ravel() for x in np.indices(apart.shape))
+    each = {"layer": np.array(layers)[of], "valid": np.array(valid)[of], "offset": offset + 1, "added": apart.ravel()}
+    deepest = max(layer for layer, ok in zip(layers, valid, strict=True) if ok)
+    one = (kind, len(repeated), emerges(added[0]), deepest, max(table["control"][0] for table in tables.values()))
+    return {
+        "signature": pl.DataFrame([one], schema=_SIGNATURE["signature"], orient="row"),
+        "lines": pl.concat(lines),
+        "added": pl.concat(added),
+        "offsets": _rows({"kind": kind}, each, {}).cast(_SIGNATURE["offsets"]),
+    }  # fmt: skip
+
+
+def _rows(names: Mapping[str, str], where: Mapping[str, Any], values: Mapping[str, Any]) -> pl.DataFrame:
+    return pl.DataFrame(dict(where) | dict(values)).select(*(pl.lit(v).alias(k) for k, v in names.items()), pl.all())
+
+
+def _offsets(rows: pl.DataFrame, measure: str, block: int) -> Float[np.ndarray, "prompt layer offset"]:
+    return rows[measure].to_numpy().reshape(rows["prompt"].n_unique(), -1, 2 * block - 1)
+
+
+def _means(run: Run[ResponseConfig], values: Float[np.ndarray, "prompt layer column"]) -> Band:
+    return means(values, np.random.default_rng(run.config.seed), resamples=run.config.resamples)
+
+
+def emerges(added: pl.DataFrame) -> int | None:
+    """Return the first layer from which on the band is above 0 in all layers that have a window; None without one.
+
+    Args:
+        added: what repetition adds at one offset: `layer`, in rising order, `valid` and `band_low`.
     """
-    try:
-        info = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        tables = {p.stem: pl.read_parquet(p) for p in sorted((path / "response").glob("*.parquet"))}
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise RunError(f"{path} is not the folder of a response run: {error}") from error
-    if not any(name.startswith("windows-") for name in tables) or not info.get("agents"):
-        raise RunError(f"{path} is not the folder of a response run: there is no window in it; run it again")
-    return ResponseRun(path, info, tables)
+    out = None
+    for row in reversed(added.filter("valid").rows(named=True)):
+        if not row["band_low"] > 0:
+            break
+        out = row["layer"]
+    return out
+
+
+def _lost(run: Run[ResponseConfig], whole: Float[np.ndarray, " unit"], rows: pl.DataFrame) -> Band | None:
+    """Return the share of a response that is lost without each head, with the heads as one axis."""
+    left = np.array(rows["left"].to_list()).T[:, :, None]
+    return lost(whole[: len(left)], left, np.random.default_rng(run.config.seed), resamples=run.config.resamples)
+
+
+def _heads(run: Run[ResponseConfig]) -> pl.DataFrame:
+    empty = pl.DataFrame(schema={
+        "layer": pl.Int64, "head": pl.Int64, "lost": pl.Float64, **dict.fromkeys(_ENDS[1:], pl.Float64),
+        "carries": pl.Boolean, "prefix": pl.Float64, "copying": pl.Float64,
+    })  # fmt: skip
+    rows = pl.concat([pl.DataFrame(schema=LEFT), *run.tables("heads/*").values()]).sort("layer", "head")
+    if rows.is_empty() or not run.has("scores") or not _measured(run, RANDOM):
+        return empty
+    offsets = _offsets(run.table(f"signature/repeated-{RANDOM}"), "response", run.config.block)
+    gone = _lost(run, excess(offsets[:, -1], run.config.block)[0][:, 0], rows)
+    if gone is None:
+        return empty
+    ends = {("lost" if end == "value" else end): getattr(gone, end).ravel() for end in _ENDS}
+    return (
+        rows.drop("left").with_columns(**ends)
+        .with_columns(carries=pl.Series(carriers(gone).ravel() & np.isfinite(ends["low"])))
+        .join(run.table("scores"), on=["layer", "head"], how="left")
+    )  # fmt: skip
+
+
+def _bridges(run: Run[ResponseConfig]) -> dict[str, pl.DataFrame]:
+    """Return `edges` and `bridge`: means over transcripts, by role and layer."""
+    names = {"game": pl.String, "pairs": pl.String}
+    edges = [pl.DataFrame(schema=names | {"strength": pl.Float64, "low": pl.Float64, "high": pl.Float64})]
+    bridge = [pl.DataFrame(schema=names | {
+        "role": pl.String, "layer": pl.Int64, "valid": pl.Boolean, "response": pl.Float64, "relative": pl.Float64,
+        "low": pl.Float64, "high": pl.Float64, "transcripts": pl.Int64,
+    })]  # fmt: skip
+    for one in bridges_of(run.config):
+        if not run.has(f"edges/{one.key}"):
+            continue
+        found, name = restored(run.table(f"edges/{one.key}")), (one.config.game, one.kind)
+        ends = (found.common[0], found.common[-1]) if found.common else (None, None)
+        edges.append(pl.DataFrame([(*name, found.middle, *ends)], schema=edges[0].schema, orient="row"))
+        valid = found.holds(found.middle or math.nan)
+        rows = run.table(f"bridge/{one.key}") if run.has(f"bridge/{one.key}") else pl.DataFrame(schema=BRIDGE)
+        for (role,), mine in rows.group_by("role", maintain_order=True):
+            layers = mine["layer"].unique(maintain_order=True).to_list()
+            values = mine.select("response", "relative").to_numpy().reshape(-1, len(layers), 2)
+            band = _means(run, values)
+            columns = {
+                "game": name[0], "pairs": name[1], "role": role, "layer": layers, "valid": [k in valid for k in layers],
+                "response": band.value[:, 0, 0], "relative": band.value[:, 0, 1], "low": band.low[:, 0, 0],
+                "high": band.high[:, 0, 0], "transcripts": len(values),
+            }  # fmt: skip
+            bridge.append(pl.DataFrame(columns).cast(bridge[0].schema))  # type: ignore[arg-type]
+    return {"edges": pl.concat(edges), "bridge": pl.concat(bridge)}
+
+
+def _bridge_heads(run: Run[ResponseConfig]) -> pl.DataFrame:
+    empty = pl.DataFrame(schema={"game": pl.String, "pairs": pl.String, **BRIDGE_HEADS}).drop("whole", "left")
+    out = [empty.with_columns(pl.lit(0.0).alias(end) for end in ("lost", "low", "high"))]
+    for one in bridges_of(run.config):
+        key = f"bridge_heads/{one.key}"
+        for (_,), mine in run.table(key).group_by("role", maintain_order=True) if run.has(key) else ():
+            gone = _lost(run, np.array(mine["whole"][0]), mine)
+            if gone is not None:
+                ends = {"lost": gone.value.ravel(), "low": gone.low.ravel(), "high": gone.high.ravel()}
+                names = (pl.lit(one.config.game).alias("game"), pl.lit(one.kind).alias("pairs"))
+                out.append(mine.drop("whole", "left").select(*names, pl.all()).with_columns(**ends))
+    return pl.concat(out)
+
+
+def _ranks(bridge_heads: pl.DataFrame) -> pl.DataFrame:
+    """Return the rank correlation of what each head carries by patching with what is lost of the response without it.
+
+    State is compared in the first game that was patched, with pairs of states, and action likewise.
+    """
+    rows = []
+    for kind in ("state", "action"):
+        mine = bridge_heads.filter(role=kind, pairs=kind)
+        if len(mine):
+            mine = mine.filter(game=mine["game"][0])
+            rows.append((kind, spearman(mine[kind].to_numpy(), mine["lost"].to_numpy())))
+    return pl.DataFrame(rows, schema={"kind": pl.String, "spearman": pl.Float64}, orient="row")

@@ -17,12 +17,10 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from nextstate.analysis.response.measure import ALONG, Response, ResponseError
+from nextstate.analysis.response.config import ALIKE, ALONG, FLAT, KINDS
+from nextstate.analysis.response.measure import Response, ResponseError
 
-FLAT = 0.05  # largest slope
-ALIKE = 0.99  # smallest cosine
 LEAST = 2  # steps from one strength to the next that a window has
-KINDS = (ALONG, "random")
 
 
 @dataclass(frozen=True)
