@@ -22,7 +22,8 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation
 from nextstate.analysis.pairs import PatchError
 from nextstate.analysis.recovery import Readout, Recovery, Sweep, recovery
-from nextstate.analysis.response.measure import Response, ResponseError, responses
+from nextstate.analysis.response.branches import ResponseError
+from nextstate.analysis.response.measure import Response, responses
 from nextstate.analysis.response.window import of_kind
 from nextstate.analysis.sweep import site_values
 

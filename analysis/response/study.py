@@ -161,7 +161,8 @@ def _window(dtype: str, run: Run[ResponseConfig]) -> pl.DataFrame:
 
     from nextstate.agents.language import LanguageModel
     from nextstate.agents.sites import Sites
-    from nextstate.analysis.response.measure import ResponseError, dtype_of, responses
+    from nextstate.analysis.response.branches import ResponseError, dtype_of
+    from nextstate.analysis.response.measure import responses
     from nextstate.analysis.response.window import COLUMNS, window
 
     config, model = run.config, _model(run)
@@ -280,7 +281,7 @@ def _transcripts(one: Bridge, run: Run[ResponseConfig]) -> list[tuple[Transcript
 def _edges(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
     """Measure the window of pushes on transcripts, read at the answering token."""
     from nextstate.analysis.response.bridge import pushed
-    from nextstate.analysis.response.measure import dtype_of
+    from nextstate.analysis.response.branches import dtype_of
     from nextstate.analysis.response.window import window
 
     config, model = run.config, _model(run)

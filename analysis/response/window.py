@@ -17,8 +17,9 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
+from nextstate.analysis.response.branches import ResponseError
 from nextstate.analysis.response.config import ALIKE, ALONG, FLAT, KINDS
-from nextstate.analysis.response.measure import Response, ResponseError
+from nextstate.analysis.response.measure import Response
 
 LEAST = 2  # steps from one strength to the next that a window has
 

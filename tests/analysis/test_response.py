@@ -16,12 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import SiteError
 from nextstate.analysis.response import branches as engine
+from nextstate.analysis.response.branches import ResponseError
+from nextstate.analysis.response.config import ALONG, STRENGTHS
 from nextstate.analysis.attention import copying, prefix_matching
 from nextstate.analysis.response.measure import (
-    ALONG,
-    STRENGTHS,
     Response,
-    ResponseError,
     exact,
     responses,
     unit_directions,
