@@ -56,12 +56,33 @@ def find_config(name: str) -> Path:
     raise ConfigError(f"there is no config {name!r}; {hint}")
 
 
+def read_value(name: str, overrides: list[str], key: str) -> Any:
+    """Return one entry of a config at its top level, unchecked; None where it has none.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
+    return _read(name, overrides)[1].get(key)
+
+
 def read_config(name: str, overrides: list[str], cls: type[C]) -> C:
     """Read a config and apply overrides such as `seed=3`, `games.0.episodes=20`, `agents=[gpt2,ideal]`.
 
     Raises:
         ConfigError: no such file, no YAML, an override that fits nowhere, an unknown key, a value of the wrong kind.
     """
+    path, data = _read(name, overrides)
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        told = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
+        raise ConfigError(f"{path}: {told}") from error
+
+
+def _read(name: str, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
     path = find_config(name)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -71,14 +92,7 @@ def read_config(name: str, overrides: list[str], cls: type[C]) -> C:
         raise ConfigError(f"{path} holds {type(data).__name__}, expected keys and values")
     for override in overrides:
         _apply(data, override)
-    try:
-        return cls.model_validate(data)
-    except ValidationError as error:
-        told = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        )
-        raise ConfigError(f"{path}: {told}") from error
+    return path, data
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -31,6 +31,7 @@ import polars as pl
 from pydantic import Field
 
 from nextstate.agents.config import Strict
+from nextstate.analysis.progress import Progress
 from nextstate.envs.files import digest, file_digest, path_error, write_atomic, write_json
 
 LAYOUT = 2  # of the folder; older ones have no such entry in `run.json`
@@ -64,25 +65,6 @@ class RunConfig(Strict):
 
 
 C = TypeVar("C", bound=RunConfig)
-
-
-class Progress:
-    """Receives the progress of a run; the command line draws it as a bar. By default nothing is shown."""
-
-    def begin(self, total: int) -> None:
-        """Start: the run has `total` units of work."""
-
-    def on(self, what: str) -> None:
-        """Name what is being done now."""
-
-    def advance(self, done: int) -> None:
-        """Add `done` units of finished work."""
-
-    def warn(self, message: str) -> None:
-        """Show a warning."""
-
-    def failed(self, error: BaseException) -> None:
-        """Receive the exception behind a warning, for a traceback."""
 
 
 def now() -> str:

@@ -1,7 +1,7 @@
 """A study: jobs that each make one table, statistics over these tables, a headline and a page. `go` runs one.
 
-To add a study, write one subclass of `Study` and name it in `STUDIES`, in the entry points `nextstate.studies` of a
-package of your own, or in a YAML file as `study: pkg.module:Name`.
+To add a study, write one subclass of `Study` and list it in `analysis/studies.py`, in the entry points
+`nextstate.studies` of a package of your own, or in a YAML file as `study: pkg.module:Name`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pydantic import ValidationError
 
 from nextstate.agents.agent import AgentError
 from nextstate.agents.failures import Broken, guarded, one_line
+from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import (
     DECISIVE,
     C,
     Damaged,
     ModelFailed,
-    Progress,
     Run,
     RunConfig,
     RunError,
@@ -37,22 +37,13 @@ from nextstate.analysis.run import (
     read_record,
     versions,
 )
+from nextstate.analysis.studies import GROUP, STUDIES
 from nextstate.envs import plugins
 from nextstate.envs.files import write_text
 from nextstate.envs.game import GameError
 
 if TYPE_CHECKING:
     from nextstate.analysis.page.page import Page
-
-GROUP = "nextstate.studies"  # of entry points
-STUDIES: dict[str, str] = {  # commands of the command line, and where their study is
-    "run": "nextstate.analysis.predict.study:Predict",
-    "patch": "nextstate.analysis.heads.study:Heads",
-    "response": "nextstate.analysis.response.study:ResponseStudy",
-    "grammar": "nextstate.analysis.grammar.study:GrammarStudy",
-    "lens": "nextstate.analysis.lens:Lens",
-    "transfer": "nextstate.analysis.transfer:Transfer",
-}
 
 
 class Job(NamedTuple):
@@ -142,7 +133,7 @@ def find_study(name: str) -> Study[Any]:
     try:
         if name in STUDIES:
             plugins.check_unique(GROUP, name, STUDIES)
-            module, _, attribute = STUDIES[name].partition(":")
+            module, _, attribute = STUDIES[name].path.partition(":")
             found: Any = getattr(import_module(module), attribute)
         else:
             found = plugins.load(GROUP, name, STUDIES)

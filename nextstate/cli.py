@@ -1,4 +1,4 @@
-"""The command line: `nextstate run | patch | response | report | play | train | list`."""
+"""The command line: one command for each study, and `report | verify | play | train | list`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -17,7 +17,6 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     SpinnerColumn,
     TaskProgressColumn,
     TextColumn,
@@ -29,7 +28,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nextstate import __version__
-from nextstate.folder import Progress, answered, left_out
+from nextstate.analysis.progress import Progress
+from nextstate.analysis.studies import GROUP, STUDIES
+from nextstate.envs import plugins
+
+if TYPE_CHECKING:
+    import polars as pl
 
 app = typer.Typer(
     name="nextstate",
@@ -73,225 +77,178 @@ def before(
     options.debug = debug
 
 
-class Drawn(Progress):
+class RichProgress(Progress):
     """Progress as a bar with the time left."""
 
     def __init__(self, bar: Bar) -> None:
         self.bar, self.task = bar, bar.add_task("start")
 
-    def begin(self, questions: int) -> None:
-        self.bar.update(self.task, total=questions)
+    def begin(self, total: int) -> None:
+        self.bar.update(self.task, total=total)
 
     def on(self, what: str) -> None:
         self.bar.update(self.task, description=escape(what))
 
-    def advance(self, questions: int) -> None:
-        self.bar.advance(self.task, questions)
+    def advance(self, done: int) -> None:
+        self.bar.advance(self.task, done)
 
     def warn(self, message: str) -> None:
-        self.bar.console.print(Text(f"note: {message}", style="yellow"), soft_wrap=True)
+        self.bar.console.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
     def failed(self, error: BaseException) -> None:
         if options.debug:
             self.bar.console.print(Text(_traceback(error)), soft_wrap=True)
 
 
-@app.command(epilog="Example:  nextstate run configs/quickstart.yaml games.0.episodes=20 --out runs/short")
-def run(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
-) -> None:
-    """Run an experiment, or finish one that was cut off: the same command again resumes it."""
-    from nextstate import experiment
-    from nextstate.agents.config import read_config
+def _add_study(name: str, help_: str, example: str) -> None:
+    """Add the command of a study."""
 
-    read = read_config(config, overrides or [], experiment.Config)
+    def command(
+        config: Annotated[
+            str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")
+        ],
+        overrides: Overrides = None,
+        out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
+        accept_mixed: Annotated[
+            bool,
+            typer.Option("--accept-mixed", help="Use finished tables that another model, version or device made."),
+        ] = False,
+        wait: Annotated[
+            bool, typer.Option("--wait", help="Wait for another process that works in the same folder.")
+        ] = False,
+    ) -> None:
+        _run_study(name, config, overrides or [], out, accept_mixed, wait)
+
+    app.command(name, help=help_, epilog=f"Example:  {example}" if example else None)(command)
+
+
+def _add_studies() -> None:
+    for name, listed in STUDIES.items():
+        _add_study(name, f"{listed.help} The same command again resumes it.", listed.example)
+    for name, entry in plugins.names(GROUP).items():
+        if name not in STUDIES:
+            _add_study(name, f"A study of the package {entry.dist.name if entry.dist else entry.value}.", "")
+
+
+_add_studies()
+
+
+def _run_study(name: str, config: str, overrides: list[str], out: Path | None, accept_mixed: bool, wait: bool) -> None:
+    from nextstate.agents.config import read_config, read_value
+    from nextstate.analysis.study import find_study, go
+
+    given = read_value(config, overrides, "study") or name
+    if name not in (given, "run"):
+        raise typer.BadParameter(f"{config} is a config of the study {given!r}: use `nextstate {given}`")
+    study = find_study(given)
+    read = read_config(config, overrides, study.config)
     folder = out or Path("runs") / read.name
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"),
-        TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bar(*columns, console=console) as bar:
-        page = experiment.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
-    missing = left_out(folder)
-    _summary(folder)
-    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
-    if missing:
-        errors.print(
-            Text(f"{len(missing)} cells were left out or asked in part; the report says which and why.", style="yellow")
-        )
-        failed = [x for x in missing if x.get("failed") or not answered(folder, x["agent"])]
-        told = dict.fromkeys(
-            x["reason"] if x["agent"] in x["reason"] else f"{x['agent']}: {x['reason']}" for x in failed
-        )
-        for line in told:
-            errors.print(Text(line, style="red"), soft_wrap=True)
-        if failed:
-            raise typer.Exit(1)
-
-
-@app.command(epilog="Example:  nextstate patch configs/heads/quickstart.yaml pairs=32 --out runs/heads")
-def patch(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
-) -> None:
-    """Find the heads that carry state, by activation patching; the same command again resumes it."""
-    from nextstate import patching
-    from nextstate.agents.config import read_config
-
-    read = read_config(config, overrides or [], patching.PatchConfig)
-    folder = out or Path("runs") / read.name
+    if int(os.environ.get("RANK", "0")):  # started by torchrun beside the process that does everything else
+        study.worker(read, folder)
+        return
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left:"), TimeRemainingColumn(),
     )  # fmt: skip
     with Bar(*columns, console=console) as bar:
-        page = patching.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
-    _heads(folder)
-    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
-    missing = left_out(folder)
-    if missing:
-        errors.print(Text("\n".join(f"{x['setting']}: {x['reason']}" for x in missing), style="yellow"))
+        command = " ".join(["nextstate", *sys.argv[1:]])
+        run = go(study, read, folder, progress=RichProgress(bar), command=command, accept_mixed=accept_mixed, wait=wait)
+    _show(study.headline(run))
+    console.print(f"Report: [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
+    _tell_left_out(run.record)
+
+
+def _tell_left_out(record: dict[str, Any]) -> None:
+    """Say what was left out; exit with 1 where a model failed."""
+    left_out = record["left_out"]
+    if left_out:
+        errors.print(
+            Text(f"{len(left_out)} jobs were left out or done in part; the report lists them.", style="yellow")
+        )
+    failed = [x for x in left_out if x.get("failed")]
+    for line in dict.fromkeys(
+        x["reason"] if x["agent"] in x["reason"] else f"{x['agent']}: {x['reason']}" for x in failed
+    ):
+        errors.print(Text(line, style="red"), soft_wrap=True)
+    if failed:
         raise typer.Exit(1)
 
 
-def _heads(folder: Path) -> None:
-    import polars as pl
-
-    if not (folder / "heads.parquet").is_file():
+def _show(frame: pl.DataFrame) -> None:
+    """Print a headline: columns x_low and x_high become the interval of column x."""
+    if frame.is_empty():
+        console.print("The headline has no rows: nothing stands out.")
         return
-    table = Table("head", "state", "95 %", "action", "95 %", "routing", "carries", box=box.SIMPLE_HEAD)
-    found = pl.read_parquet(folder / "heads.parquet").filter(pl.col("carries") != "")
-    for row in found.sort(pl.max_horizontal("state", "action"), descending=True).head(12).iter_rows(named=True):
-        numbers = [row[f"{kind}{end}"] for kind in ("state", "action") for end in ("", "_low", "_high")]
-        a, b, c, d, e, f, g = (f"{round(x, 2) + 0.0:.2f}" for x in (*numbers, row["routing"]))
-        table.add_row(f"{row['layer']}.{row['head']}", a, f"{b} to {c}", d, f"{e} to {f}", g, row["carries"])
-    console.print(table if len(found) else "No head stands out.")
-
-
-def _summary(folder: Path) -> None:
-    from nextstate.analysis import plays, tables
-
-    loaded = tables.load(folder)
-    summary = tables.pooled(loaded.rows, ("game", "agent")).filter(subset="all")
-    for (game,), rows in summary.group_by("game", maintain_order=True):
-        table = Table(str(game), "questions", "accuracy", "95 %", "ceiling", "chance", box=box.SIMPLE_HEAD)
-        for row in rows.sort("accuracy", descending=True).iter_rows(named=True):
-            interval = f"{row['accuracy_low']:.3f}-{row['accuracy_high']:.3f}"
-            numbers = (f"{row[k]:.3f}" for k in ("ceiling", "chance"))
-            table.add_row(escape(row["agent"]), f"{row['n']:,}", f"{row['accuracy']:.3f}", interval, *numbers)
-        console.print(table)
-    for (game,), rows in plays.table(plays.load(loaded), ("game", "agent")).group_by("game", maintain_order=True):
-        table = Table(f"{game}, played", "episodes", "won", "95 %", "over fewest", "illegal", box=box.SIMPLE_HEAD)
-        for row in rows.sort("success", descending=True).iter_rows(named=True):
-            interval = f"{row['success_low']:.3f}-{row['success_high']:.3f}"
-            over = "–" if row["over"] is None else f"{row['over']:.2f}"
-            played = (f"{row['episodes']:,}", f"{row['success']:.3f}", interval, over, f"{row['illegal']:.2f}")
-            table.add_row(escape(row["agent"]), *played)
-        console.print(table)
-
-
-@app.command(epilog="Example:  nextstate response configs/response/quickstart.yaml prompts=8 --out runs/response")
-def response(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
-) -> None:
-    """Push single tokens weakly and see what answers: window, induction, games; the same command again resumes it."""
-    from nextstate import responding
-    from nextstate.agents.config import read_config
-
-    read = read_config(config, overrides or [], responding.ResponseConfig)
-    folder = out or Path("runs") / read.name
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bar(*columns, console=console) as bar:
-        page = responding.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
-    _windows(folder)
-    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
-
-
-def _windows(folder: Path) -> None:
-    from nextstate.analysis import response_report, response_tables
-
-    told = response_report.headline(response_tables.load(folder))
-    table = Table("precision", "window", "layers", box=box.SIMPLE_HEAD)
-    for x in told["windows"]:
-        edges = "none" if x["low"] is None else f"{x['low']:.2g} to {x['high']:.2g}"
-        table.add_row(x["dtype"], edges, f"{x['layers']} of {x['of']}")
+    ends = {f"{name}_{end}" for name in frame.columns for end in ("low", "high")} & set(frame.columns)
+    table = Table(box=box.SIMPLE_HEAD)
+    shown = [name for name in frame.columns if name not in ends]
+    for name in shown:
+        numeric = frame.schema[name].is_numeric()
+        table.add_column(
+            name.replace("_", " ") + (" (95 %)" if f"{name}_low" in ends else ""),
+            justify="right" if numeric else "left",
+        )
+    for row in frame.iter_rows(named=True):
+        cells = []
+        for name in shown:
+            low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+            interval = "" if low is None or high is None else f" ({number(low)} to {number(high)})"
+            cells.append(escape(number(row[name]) + interval))
+        table.add_row(*cells)
     console.print(table)
 
 
-@app.command(epilog="Example:  nextstate grammar configs/grammar/quickstart.yaml training.steps=300 --out runs/grammar")
-def grammar(
-    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged config (see `nextstate list configs`).")],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
-) -> None:
-    """Train models on a grammar; see what they write, hold and attend to; the same command again resumes it.
-
-    On several GPUs: torchrun --nproc-per-node 8 -m nextstate.cli grammar CONFIG
-    """
-    from nextstate import grammars
-    from nextstate.agents.config import read_config
-
-    read = read_config(config, overrides or [], grammars.GrammarConfig)
-    folder = out or Path("runs") / read.name
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-        TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Bar(*columns, console=console) as bar:
-        page = grammars.run(read, folder, Drawn(bar), " ".join(["nextstate", *sys.argv[1:]]))
-    if not int(os.environ.get("RANK", "0")):
-        _written(folder)
-        console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
-
-
-def _written(folder: Path) -> None:
-    import polars as pl
-
-    path = folder / "generation.parquet"
-    if not path.exists():
-        return
-    rows = pl.read_parquet(path)
-    rows = rows.filter((pl.col("temperature") - 1).abs() == (pl.col("temperature") - 1).abs().min())
-    found = {(row["name"], row["prefix"]): row for row in rows.iter_rows(named=True)}
-    kinds = list(dict.fromkeys(rows["prefix"]))
-    words = {"nothing": "from nothing", "clean": "after a prefix", "corrupted": "after a corrupted one"}
-    table = Table("model", *[words[kind] for kind in kinds], box=box.SIMPLE_HEAD)
-    for name in dict.fromkeys(rows["name"]):
-        mine = [found[name, kind] for kind in kinds]
-        table.add_row(escape(name), *[f"{row['accuracy']:.3f} ({row['low']:.3f}-{row['high']:.3f})" for row in mine])
-    temperature, strings = rows["temperature"][0], rows["strings"][0]
-    console.print(f"Share of {strings:,} strings that are in the grammar (95 %), at temperature {temperature:g}:")
-    console.print(table)
+def number(value: Any) -> str:
+    """Return a cell of a table of the terminal: three digits after the point, a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        small = value != 0 and abs(value) < 1e-3
+        return f"{value:.2g}" if small else f"{round(value, 3) + 0.0:.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @app.command(epilog="Example:  nextstate report runs/quickstart")
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
-    """Write the report page of a run again."""
-    if (folder / "sweeps").is_dir():
-        from nextstate.analysis import heads_report
+    """Write the report page and the figures of a run again, from its summary."""
+    from nextstate.analysis.study import open_run, write_page
 
-        written = heads_report.write(folder)
-    elif (folder / "response").is_dir():
-        from nextstate.analysis import response_report
+    write_page(*open_run(folder))
+    console.print(f"Report: [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
 
-        written = response_report.write(folder)
-    elif (folder / "models.parquet").is_file():
-        from nextstate.analysis import grammar_report
 
-        written = grammar_report.write(folder)
-    else:
-        from nextstate.analysis import report as page
+@app.command(epilog="Example:  nextstate verify runs/quickstart --jobs 20 --seed 1")
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    jobs: Annotated[int, typer.Option(help="How many tables to make again, at most.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Which tables: other seeds draw others.", min=0)] = 0,
+    tolerance: Annotated[
+        float, typer.Option(help="Numbers may differ by this share of the largest in their column (at least 1).", min=0)
+    ] = 1e-4,
+) -> None:
+    """Make a random sample of a run's tables again, and compare. Changes nothing; exit code 1 where one differs."""
+    from nextstate.analysis.study import verify as check
 
-        written = page.write(folder)
-    console.print(f"Report: [bold]{escape(str(written))}[/]", soft_wrap=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bar(*columns, console=console) as bar:
+        found = check(folder, jobs, seed, tolerance, RichProgress(bar))
+    for x in found:
+        style = "red" if x.found else "green"
+        console.print(
+            Text.assemble((f"{'differs' if x.found else 'equal'}  ", style), x.key, f"  {x.found}"), soft_wrap=True
+        )
+        if x.made:
+            console.print(Text(f"    {x.made}", style="yellow"), soft_wrap=True)
+    wrong = sum(bool(x.found) for x in found)
+    console.print(f"{len(found) - wrong} of {len(found)} tables are equal to those made again.")
+    if wrong:
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -367,7 +324,7 @@ def train(
 
 
 @app.command("list", epilog="Example:  nextstate list games")
-def list_(what: Annotated[str, typer.Argument(help="games, models or configs")]) -> None:
+def list_(what: Annotated[str, typer.Argument(help="games, models, studies or configs")]) -> None:
     """List what there is."""
     if what == "games":
         _games()
@@ -377,6 +334,11 @@ def list_(what: Annotated[str, typer.Argument(help="games, models or configs")])
         for name, folder in BUILT_IN.items():
             console.print(f"[bold]{name}[/]  built in, {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")
         console.print("Also: any causal language model by its name on the hub or its folder, ideal, chance, shortcuts.")
+    elif what == "studies":
+        for name, listed in STUDIES.items():
+            console.print(f"[bold]{name}[/]  {escape(listed.help)}", soft_wrap=True)
+        for name, entry in plugins.names(GROUP).items():
+            console.print(f"[bold]{escape(name)}[/]  {escape(entry.value)}", soft_wrap=True)
     elif what == "configs":
         from nextstate.agents.config import find_config, packaged_configs
 
@@ -384,7 +346,7 @@ def list_(what: Annotated[str, typer.Argument(help="games, models or configs")])
             first, second = (find_config(name).read_text(encoding="utf-8") + "\n\n").splitlines()[:2]
             console.print(f"[bold]{first.lstrip('# ')}[/]\n    {escape(second.lstrip('# '))}", soft_wrap=True)
     else:
-        raise typer.BadParameter(f"{what!r}: expected games, models or configs")
+        raise typer.BadParameter(f"{what!r}: expected games, models, studies or configs")
 
 
 def _games() -> None:
@@ -417,12 +379,11 @@ def main() -> None:
     from nextstate.agents.agent import AgentError
     from nextstate.agents.config import ConfigError
     from nextstate.agents.failures import Broken, guarded, one_line
-    from nextstate.analysis.tables import RunError
+    from nextstate.analysis.run import ModelFailed, RunError
     from nextstate.envs.files import PathError, is_path_error, path_error
     from nextstate.envs.game import GameError
-    from nextstate.folder import ExperimentError, ModelFailed
 
-    known = (AgentError, ConfigError, ExperimentError, GameError, PathError, RunError)
+    known = (AgentError, ConfigError, GameError, PathError, RunError)
 
     def paths_named() -> None:
         try:
