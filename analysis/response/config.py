@@ -67,9 +67,14 @@ class ResponseConfig(RunConfig):
         return self
 
     @property
+    def entry(self) -> AgentConfig:
+        """The model and how to load it."""
+        return AgentConfig(name=self.model) if isinstance(self.model, str) else self.model
+
+    @property
     def agent(self) -> str:
         """The name of the model."""
-        return self.model if isinstance(self.model, str) else self.model.name
+        return self.entry.name
 
     @property
     def max_bytes(self) -> int:

@@ -79,7 +79,7 @@ class ResponseStudy(Study[ResponseConfig]):
         return jobs
 
     def identity(self, job: Job, run: Run[ResponseConfig]) -> dict[str, Any]:
-        found = {"model": run.once("identity", lambda: model_identity(run.config.model)), "device": device_kind()}
+        found = {"model": run.once("identity", lambda: model_identity(run.config.entry)), "device": device_kind(run.config.entry)}
         if job.key.startswith("bridge_heads/"):
             found["patching"] = _patched(run).about["summary/heads"]["digest"]
         return found
