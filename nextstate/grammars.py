@@ -231,7 +231,7 @@ class _Study:
         """Let the model write, from each kind of prefix at each temperature; keep what it wrote from nothing."""
         from nextstate.agents.generation import right
         from nextstate.agents.grammar_training import load
-        from nextstate.analysis.tables import wilson
+        from nextstate.analysis.stats import wilson
 
         path, given = self.part("generation", spec), self.config.writing
         if path.exists() or spec.architecture == "masked" or spec.untrained:
@@ -325,10 +325,9 @@ class _Study:
 
 
 def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
-    """Return the mean of values of strings with its 95 % interval (Student's), under such names; nulls for none."""
-    from scipy.stats import t
+    """Return the mean of one value a string and its 95 % interval, as columns whose names begin with `name`."""
+    from nextstate.analysis.stats import student
 
-    mean, n = (float(values.mean()), len(values)) if len(values) else (None, 0)
-    apart = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
-    ends = (None, None) if mean is None or apart is None else (mean - apart, mean + apart)
-    return {name: mean, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    mean = float(values.mean()) if len(values) else None
+    low, high = student(values).tolist() if len(values) > 1 else (None, None)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from nextstate.agents.language import BUILT_IN, LanguageModel
-from nextstate.analysis.pairs import TokenPair
+from nextstate.agents.identity import BUILT_IN
+from nextstate.agents.language import LanguageModel
+from nextstate.analysis.heads.pairs import TokenPair
 from tests.zoo import build
 
 HEADS, WIDTH = 4, 16  # of every attention layer of the zoo

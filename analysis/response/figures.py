@@ -16,8 +16,8 @@ import polars as pl
 from jaxtyping import Float
 from plotly.colors import sample_colorscale
 
-from nextstate.analysis.figures import SCALE, _layout, _plain, _rgba
-from nextstate.analysis.heads_figures import LIGHT, _numbers
+from nextstate.analysis.figures import SCALE, layout, plain, rgba
+from nextstate.analysis.heads.figures import LIGHT, rounded
 
 DEEP = 6  # layers that a figure of windows draws
 BARS = 8  # layers that a figure of the bridge draws
@@ -83,7 +83,7 @@ def scale(
         name = f"after layer {layer}, {dtype}"
         traces.append(
             go.Scatter(
-                x=x.tolist(), y=_numbers(y), name=name, mode="lines+markers", marker={"size": 4},
+                x=x.tolist(), y=rounded(y), name=name, mode="lines+markers", marker={"size": 4},
                 line={"color": colour, "width": 1.8, "dash": dash},
                 hovertemplate=f"{name}<br>strength %{{x:.2g}}: %{{y:.4f}}<extra></extra>",
             )
@@ -91,7 +91,7 @@ def scale(
     upright: dict[str, Any] = {"range": [0, 1.04]} if cosine else {"range": [0, _top(traces)]}
     words = "cosine to next strength" if cosine else "response / limit"
     axis = _log(rows.filter(dtype=rows["dtype"][0])["strength"].unique(maintain_order=True).to_list())
-    figure = go.Figure(traces, _layout(title, 300, "strength", words, xaxis=axis, yaxis=upright))
+    figure = go.Figure(traces, layout(title, 300, "strength", words, xaxis=axis, yaxis=upright))
     if common is not None:
         figure.add_vrect(x0=common[0], x1=common[1], fillcolor="rgba(0,158,115,0.13)", line_width=0, layer="below")
     return figure
@@ -129,8 +129,8 @@ def matrices(
     """
     grids = {layer: _grid(rows, layer) for layer in layers}
     with np.errstate(divide="ignore"):
-        shown = {layer: [_numbers(line) for line in np.log10(grid)] for layer, grid in grids.items()}
-    labels = [f"{i}: {_plain(word)}" for i, word in enumerate(words)]
+        shown = {layer: [rounded(line) for line in np.log10(grid)] for layer, grid in grids.items()}
+    labels = [f"{i}: {plain(word)}" for i, word in enumerate(words)]
     trace = go.Heatmap(
         x=labels, y=labels, z=shown[layers[-1]], zmin=reach[0], zmax=reach[1], colorscale=SCALE, hoverongaps=False,
         hovertemplate="push on %{x}<br>response at %{y}<br>10 to the %{z:.2f}<extra></extra>",
@@ -143,15 +143,14 @@ def matrices(
     }  # fmt: skip
     ticks = list(range(0, len(words), max(1, len(words) // 12)))
     axis = {"showgrid": False, "tickvals": [labels[i] for i in ticks], "ticktext": [str(i) for i in ticks]}
-    layout = _layout(title, 560, "pushed token", "responding token", xaxis=axis,
-                     yaxis=axis | {"autorange": "reversed"})  # fmt: skip
-    layout["margin"] = layout["margin"] | {"b": 110}
-    return go.Figure([trace], layout | {"sliders": [slider]})
+    base = layout(title, 560, "pushed token", "responding token", xaxis=axis,
+                  yaxis=axis | {"autorange": "reversed"})  # fmt: skip
+    return go.Figure([trace], base | {"margin": base["margin"] | {"b": 110}, "sliders": [slider]})
 
 
 def _band(x: Sequence[float], low: Sequence[float | None], high: Sequence[float | None], colour: str) -> go.Scatter:
     edge = [*high, *list(low)[::-1]]
-    return go.Scatter(x=[*x, *list(x)[::-1]], y=edge, mode="lines", fill="toself", fillcolor=_rgba(colour, 0.18),
+    return go.Scatter(x=[*x, *list(x)[::-1]], y=edge, mode="lines", fill="toself", fillcolor=rgba(colour, 0.18),
                       line={"width": 0}, hoverinfo="skip")  # fmt: skip
 
 
@@ -167,7 +166,7 @@ def depth(lines: pl.DataFrame, title: str, words: str = "response") -> go.Figure
     layers = lines["layer"].unique(maintain_order=True).to_list()
     for (condition, at), (name, colour, dash) in LINES.items():
         mine = lines.filter("valid", condition=condition, at=at)
-        x, (value, low, high) = mine["layer"].to_list(), (_numbers(mine[end]) for end in ("value", "low", "high"))
+        x, (value, low, high) = mine["layer"].to_list(), (rounded(mine[end]) for end in ("value", "low", "high"))
         if condition == "repeated":
             traces.append(_band(x, low, high, colour))
         traces.append(
@@ -181,7 +180,7 @@ def depth(lines: pl.DataFrame, title: str, words: str = "response") -> go.Figure
         )  # fmt: skip
     ticks: dict[str, Any] = {"dtick": 1 if len(layers) <= 16 else 4, "showgrid": False}
     ticks["range"] = [layers[0] - 0.3, layers[-1] + 0.3]
-    return go.Figure(traces, _layout(title, 310, "after layer", words, xaxis=ticks, yaxis={"rangemode": "tozero"}))
+    return go.Figure(traces, layout(title, 310, "after layer", words, xaxis=ticks, yaxis={"rangemode": "tozero"}))
 
 
 def stripes(offsets: pl.DataFrame, block: int, title: str) -> go.Figure:
@@ -193,7 +192,7 @@ def stripes(offsets: pl.DataFrame, block: int, title: str) -> go.Figure:
         title: of the figure.
     """
     rows = [
-        [value if ok else None for value, ok in zip(_numbers(mine["added"]), mine["valid"], strict=True)]
+        [value if ok else None for value, ok in zip(rounded(mine["added"]), mine["valid"], strict=True)]
         for mine in offsets.partition_by("layer", maintain_order=True)
     ]
     shown = offsets.filter("valid")["added"].abs().to_numpy()
@@ -210,7 +209,7 @@ def stripes(offsets: pl.DataFrame, block: int, title: str) -> go.Figure:
             "ticktext": ["1", "B−1", "", str(2 * block - 1)]}  # fmt: skip
     pitch = 26 if len(rows) <= 12 else 14 if len(rows) <= 26 else 9
     up = {"dtick": 1 if len(rows) <= 16 else 4, "showgrid": False}
-    return go.Figure([trace], _layout(title, pitch * len(rows) + 110, "offset", "after layer", xaxis=axis, yaxis=up))
+    return go.Figure([trace], layout(title, pitch * len(rows) + 110, "offset", "after layer", xaxis=axis, yaxis=up))
 
 
 def heads(table: pl.DataFrame, title: str) -> go.Figure:
@@ -224,12 +223,12 @@ def heads(table: pl.DataFrame, title: str) -> go.Figure:
             for name, r in zip(names, rows.iter_rows(named=True), strict=True)
         ]
         named = [n if carries and abs(v) >= 0.05 else "" for n, v in zip(names, rows["lost"], strict=True)]
-        bars = {"type": "data", "array": _numbers((rows["high"] - rows["lost"]).clip(0, None)), "thickness": 1,
-                "arrayminus": _numbers((rows["lost"] - rows["low"]).clip(0, None)), "width": 0, "visible": carries,
-                "color": _rgba(colour, 0.5)}  # fmt: skip
+        bars = {"type": "data", "array": rounded((rows["high"] - rows["lost"]).clip(0, None)), "thickness": 1,
+                "arrayminus": rounded((rows["lost"] - rows["low"]).clip(0, None)), "width": 0, "visible": carries,
+                "color": rgba(colour, 0.5)}  # fmt: skip
         traces.append(
             go.Scatter(
-                x=_numbers(rows["prefix"]), y=_numbers(rows["lost"]), customdata=about, text=named,
+                x=rounded(rows["prefix"]), y=rounded(rows["lost"]), customdata=about, text=named,
                 mode="markers+text" if carries else "markers", textposition="top center", textfont={"size": 11},
                 marker={"color": colour, "size": 9 if carries else 6}, error_y=bars,
                 hovertemplate="head %{customdata[0]}<br>lost %{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f})"
@@ -237,7 +236,7 @@ def heads(table: pl.DataFrame, title: str) -> go.Figure:
             )
         )  # fmt: skip
     axes = {"zeroline": True}
-    return go.Figure(traces, _layout(title, 400, "prefix-matching score", "share of the signature lost", xaxis=axes,
+    return go.Figure(traces, layout(title, 400, "prefix-matching score", "share of the signature lost", xaxis=axes,
                                      yaxis=axes))  # fmt: skip
 
 
@@ -251,20 +250,20 @@ def bridge(rows: pl.DataFrame, title: str) -> go.Figure:
         mine = part.filter(role=role)
         if not len(mine):
             continue
-        bars = {"type": "data", "array": _numbers((mine["high"] - mine["response"]).clip(0, None)), "thickness": 1.2,
-                "arrayminus": _numbers((mine["response"] - mine["low"]).clip(0, None)), "width": 2,
+        bars = {"type": "data", "array": rounded((mine["high"] - mine["response"]).clip(0, None)), "thickness": 1.2,
+                "arrayminus": rounded((mine["response"] - mine["low"]).clip(0, None)), "width": 2,
                 "color": "#8c8c8c"}  # fmt: skip
         traces.append(
             go.Bar(
-                x=[str(layer) for layer in mine["layer"]], y=_numbers(mine["response"]), name=role, error_y=bars,
+                x=[str(layer) for layer in mine["layer"]], y=rounded(mine["response"]), name=role, error_y=bars,
                 marker={"color": colour}, customdata=[[n] for n in mine["transcripts"]],
                 hovertemplate=f"{role}, after layer %{{x}}: %{{y:.3f}}<br>n %{{customdata[0]}}<extra></extra>",
             )
         )  # fmt: skip
     axis = {"type": "category", "categoryorder": "array", "categoryarray": [str(layer) for layer in chosen],
             "showgrid": False}  # fmt: skip
-    layout = _layout(title, 300, "after layer", "response", xaxis=axis, yaxis={"rangemode": "tozero"})
-    return go.Figure(traces, layout | {"barmode": "group", "bargap": 0.25})
+    more = {"barmode": "group", "bargap": 0.25, "yaxis": {"rangemode": "tozero"}}
+    return go.Figure(traces, layout(title, 300, "after layer", "response", xaxis=axis, **more))
 
 
 def side_by_side(rows: pl.DataFrame, kind: str, title: str) -> go.Figure:
@@ -276,10 +275,10 @@ def side_by_side(rows: pl.DataFrame, kind: str, title: str) -> go.Figure:
         title: of the figure.
     """
     points = go.Scatter(
-        x=_numbers(rows[kind]), y=_numbers(rows["lost"]), mode="markers+text", textposition="top center",
+        x=rounded(rows[kind]), y=rounded(rows["lost"]), mode="markers+text", textposition="top center",
         text=[f"{a}.{b}" for a, b in rows.select("layer", "head").iter_rows()], textfont={"size": 11},
         marker={"color": ROLES[kind], "size": 8},
         hovertemplate="head %{text}<br>recovery %{x:.3f}, response lost %{y:.3f}<extra></extra>",
     )  # fmt: skip
     axes = {"zeroline": True}
-    return go.Figure([points], _layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes))
+    return go.Figure([points], layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes))

@@ -34,7 +34,7 @@ from nextstate.analysis.response.branches import (
     wide,
 )
 from nextstate.analysis.response.config import ALONG, STRENGTHS
-from nextstate.analysis.sweep import fast
+from nextstate.analysis.heads.sweep import fast
 
 
 @dataclass(frozen=True)

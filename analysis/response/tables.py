@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from nextstate.analysis.heads import carriers
+from nextstate.analysis.heads.routing import carriers
 from nextstate.analysis.response.bridge import COLUMNS as BRIDGE
 from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig, bridges_of
 from nextstate.analysis.response.induction import excess, lost, means
