@@ -20,9 +20,9 @@ from nextstate.agents.agent import Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.text import Encoder
 from nextstate.analysis.heads.pairs import tokens_of
-from nextstate.analysis.response.measure import Response, responses
-from nextstate.analysis.response.induction import Ablation, averaged, without
 from nextstate.analysis.heads.sweep import site_values
+from nextstate.analysis.response.induction import Ablation, averaged, without
+from nextstate.analysis.response.measure import Response, responses
 from nextstate.envs.contrast import Pair, pieces
 
 OTHERS = "others"

@@ -127,8 +127,12 @@ def bridges_of(config: ResponseConfig) -> list[Bridge]:
     return found
 
 
-def patched(config: ResponseConfig) -> Run[Any] | None:
+def patched(config: ResponseConfig, files: str | None = None) -> Run[Any] | None:
     """Return the patching run that `patching` names, to be read, or None where the config names none.
+
+    Args:
+        config: of the response run.
+        files: digest of the files of its model, which that of the patching run must have too, where it is known.
 
     Raises:
         RunError: it is no run of the study `patch`, is of another model, or has no table of heads.
@@ -141,5 +145,7 @@ def patched(config: ResponseConfig) -> Run[Any] | None:
         raise RunError(f"patching={folder} is a run of the study {study.name!r}, expected one of 'patch'")
     if run.config.agent != config.agent:
         raise RunError(f"patching={folder} is a run of {run.config.agent}, expected one of {config.agent}")
+    if files and files != (other := run.record["agents"][0].get("hash") or files):
+        raise RunError(f"patching={folder} is a run of {config.agent} with the files {other[:8]}, now {files[:8]}")
     run.summary("heads")  # raises where it is missing
     return run

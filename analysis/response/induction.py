@@ -21,10 +21,10 @@ from torch import Tensor
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation
 from nextstate.analysis import stats
+from nextstate.analysis.heads.sweep import site_values
 from nextstate.analysis.response.branches import ResponseError
 from nextstate.analysis.response.measure import Response, responses
 from nextstate.analysis.response.window import of_kind
-from nextstate.analysis.heads.sweep import site_values
 
 Ablation = Literal["zero", "mean"]
 

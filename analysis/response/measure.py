@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nextstate.agents.language import LanguageModel
+from nextstate.analysis.heads.sweep import fast
 from nextstate.analysis.response.branches import (
     LIMIT,
     ResponseError,
@@ -34,7 +35,6 @@ from nextstate.analysis.response.branches import (
     wide,
 )
 from nextstate.analysis.response.config import ALONG, STRENGTHS
-from nextstate.analysis.heads.sweep import fast
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import polars as pl
+from nextstate.analysis.page.page import FigureList, Page
 
 from nextstate.analysis.figures import SCALE
-from nextstate.analysis.page.page import FigureList, Page
 from nextstate.analysis.response import figures
 from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig
 from nextstate.analysis.run import Run
@@ -47,13 +47,13 @@ def page(run: Run[ResponseConfig]) -> Page:
 
 def headline(found: Tables) -> dict[str, Any]:
     """Return the numbers of the first lines."""
-    out: dict[str, Any] = {"windows": found["precisions"].filter(kind=RANDOM).rows(named=True)}
-    out |= {"signature": None, "heads": None, "bridges": []}
+    windows = found["precisions"].filter(kind=RANDOM).rows(named=True)
+    out: dict[str, Any] = {"windows": windows, "signature": None, "heads": None, "bridges": []}
     for row in found["signature"].filter(kind=RANDOM).iter_rows(named=True):
-        last = {"kind": RANDOM, "layer": row["deepest"]}
-        lines = found["lines"].filter(measure="response", **last)
+        where = {"kind": RANDOM, "layer": row["deepest"]}
+        lines = found["lines"].filter(measure="response", **where)
         values = {c: dict(lines.filter(condition=c).select("at", "value").iter_rows()) for c in CONDITIONS}
-        added = found["added"].filter(at="before", **last).row(0, named=True)
+        added = found["added"].filter(at="before", **where).row(0, named=True)
         out["signature"] = row | {"lines": values, "added": added}
         if row["emerges"] is not None and len(found["heads"]):  # otherwise there is nothing that heads could carry
             heads = found["heads"].filter(pl.col("carries") & (pl.col("lost") > 0)).sort("lost", descending=True)
@@ -141,10 +141,10 @@ def _signatures(found: Tables, config: ResponseConfig, drawn: FigureList) -> lis
 def _bridges(found: Tables, drawn: FigureList) -> list[dict[str, Any]]:
     out = []
     for edges in found["edges"].iter_rows(named=True):
-        rows = found["bridge"].filter(game=edges["game"], pairs=edges["pairs"])
-        one = edges | {"figure": None, "dropped": []}
+        game, pairs = edges["game"], edges["pairs"]
+        rows, one = found["bridge"].filter(game=game, pairs=pairs), edges | {"figure": None, "dropped": []}
         if len(rows):
-            title = f"{edges['game']}, {edges['pairs']} pairs (n = {rows['transcripts'].max()})"
+            title = f"{game}, {pairs} pairs (n = {max(rows['transcripts'])})"
             one["figure"] = drawn.add(figures.bridge(rows, title))
             one["dropped"] = rows.filter(~pl.col("valid"))["layer"].unique().sort().to_list()
         out.append(one)

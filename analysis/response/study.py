@@ -33,6 +33,7 @@ from nextstate.analysis.study import Job, Study
 
 if TYPE_CHECKING:
     from nextstate.analysis.page.page import Page
+
     from nextstate.analysis.response.bridge import Transcript
     from nextstate.analysis.response.induction import Repeated
     from nextstate.analysis.response.window import Window
@@ -63,8 +64,8 @@ class ResponseStudy(Study[ResponseConfig]):
         add("exact", "the exact limit", 2, _exact, "windows/own")
         for condition in CONDITIONS:
             for kind in KINDS:
-                name, do = f"{condition}-{kind}", partial(_signature, condition, kind)
-                add(f"signature/{name}", f"response of {condition} blocks, {kind}", 1, do, "windows/own")
+                title, do = f"response of {condition} blocks, {kind}", partial(_signature, condition, kind)
+                add(f"signature/{condition}-{kind}", title, 1, do, "windows/own")
         add("scores", "scores of the heads", 1, _scores, "windows/own")
         for part in range(PARTS):
             title = f"heads left out, part {part + 1} of {PARTS}"
@@ -74,14 +75,16 @@ class ResponseStudy(Study[ResponseConfig]):
             cost = one.config.pairs
             add(f"bridge/{one.key}", f"bridge to {one.title}", cost, partial(_bridge, one), f"edges/{one.key}")
             if other is not None and other.config.game == one.config.game:
-                do = partial(_bridge_heads, one)
-                add(f"bridge_heads/{one.key}", f"heads of the bridge to {one.title}", cost, do, f"edges/{one.key}")
+                title = f"heads of the bridge to {one.title}"
+                add(f"bridge_heads/{one.key}", title, cost, partial(_bridge_heads, one), f"edges/{one.key}")
         return jobs
 
     def identity(self, job: Job, run: Run[ResponseConfig]) -> dict[str, Any]:
-        found = {"model": run.once("identity", lambda: model_identity(run.config.entry)), "device": device_kind(run.config.entry)}
-        if job.key.startswith("bridge_heads/"):
-            found["patching"] = _patched(run).about["summary/heads"]["digest"]
+        entry = run.config.entry
+        found = {"model": run.once("identity", lambda: model_identity(entry)), "device": device_kind(entry)}
+        other = run.once("patching", lambda: patched(run.config, found["model"]["files"]))  # refused before the first job
+        if other is not None and job.key.startswith("bridge_heads/"):
+            found["patching"] = other.about["summary/heads"]["digest"]
         return found
 
     def do(self, job: Job, run: Run[ResponseConfig]) -> Tables:
@@ -109,12 +112,6 @@ class ResponseStudy(Study[ResponseConfig]):
         from nextstate.analysis.response.page import page
 
         return page(run)
-
-
-def _patched(run: Run[ResponseConfig]) -> Run[Any]:
-    found = run.once("patching", lambda: patched(run.config))
-    assert found is not None
-    return found
 
 
 def _model(run: Run[ResponseConfig]) -> Any:
@@ -226,11 +223,11 @@ def _signature(condition: str, kind: str, run: Run[ResponseConfig]) -> Tables:
         layer=config.layer, **(how | {"directions": None} if along else how),
     )  # fmt: skip
     run.describe_model(_model(run))
-    both = [averaged(measured, kind, relative) for relative in (False, True)]
-    offsets = [profile(value[:, :, given.sources], given) for value in both]
+    value, share = (averaged(measured, kind, relative) for relative in (False, True))
+    offsets, shares = (profile(x[:, :, given.sources], given) for x in (value, share))
     return {
-        f"signature/{name}": profile_rows(measured.layers, *offsets, measured.control),
-        f"matrix/{name}": matrix_rows(measured.layers, both[0]),
+        f"signature/{name}": profile_rows(measured.layers, offsets, shares, measured.control),
+        f"matrix/{name}": matrix_rows(measured.layers, value),
     }
 
 
@@ -280,14 +277,15 @@ def _transcripts(one: Bridge, run: Run[ResponseConfig]) -> list[tuple[Transcript
 
 def _edges(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
     """Measure the window of pushes on transcripts, read at the answering token."""
-    from nextstate.analysis.response.bridge import pushed
     from nextstate.analysis.response.branches import dtype_of
+    from nextstate.analysis.response.bridge import pushed
     from nextstate.analysis.response.window import window
 
     config, model = run.config, _model(run)
-    how = {"strengths": config.strengths, "layer": config.layer, "max_bytes": config.max_bytes}
-    few = _transcripts(one, run)[: config.window_prompts]
-    found = [pushed(model, each, directions=push, **how) for each, push in few]
+    found = [
+        pushed(model, each, strengths=config.strengths, directions=push, layer=config.layer, max_bytes=config.max_bytes)
+        for each, push in _transcripts(one, run)[: config.window_prompts]
+    ]
     return window(found, flat=config.flat, alike=config.alike).table(dtype_of(model))
 
 
@@ -299,9 +297,10 @@ def _bridge(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
     config, strength = run.config, restored(run.table(f"edges/{one.key}")).middle
     rows = [pl.DataFrame(schema=COLUMNS)]
     if strength is not None:
-        how = {"strengths": [strength], "layer": config.layer, "max_bytes": config.max_bytes}
         for each, push in _transcripts(one, run):
-            rows.append(role_rows(each, pushed(_model(run), each, directions=push, **how)))
+            found = pushed(_model(run), each, strengths=[strength], directions=push, layer=config.layer,
+                           max_bytes=config.max_bytes)  # fmt: skip
+            rows.append(role_rows(each, found))
             run.advance(1)
         run.describe_model(_model(run))
     return pl.concat(rows)
@@ -314,7 +313,9 @@ def _bridge_heads(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
     from nextstate.analysis.response.window import restored
 
     config, strength = run.config, _deep(restored(run.table(f"edges/{one.key}")))
-    top = _patched(run).summary("heads").sort(pl.max_horizontal(pl.col("state", "action").abs()), descending=True)
+    other = patched(run.config)
+    assert other is not None
+    top = other.summary("heads").sort(pl.max_horizontal(pl.col("state", "action").abs()), descending=True)
     top = top.head(SHOWN).select("layer", "head", "state", "action")
     if strength is None or top.is_empty():
         return pl.DataFrame(schema=BRIDGE_HEADS)

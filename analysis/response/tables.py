@@ -55,7 +55,7 @@ def profile_rows(
     prompt, layer, offset = (x.ravel() for x in np.indices(value.shape))
     columns = {"prompt": prompt, "layer": np.array(layers)[layer], "offset": offset + 1, "response": value.ravel(),
                "relative": relative.ravel(), "control": np.full(value.size, control)}  # fmt: skip
-    return pl.DataFrame(columns).cast(SIGNATURE)
+    return pl.DataFrame(columns).cast(pl.Schema(SIGNATURE))
 
 
 def exact_rows(kind: str, limit: Response, found: Response | None) -> pl.DataFrame:
@@ -88,7 +88,7 @@ def score_rows(prefix: Float[np.ndarray, "layer head"], copying: Float[np.ndarra
     """Return a row for each head; scores are NaN for heads that a layer does not have, which are left out."""
     layer, head = (x.ravel() for x in np.indices(prefix.shape))
     rows = pl.DataFrame({"layer": layer, "head": head, "prefix": prefix.ravel(), "copying": copying.ravel()})
-    return rows.filter(pl.col("prefix").is_not_nan()).cast(SCORES)
+    return rows.filter(pl.col("prefix").is_not_nan()).cast(pl.Schema(SCORES))
 
 
 def bridge_head_rows(
@@ -233,7 +233,7 @@ def _signature(run: Run[ResponseConfig], kind: str) -> dict[str, pl.DataFrame]:
         "signature": pl.DataFrame([one], schema=_SIGNATURE["signature"], orient="row"),
         "lines": pl.concat(lines),
         "added": pl.concat(added),
-        "offsets": _rows({"kind": kind}, each, {}).cast(_SIGNATURE["offsets"]),
+        "offsets": _rows({"kind": kind}, each, {}).cast(pl.Schema(_SIGNATURE["offsets"])),
     }  # fmt: skip
 
 
@@ -314,7 +314,7 @@ def _bridges(run: Run[ResponseConfig]) -> dict[str, pl.DataFrame]:
                 "response": band.value[:, 0, 0], "relative": band.value[:, 0, 1], "low": band.low[:, 0, 0],
                 "high": band.high[:, 0, 0], "transcripts": len(values),
             }  # fmt: skip
-            bridge.append(pl.DataFrame(columns).cast(bridge[0].schema))  # type: ignore[arg-type]
+            bridge.append(pl.DataFrame(columns).cast(bridge[0].schema))
     return {"edges": pl.concat(edges), "bridge": pl.concat(bridge)}
 
 

@@ -15,17 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import SiteError
+from nextstate.analysis.attention import copying, prefix_matching
 from nextstate.analysis.response import branches as engine
 from nextstate.analysis.response.branches import ResponseError
-from nextstate.analysis.response.config import ALONG, STRENGTHS
-from nextstate.analysis.attention import copying, prefix_matching
-from nextstate.analysis.response.measure import (
-    Response,
-    exact,
-    responses,
-    unit_directions,
-)
 from nextstate.analysis.response.bridge import pushed, role_rows, transcripts
+from nextstate.analysis.response.config import ALONG, STRENGTHS
 from nextstate.analysis.response.induction import (
     Repeated,
     averaged,
@@ -37,6 +31,12 @@ from nextstate.analysis.response.induction import (
     repeated,
     vocabulary_of,
     without,
+)
+from nextstate.analysis.response.measure import (
+    Response,
+    exact,
+    responses,
+    unit_directions,
 )
 from nextstate.analysis.response.window import restored, window
 from nextstate.envs.games import make_game
