@@ -67,14 +67,9 @@ class ResponseConfig(RunConfig):
         return self
 
     @property
-    def entry(self) -> AgentConfig:
-        """The model and how to load it."""
-        return AgentConfig(name=self.model) if isinstance(self.model, str) else self.model
-
-    @property
     def agent(self) -> str:
         """The name of the model."""
-        return self.entry.name
+        return self.model if isinstance(self.model, str) else self.model.name
 
     @property
     def max_bytes(self) -> int:
@@ -132,7 +127,7 @@ def patched(config: ResponseConfig, files: str | None = None) -> Run[Any] | None
 
     Args:
         config: of the response run.
-        files: digest of the files of its model, which that of the patching run must have too, where it is known.
+        files: digest of the files of its model; where it is known, that of the patching run must be the same.
 
     Raises:
         RunError: it is no run of the study `patch`, is of another model, or has no table of heads.
@@ -140,12 +135,13 @@ def patched(config: ResponseConfig, files: str | None = None) -> Run[Any] | None
     if config.patching is None:
         return None
     folder = Path(config.patching)
-    study, run = open_run(folder)
+    study, run = open_run(folder, "")
     if study.name != "patch":
         raise RunError(f"patching={folder} is a run of the study {study.name!r}, expected one of 'patch'")
     if run.config.agent != config.agent:
         raise RunError(f"patching={folder} is a run of {run.config.agent}, expected one of {config.agent}")
-    if files and files != (other := run.record["agents"][0].get("hash") or files):
-        raise RunError(f"patching={folder} is a run of {config.agent} with the files {other[:8]}, now {files[:8]}")
+    asked = {about["identity"].get("model", {}).get("files") for about in run.about.values()} - {None}
+    if files and asked - {files}:
+        raise RunError(f"patching={folder} is a run of {config.agent} with other files than it has now; run it again")
     run.summary("heads")  # raises where it is missing
     return run

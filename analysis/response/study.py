@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from nextstate.agents.identity import device_kind, model_identity
 from nextstate.analysis.response.config import (
     CONDITIONS,
     HALF,
@@ -80,12 +79,13 @@ class ResponseStudy(Study[ResponseConfig]):
         return jobs
 
     def identity(self, job: Job, run: Run[ResponseConfig]) -> dict[str, Any]:
-        entry = run.config.entry
-        found = {"model": run.once("identity", lambda: model_identity(entry)), "device": device_kind(entry)}
-        other = run.once("patching", lambda: patched(run.config, found["model"]["files"]))  # refused before the first job
-        if other is not None and job.key.startswith("bridge_heads/"):
-            found["patching"] = other.about["summary/heads"]["digest"]
-        return found
+        found = run.asks(run.config.model)
+        other = run.once(
+            "patching", lambda: patched(run.config, found["model"]["files"])
+        )  # refused before the first job
+        if other is None or not job.key.startswith("bridge_heads/"):
+            return found
+        return found | {"patching": other.about["summary/heads"]["digest"]}
 
     def do(self, job: Job, run: Run[ResponseConfig]) -> Tables:
         found: Tables = job.given(run)
