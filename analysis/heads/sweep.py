@@ -170,7 +170,7 @@ def _run_trunks(
                 taken[layer] = x[:, moved]
 
             stack.enter_context(model.sites.hook(site, layer, take))
-        logits = in_tree(model, tokens, visible[None], depths[None], cache, torch.tensor([length - 1, width - 1]))
+        logits = tree_pass(model, tokens, visible[None], depths[None], cache, torch.tensor([length - 1, width - 1]))
     held = [(layer.keys, layer.values) for layer in cache.layers]
     whole = torch.from_numpy(source).to(model.device)
     trunks = Trunks(held, depths, columns, base_stream, source_stream)
@@ -396,7 +396,7 @@ def _copies_in_tree(
         depths = torch.cat([trunks.depths, torch.arange(start, start + span).repeat(n)])
         tokens = runs.tokens[:, start:].repeat(1, n)
         ends_of = torch.arange(n) * span + span - 1
-        logits = in_tree(model, tokens, visible[None], depths[None], Held(trunks.cache), ends_of, only)
+        logits = tree_pass(model, tokens, visible[None], depths[None], Held(trunks.cache), ends_of, only)
     if fired != patched:
         raise PatchError(f"control failed: layers {fired} were patched, expected {patched}")
     return logits
@@ -411,7 +411,7 @@ def overwrite(
     target.copy_(torch.where(chosen[None, :, None, :, None], values[:, None], target))
 
 
-def in_tree(
+def tree_pass(
     model: LanguageModel,
     tokens: Int[Tensor, "row token"],
     visible: Bool[Tensor, "mask token column"],

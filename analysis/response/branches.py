@@ -27,7 +27,7 @@ from nextstate.agents.agent import AgentError
 from nextstate.agents.forward import out_of_memory, skipping
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import ATTENTIONS, Activation
-from nextstate.analysis.heads.sweep import Held, in_tree
+from nextstate.analysis.heads.sweep import Held, tree_pass
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 LIMIT = (0.0,)  # the strengths of the exact product
@@ -127,7 +127,7 @@ def run_prompt(model: LanguageModel, tokens: Int[np.ndarray, " token"], layer: i
             stack.enter_context(_stream(model, at, lambda x: stream.append(x[0])))
         if in_tree:
             visible = torch.ones(length, length, dtype=torch.bool).tril()
-            in_tree(model, ids[None], visible[None], torch.arange(length)[None], cache, torch.tensor([0]))
+            tree_pass(model, ids[None], visible[None], torch.arange(length)[None], cache, torch.tensor([0]))
         else:
             model.forward.plain(ids[None], [0])
     return Base(ids, [(held.keys, held.values) for held in cache.layers], stream)
@@ -252,7 +252,7 @@ def _one_pass(
             held = [(k.expand(len(order), -1, -1, -1), v.expand(len(order), -1, -1, -1)) for k, v in base.cache]
             visible = torch.stack([row.visible for row in rows if row.visible is not None])[order]
             depths = torch.cat([torch.arange(len(base.tokens)).expand(len(order), -1), where], 1)
-            in_tree(model, base.tokens[where.to(device)], visible, depths, Held(held), torch.tensor([0]))
+            tree_pass(model, base.tokens[where.to(device)], visible, depths, Held(held), torch.tensor([0]))
         else:
             model.forward.plain(base.tokens[where.to(device)], [0])
     limits = TOLERANCE.get(model.model.dtype, 5e-1)

@@ -39,8 +39,8 @@ def built(game: str) -> Circuit:
     return circuit(game, 0, decoys=0)
 
 
-def respond(out: Path, model: Any, command: str = "", **more: Any) -> Run[ResponseConfig]:
-    return go(ResponseStudy(), ResponseConfig(**NARROW | more), out, command=command, model=model)
+def respond(out: Path, agent: Any, command: str = "", **more: Any) -> Run[ResponseConfig]:
+    return go(ResponseStudy(), ResponseConfig(**NARROW | more), out, command=command, model=agent)
 
 
 def read(folder: Path, keys: str = "summary/") -> Run[ResponseConfig]:
@@ -48,7 +48,8 @@ def read(folder: Path, keys: str = "summary/") -> Run[ResponseConfig]:
 
 
 def tables(folder: Path) -> dict[str, pl.DataFrame]:
-    return {str(p.relative_to(folder)): pl.read_parquet(p) for p in folder.rglob("*.parquet")}
+    found = (p for p in folder.rglob("*.parquet") if "set-aside" not in p.parts)
+    return {str(p.relative_to(folder)): pl.read_parquet(p) for p in found}
 
 
 def page_of(folder: Path) -> str:
@@ -163,7 +164,7 @@ def test_lost_and_damaged_tables_are_made_again(tmp_path: Path) -> None:
     agent.forward.certificates.clear()  # as in another process
     respond(tmp_path, agent)
     assert kept == {p: p.stat().st_mtime_ns for p in kept}
-    after = {key: table for key, table in tables(tmp_path).items() if "set-aside" not in key}
+    after = tables(tmp_path)
     assert after.keys() == before.keys()
     for key, table in after.items():
         assert_frame_equal(table, before[key])
@@ -224,7 +225,7 @@ def test_without_a_window_nothing_else_is_shown(tmp_path: Path, folders: dict[st
 
 def test_half_precision_without_a_window_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
     agent = LanguageModel(str(folders["gpt2"]), device="cpu", dtype="bfloat16")
-    with pytest.raises(ModelFailed, match=r"no scale-invariant window in bfloat16.*load it with dtype=float32"):
+    with pytest.raises(ModelFailed, match=r"no scale-invariant window in bfloat16.*load it with dtype=float32$"):
         respond(tmp_path / "a", agent, alphabet=[], strengths=[0.02, 0.1, 0.5])
     with pytest.raises(ModelFailed, match=r"expected rising ones above 0.0078.*bfloat16"):
         respond(tmp_path / "b", agent, alphabet=[])
