@@ -21,6 +21,7 @@ from nextstate.analysis.grammar_tables import (
     GrammarRun,
     published_robustness,
 )
+from nextstate.analysis.page.formats import raised
 
 ARCHITECTURES = {
     "rotary": Style("#0072b2"),
@@ -189,11 +190,6 @@ def _decades(values: Sequence[float]) -> dict[str, Any]:
     ]
     return {"type": "log", "range": [float(middle - half), float(middle + half)], "ticktext": words,
             "tickvals": [float(f"{d}e{power}") for d, power in ticks]}  # fmt: skip
-
-
-def raised(power: int) -> str:
-    """Return an exponent in raised digits."""
-    return str(power).translate(str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻"))
 
 
 def divergence(run: GrammarRun, title: str) -> go.Figure | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from decimal import Decimal
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,12 @@ import polars as pl
 
 from nextstate.analysis import grammar_figures as figures
 from nextstate.analysis import grammar_heatmaps as heatmaps
-from nextstate.analysis.figures import SCALE, plain
+from nextstate.analysis.figures import SCALE, _plain
 from nextstate.analysis.grammar_tables import PERTURBATIONS, REACHES, SOURCE, TARGETS, GrammarRun, load, support
-from nextstate.analysis.log import slug
-from nextstate.analysis.page import Drawn, environment, furniture, replace
+from nextstate.analysis.log import _slug
+from nextstate.analysis.page import page as pages
+from nextstate.analysis.page.formats import percents
+from nextstate.analysis.page.page import FigureList, Page, Plot
 
 LONG = 20  # rules of a grammar that are shown unfolded, at most
 WORDS = {  # of what a probe reads, and of which tokens
@@ -39,20 +39,18 @@ MARKS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲
 
 
 def write(run: Path) -> Path:
-    """Write `report.html` into the folder of a grammar study. The page needs no network.
+    """Write `report.html` and `figures/` into the folder of a grammar study.
 
     Raises:
         RunError: the folder is none, or cannot be read.
     """
     loaded = load(Path(run))
-    page = render(loaded)
-    return replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return pages.write(make_page(loaded), loaded.info, loaded.path)
 
 
-def render(run: GrammarRun) -> str:
-    """Return the page as text."""
-    templates = environment(percents=_percents, short=_short, big=_big, thousandths=_thousandths, bits=_bits)
-    drawn, look = Drawn(), figures.styles(run)
+def make_page(run: GrammarRun) -> Page:
+    """Return the page of a run."""
+    drawn, look = FigureList(), figures.styles(run)
     rules = [line for line in str(run.grammar["rules"]).splitlines() if line.strip()]
     sections = {
         "generation": _generation(run, drawn),
@@ -64,63 +62,24 @@ def render(run: GrammarRun) -> str:
         {"name": name, "colour": style.colour, "dash": DASH[style.dash], "mark": MARKS[style.marker]}
         for name, style in look.items()
     ]
-    return templates.get_template("grammar.html.jinja").render(
-        run=run,
-        info=run.info,
-        grammar=run.grammar,
-        headline=headline(run),
-        rules=rules,
-        long=LONG,
-        legend=legend,
-        learners=figures.learners(run),
-        kinds=[{"name": kind, "colour": figures.KINDS[kind].colour, "mark": MARKS[figures.KINDS[kind].marker]}
+    context = {
+        "run": run,
+        "grammar": run.grammar,
+        "headline": headline(run),
+        "rules": rules,
+        "long": LONG,
+        "legend": legend,
+        "learners": figures.learners(run),
+        "kinds": [{"name": kind, "colour": figures.KINDS[kind].colour, "mark": MARKS[figures.KINDS[kind].marker]}
                for kind in PERTURBATIONS if any(m["perturbation"] == kind for m in run.models.values())],
-        seen=SEEN,
-        source=SOURCE,
-        drawn=drawn.figures,
-        ramp=", ".join(colour for _, colour in SCALE),
+        "seen": SEEN,
+        "source": SOURCE,
+        "ramp": ", ".join(colour for _, colour in SCALE),
         **sections,
-        **furniture(templates, "heads.script.html.jinja"),
-    )  # fmt: skip
-
-
-def _percents(value: float | None) -> str:
-    """Return a share with as many digits as it needs not to be taken for all or nothing."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    digits = 1 if value in (0.0, 1.0) or 0.0005 <= value < 0.9995 else 3
-    text = f"{100 * value:.{digits}f}"
-    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}\u202f%"
-
-
-def _short(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    if abs(value) >= 100:
-        return f"{value:,.0f}".replace("-", "−")
-    if not value or abs(value) >= 1e-3:
-        return f"{value:.2g}".replace("-", "−")
-    digits, power = f"{value:.1e}".split("e")
-    return f"{digits.removesuffix('.0')} × 10{figures.raised(int(power))}".replace("-", "−")
-
-
-def _big(value: float | str | None) -> str:
-    """Return a count: in full where it is short, else as a power of ten; text holds whole numbers of any size."""
-    if value is None:
-        return "–"
-    digits = value.lstrip("0") or "0" if isinstance(value, str) else f"{value:.0f}"
-    if len(digits) <= 6:
-        return f"{int(digits):,}"
-    first, power = f"{Decimal(digits):.1e}".split("e")
-    return f"{first} × 10{figures.raised(int(power))}"
-
-
-def _bits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _thousandths(value: float | None) -> str:
-    return "–" if value is None else f"{round(1000 * value, 1) + 0.0:.1f}".replace("-", "−")
+    }  # fmt: skip
+    which = "a drawn grammar" if run.grammar["name"] == "drawn" else f"the grammar {run.grammar['name']}"
+    title = f"{run.info['name']}: what language models make of {which}"
+    return Page(title, template="grammar.html.jinja", context=context, figures=drawn)
 
 
 def headline(run: GrammarRun) -> dict[str, Any]:
@@ -231,11 +190,11 @@ def _perturbed(run: GrammarRun) -> dict[str, Any] | None:
     return {"best": best[0], "clean": next(iter(rows.filter(pl.col("name").is_in(same)).rows(named=True)), None)}
 
 
-def _plots(drawn: Drawn, *made: Any) -> list[dict[str, Any]]:
+def _plots(drawn: FigureList, *made: Any) -> list[Plot]:
     return [drawn.add(figure) for figure in made if figure is not None]
 
 
-def _generation(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
+def _generation(run: GrammarRun, drawn: FigureList) -> dict[str, Any] | None:
     if not {"generation", "curve", "diversity"} & run.tables.keys():
         return None
     order = {name: k for k, name in enumerate(run.models)}
@@ -288,7 +247,7 @@ def _lines(run: GrammarRun, reach: str, target: str, where: str) -> list[dict[st
 
 def _told(row: dict[str, Any]) -> str:
     return (
-        f"{_percents(row['accuracy'])} ({_percents(row['low'])} to {_percents(row['high'])}), "
+        f"{percents(row['accuracy'])} ({percents(row['low'])} to {percents(row['high'])}), "
         f"{_layer(row['layer'])}, n {row['tokens']:,} tokens of {row['strings']:,} strings"
     )
 
@@ -310,7 +269,7 @@ def _probe_figures(run: GrammarRun) -> dict[tuple[str, str, str], Any]:
     return out
 
 
-def _probes(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
+def _probes(run: GrammarRun, drawn: FigureList) -> dict[str, Any] | None:
     made = _probe_figures(run)
     if not made:
         return None
@@ -335,7 +294,7 @@ def _attention_figures(run: GrammarRun) -> dict[str, dict[str, Any]]:
     if "attention-profile" in run.tables:
         by_name = {name: run.tables["attention-profile"].filter(name=name) for name in run.of("attention-profile")}
         out["profile"] = {
-            name: heatmaps.profile(rows, plain(name)) for name, rows in by_name.items() if rows["weight"].count()
+            name: heatmaps.profile(rows, _plain(name)) for name, rows in by_name.items() if rows["weight"].count()
         }
     at_ends = run.averaged("attention-ends", "level", "delta")
     if at_ends is not None:
@@ -353,10 +312,10 @@ def _attention_figures(run: GrammarRun) -> dict[str, dict[str, Any]]:
 
 def _each(run: GrammarRun, rows: pl.DataFrame, draw: Any) -> dict[str, Any]:
     reach, seen = _reach(rows["residual"].to_list()), set(rows["name"])
-    return {name: draw(rows.filter(name=name), plain(name), reach) for name in run.models if name in seen}
+    return {name: draw(rows.filter(name=name), _plain(name), reach) for name in run.models if name in seen}
 
 
-def _attention(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
+def _attention(run: GrammarRun, drawn: FigureList) -> dict[str, Any] | None:
     made = _attention_figures(run)
     out = {what: _plots(drawn, *by_name.values()) for what, by_name in made.items() if by_name}
     if not out:
@@ -378,7 +337,7 @@ def _attention(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
     return {"figures": out, "strongest": strongest, "scales": scales, "floor": heatmaps.FLOOR, "above": above}
 
 
-def _robustness(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
+def _robustness(run: GrammarRun, drawn: FigureList) -> dict[str, Any] | None:
     parts = []
     for prefix, keys in groupby(figures.panels(run), lambda key: key[0]):
         made = [figures.robustness(run, prefix, t, f"Temperature {t:g}") for _, t in keys]
@@ -395,16 +354,16 @@ def mirrored(run: GrammarRun) -> dict[str, Any]:
     told, out = headline(run), dict[str, Any]()
     rows = run.written
     for row in [] if rows is None else rows.drop_nulls("accuracy").iter_rows(named=True):
-        out[f"summary/{slug(row['name'])}/accuracy_{row['prefix']}"] = row["accuracy"]
+        out[f"summary/{_slug(row['name'])}/accuracy_{row['prefix']}"] = row["accuracy"]
     if "diversity" in run.tables:
         for row in run.tables["diversity"].iter_rows(named=True):
-            out |= {f"summary/{slug(row['name'])}/{k}": row[k]
+            out |= {f"summary/{_slug(row['name'])}/{k}": row[k]
                     for k in ("kl", "bits", "distinct", "equal_pairs") if row[k] is not None}  # fmt: skip
     if told["probes"] is not None:
         for one in [*told["probes"]["models"], *filter(None, [told["probes"]["random"]])]:
-            out |= {f"summary/{slug(one['name'])}/ancestor_{level}": v for level, v in one["levels"].items()}
+            out |= {f"summary/{_slug(one['name'])}/ancestor_{level}": v for level, v in one["levels"].items()}
     for one in told["ends"]:
-        out |= {f"summary/{slug(one['name'])}/attention_{k}": one[k] for k in ("at", "beside")}
+        out |= {f"summary/{_slug(one['name'])}/attention_{k}": one[k] for k in ("at", "beside")}
     drawn = {
         "generation": figures.generation(run, "Written strings that are in the grammar"),
         "divergence": figures.divergence(run, "Divergence from the exact next tokens"),
@@ -415,7 +374,7 @@ def mirrored(run: GrammarRun) -> dict[str, Any]:
             title_text=f"{WORDS[target, where][0]}, {reach}"
         )
     for what, by_name in _attention_figures(run).items():
-        drawn |= {f"attention_{what}_{slug(name)}": figure for name, figure in by_name.items()}
+        drawn |= {f"attention_{what}_{_slug(name)}": figure for name, figure in by_name.items()}
     for prefix, temperature in figures.panels(run):
         title = f"{PREFIX[prefix]}, temperature {temperature:g}"
         drawn[f"robustness_{prefix}_{temperature:g}"] = figures.robustness(run, prefix, temperature, title)

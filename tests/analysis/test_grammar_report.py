@@ -14,10 +14,12 @@ import polars as pl
 import pytest
 
 from nextstate.analysis import grammar_figures, grammar_heatmaps, grammar_report
-from nextstate.analysis.grammar_report import _big, _percents, _short
-from nextstate.analysis.grammar_tables import SCHEMAS, load, published, published_robustness, support
+from nextstate.analysis.grammar_tables import SCHEMAS, GrammarRun, load, published, published_robustness, support
+from nextstate.analysis.page.formats import big, percents, short
+from nextstate.analysis.page.page import render
 from nextstate.analysis.tables import RunError
 from nextstate.envs.grammar.grammar import Grammar
+from tests.pages import data, loads_nothing, markup, places, shown
 
 EVIL = "</script><img src=x onerror=\"document.title='owned'\">|'a"
 RULES = (
@@ -152,23 +154,19 @@ def page(folder: Path) -> str:
     return grammar_report.write(folder).read_text(encoding="utf-8")
 
 
-def shown(page: str) -> str:
-    """What is read of a page: without scripts, tags and entities."""
-    return html.unescape(re.sub(r"<[^>]+>", "", page[page.index("<body>") : page.index('id="data-figures"')]))
+def rendered(run: GrammarRun) -> str:
+    return render(grammar_report.make_page(run), run.info)
 
 
 def drawn(page: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(re.search(r'id="data-figures">(.*?)</script>', page, re.S)[1])  # type: ignore[index]
-    return found
+    return list(data(page, "figures").values())
 
 
 def test_the_page_is_whole_and_loads_nothing(page: str) -> None:
-    above = page[: page.index('id="data-figures"')]
+    above = markup(page)
     assert page.count("</script>") == 3
-    assert "default-src 'none'" in above
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", above)
-    places = sorted(int(n) for n in re.findall(r'data-figure="(\d+)"', above))
-    assert places == list(range(len(drawn(page))))
+    assert loads_nothing(page)
+    assert places(page) == sorted(data(page, "figures"))
     for anchor in re.findall(r'href="#(\w+)"', above):
         assert f'<section id="{anchor}">' in above
     assert re.findall(r'<section id="(\w+)">', above) == [
@@ -180,7 +178,7 @@ def test_the_page_is_whole_and_loads_nothing(page: str) -> None:
 def test_the_headline_says_the_numbers_of_the_tables(folder: Path, page: str) -> None:
     made, text = tables(), shown(page)
     (own,) = made["generation"].filter(name="rotary", prefix="nothing", temperature=1.0).rows(named=True)
-    assert f"{_percents(own['accuracy'])} of what rotary writes from nothing is in the grammar" in text
+    assert f"{percents(own['accuracy'])} of what rotary writes from nothing is in the grammar" in text
     told = grammar_report.headline(load(folder))
     assert [row["name"] for row in told["written"]] == ["rotary", "absolute"]
     assert [row["name"] for row in told["kl"]] == ["rotary", "absolute"]
@@ -211,12 +209,12 @@ def test_what_controls_give_as_well_is_not_claimed(tmp_path: Path) -> None:
     equal = made["probes"].with_columns(pl.when(known).then(1.0).otherwise(pl.col("high")).alias("high"))
     run = load(lay(tmp_path / "a", info(), made | {"probes": equal}))
     assert grammar_report.headline(run)["probes"]["beyond"] == 3
-    assert "at 3 of 5 levels: 99.1" in shown(grammar_report.render(run))
+    assert "at 3 of 5 levels: 99.1" in shown(rendered(run))
     none = made["probes"].with_columns(high=pl.lit(1.0))
-    text = shown(grammar_report.render(load(lay(tmp_path / "b", info(), made | {"probes": none}))))
+    text = shown(rendered(load(lay(tmp_path / "b", info(), made | {"probes": none}))))
     assert "No more of the ancestors can be read from" in text
     alone = made["probes"].filter(~pl.col("shuffled"), pl.col("name") != "random")
-    text = shown(grammar_report.render(load(lay(tmp_path / "c", info(), made | {"probes": alone}))))
+    text = shown(rendered(load(lay(tmp_path / "c", info(), made | {"probes": alone}))))
     assert "without a control: 99" in text
 
 
@@ -234,7 +232,7 @@ def test_the_deepest_layer_is_told(tmp_path: Path) -> None:
 def test_attention_that_shuns_ends_is_said_so(tmp_path: Path) -> None:
     made = tables()
     turned = made["attention-ends"].with_columns(residual=-pl.col("residual").abs() * (pl.col("delta") == 0))
-    text = shown(grammar_report.render(load(lay(tmp_path, info(), made | {"attention-ends": turned}))))
+    text = shown(rendered(load(lay(tmp_path, info(), made | {"attention-ends": turned}))))
     assert "At none of the levels attention is highest" in text
 
 
@@ -267,7 +265,7 @@ def test_the_paper_stands_beside_its_own_grammars_only(tmp_path: Path, folder: P
     marks = [t.name for t in grammar_figures.generation(load(folder), "x").data]  # type: ignore[union-attr]
     assert "rotary, from nothing, paper" in marks
     other = load(lay(tmp_path, info("drawn"), tables()))
-    text = shown(grammar_report.render(other))
+    text = shown(rendered(other))
     assert "it reports nothing of this grammar" in text
     assert "paper" not in [t.name for t in grammar_figures.generation(other, "x").data]  # type: ignore[union-attr]
     assert not any("paper" in str(t.name) for t in grammar_figures.robustness(other, "nothing", 1.0, "x").data)  # type: ignore[union-attr]
@@ -341,7 +339,7 @@ ANCHORS = {
 def test_what_is_absent_is_left_out_and_said(tmp_path: Path, gone: list[str]) -> None:
     made = {name: rows for name, rows in tables().items() if name not in gone}
     page = grammar_report.write(lay(tmp_path, info(), made)).read_text(encoding="utf-8")
-    above = page[: page.index('id="data-figures"')]
+    above = markup(page)
     said = re.search(r"Not here yet: (.*?)\.</p>", above)
     assert said is not None
     assert said[1] == ", ".join(ANCHORS[name] for name in gone)
@@ -366,7 +364,7 @@ def test_what_was_not_asked_for_is_not_missed(tmp_path: Path) -> None:
 def test_without_perturbed_models_there_is_no_robustness(tmp_path: Path) -> None:
     made = tables({name: model for name, model in MODELS.items() if not model[2]})
     run = load(lay(tmp_path, info(), made))
-    assert 'id="robustness"' not in grammar_report.render(run)
+    assert 'id="robustness"' not in rendered(run)
     assert grammar_report.headline(run)["perturbed"] is None
 
 
@@ -375,7 +373,7 @@ def test_without_perturbed_models_there_is_no_robustness(tmp_path: Path) -> None
 )
 def test_any_few_models_make_a_page(tmp_path: Path, which: list[str]) -> None:
     run = load(lay(tmp_path, info(), tables({name: MODELS[name] for name in which})))
-    text = shown(grammar_report.render(run))
+    text = shown(rendered(run))
     assert all(name in text for name in which)
     assert grammar_report.headline(run)["written"] == []
     assert all(isinstance(value, go.Figure | int | float) for value in grammar_report.mirrored(run).values())
@@ -390,7 +388,7 @@ def test_empty_tables_and_numbers_that_are_none(tmp_path: Path) -> None:
     )
     made["probes"] = made["probes"].clear()
     run = load(lay(tmp_path, info(), made))
-    text = grammar_report.render(run)
+    text = rendered(run)
     assert "Divergence</h3>" not in text
     assert "nan" not in shown(text).lower()
     assert run.absent == ["probes"]
@@ -405,10 +403,10 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     }
     told = info(EVIL, f"{EVIL} -> a b | c")
     told |= {"name": EVIL, "command": EVIL, "remarks": [EVIL], "versions": {EVIL: EVIL}, "config": {EVIL: EVIL}}
-    page = grammar_report.render(load(lay(tmp_path, told, tables(models))))
+    page = rendered(load(lay(tmp_path, told, tables(models))))
     assert page.count("</script>") == 3
-    assert "<img" not in page[: page.index("/**")]  # before plotly's own source
-    assert "<b>random" not in page[: page.index("/**")]
+    assert "<img" not in markup(page)
+    assert "<b>random" not in markup(page)
     assert EVIL in shown(page)
     for figure in drawn(page):
         for trace in figure["data"]:
@@ -527,13 +525,13 @@ def test_support_is_near_what_birthdays_say() -> None:
     [(1.0, "100"), (0.998, "99.8"), (0.99996, "99.996"), (0.0002, "0.02"), (0.0, "0"), (0.5, "50"), (None, "–")],
 )
 def test_shares_are_not_taken_for_all_or_nothing(value: float | None, text: str) -> None:
-    assert _percents(value).removesuffix("\u202f%") == text
+    assert percents(value).removesuffix("\u202f%") == text
 
 
 def test_numbers_of_any_size() -> None:
-    assert [_big(x) for x in ("0", "1234", "9" * 10, "12" + "0" * 500, 200_000_000.0)] == [
+    assert [big(x) for x in ("0", "1234", "9" * 10, "12" + "0" * 500, 200_000_000.0)] == [
         "0", "1,234", "1.0 × 10¹⁰", "1.2 × 10⁵⁰¹", "2.0 × 10⁸"
     ]  # fmt: skip
-    assert [_short(x) for x in (9e-5, 0.00045, 0.0045, -0.1, 0.0, None)] == [
+    assert [short(x) for x in (9e-5, 0.00045, 0.0045, -0.1, 0.0, None)] == [
         "9 × 10⁻⁵", "4.5 × 10⁻⁴", "0.0045", "−0.1", "0", "–"
     ]  # fmt: skip
