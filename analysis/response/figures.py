@@ -16,8 +16,8 @@ import polars as pl
 from jaxtyping import Float
 from plotly.colors import sample_colorscale
 
-from nextstate.analysis.figures import SCALE, layout, plain, rgba
-from nextstate.analysis.heads.figures import LIGHT, rounded
+from nextstate.analysis.figures import SCALE, layout, plain, rgba, rounded
+from nextstate.analysis.heads.figures import LIGHT
 
 DEEP = 6  # layers that a figure of windows draws
 BARS = 8  # layers that a figure of the bridge draws

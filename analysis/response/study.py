@@ -32,7 +32,6 @@ from nextstate.analysis.study import Job, Study
 
 if TYPE_CHECKING:
     from nextstate.analysis.page.page import Page
-
     from nextstate.analysis.response.bridge import Transcript
     from nextstate.analysis.response.induction import Repeated
     from nextstate.analysis.response.window import Window

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from functools import cache
@@ -18,6 +17,7 @@ from nextstate.agents.config import ConfigError, packaged_configs, read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis import log
 from nextstate.analysis.heads.study import Heads
+from nextstate.analysis.page.page import render
 from nextstate.analysis.response import figures
 from nextstate.analysis.response.config import ResponseConfig
 from nextstate.analysis.response.page import headline
@@ -26,6 +26,7 @@ from nextstate.analysis.response.tables import emerges
 from nextstate.analysis.run import ModelFailed, Run, RunError
 from nextstate.analysis.study import go, open_run, verify, write_page
 from tests.circuits import STATES, Circuit, circuit
+from tests.pages import loads_nothing, markup, places
 
 NARROW: dict[str, Any] = {
     "name": "narrow", "model": "circuit", "block": 8, "prompts": 3, "directions": 1, "window_prompts": 1,
@@ -53,8 +54,7 @@ def tables(folder: Path) -> dict[str, pl.DataFrame]:
 
 
 def page_of(folder: Path) -> str:
-    text = (folder / "report.html").read_text(encoding="utf-8")
-    return text[: text.index("data-figures")]
+    return markup((folder / "report.html").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +92,15 @@ def test_the_exact_limit_is_what_was_measured(folder: Path) -> None:
 
 
 def test_the_page_is_complete_and_says_whose_recipe_it_is(folder: Path) -> None:
-    page = page_of(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = markup(text)
+    assert loads_nothing(text)
     assert "nextstate response </script>" not in page
     for words in ("The recipe is ours, not the paper's", "Bridge to the games", "scale-invariant window", "Copying",
                   "How each model was run"):  # fmt: skip
         assert words.lower() in page.lower()
     drawn = ResponseStudy().page(read(folder)).figures.figures
-    assert re.findall(r'data-figure="([^"]+)"', page) == list(drawn)
+    assert places(text) == sorted(drawn)
     sliders = [figure.layout.sliders[0] for figure in drawn.values() if figure.layout.sliders]
     assert len(sliders) == 2
     windows = read(folder).summary("windows").filter(dtype="float32", kind="random")
@@ -114,11 +116,8 @@ def test_where_there_is_no_signature_no_head_carries_it(folder: Path, monkeypatc
     without = run.summaries()
     without["signature"] = without["signature"].with_columns(emerges=pl.lit(None, dtype=pl.Int64))
     monkeypatch.setattr(run, "summaries", lambda: without)
-    from nextstate.analysis.page.page import render
-
     made = ResponseStudy().page(run)
-    page = render(made, run.record)
-    page = page[: page.index("data-figures")]
+    page = markup(render(made, run.record))
     assert "No induction signature stands out." in page
     assert "carry it:" not in page
     assert "carries it:" not in page
