@@ -84,7 +84,7 @@ class ResponseStudy(Study[ResponseConfig]):
         )  # refused before the first job
         if other is None or not job.key.startswith("bridge_heads/"):
             return found
-        return found | {"patching": other.about["summary/heads"]["digest"]}
+        return found | {"patching": other.about["summary/heads"]["content"]}
 
     def do(self, job: Job, run: Run[ResponseConfig]) -> Tables:
         found: Tables = job.given(run)
