@@ -4,7 +4,7 @@ A push on position j changes the tokens from j on and no others. Where a model t
 tokens, which see the keys and values of the prompt before j. A row holds branches of many positions and directions; a
 mask hides them from each other. On all other roads a row is one branch: the whole prompt, pushed at one position.
 The same row is run once for each strength, so that responses to neighbouring strengths can be compared token by token.
-With the first pass goes a control, a row that is not pushed: it must give the prompt's own stream.
+The first pass has one more row, a control, which is not pushed: it must give the prompt's own stream.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Push(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What lies in each column of a row: position and direction of the branch, token of the prompt, first or not."""
+    """The columns of a row: position and direction of the branch, token of the prompt, and where branches begin."""
 
     positions: Int[np.ndarray, " column"]
     directions: Int[np.ndarray, " column"]
@@ -76,7 +76,7 @@ def wide(model: LanguageModel) -> torch.dtype:
 
 
 def rows_of(spans: Sequence[int], ways: int, length: int) -> list[Row]:
-    """Lay the branches of all positions and directions into as few rows as can be, the longest first."""
+    """Arrange the branches of all positions and directions in few rows, the longest first."""
     width = max(spans)
     rows: list[list[_Push]] = []
     room: list[int] = []

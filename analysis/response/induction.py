@@ -85,7 +85,7 @@ def repeated(
         vocabulary: tokens to draw from; by default all that are not special.
 
     Raises:
-        ResponseError: there are not so many tokens, or a prompt is longer than the model reads.
+        ResponseError: there are too few tokens, or a prompt is longer than the model reads.
     """
     known = vocabulary_of(model) if vocabulary is None else list(vocabulary)
     if block < 3 or repeats < 2 or prompts < 1:

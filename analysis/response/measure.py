@@ -101,7 +101,7 @@ def responses(
         directions: unit vectors to push in, named "random 1" and so on.
         along: also push along the vector itself, as the first direction.
         layer: whose input is pushed; 0 is the embedding.
-        max_bytes: bound on the memory of one pass beside the model. (All strengths of a row always go.)
+        max_bytes: bound on the memory of one pass in addition to the model; a pass has a row at all strengths at least.
 
     Raises:
         ResponseError: a position outside the prompt, a strength at or below float noise, a prompt longer than the

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import polars as pl
-from nextstate.analysis.page.page import FigureList, Page
 
 from nextstate.analysis.figures import SCALE
+from nextstate.analysis.page.page import FigureList, Page
 from nextstate.analysis.response import figures
 from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig
 from nextstate.analysis.run import Run
@@ -21,13 +21,13 @@ Tables = dict[str, pl.DataFrame]
 def page(run: Run[ResponseConfig]) -> Page:
     """Return the page, from the tables of `summary/`."""
     found, drawn, agent = run.summaries(), FigureList(), run.record["agents"][0]
-    told, table = headline(found), found["heads"]
-    carried = told["heads"] is not None
+    findings, table = headline(found), found["heads"]
+    carried = findings["heads"] is not None
     shown = (table.sort("lost", descending=True) if carried else table).head(ROWS)
     context = {
         "config": run.config,
         "agent": agent,
-        "headline": told,
+        "headline": findings,
         "scales": _scales(found, drawn),
         "edges": _edges(found),
         "matrices": _matrices(found, run.config, drawn),
@@ -152,7 +152,7 @@ def _bridges(found: Tables, drawn: FigureList) -> list[dict[str, Any]]:
 
 
 def _patched(found: Tables, drawn: FigureList) -> dict[str, Any] | None:
-    """Return the heads of a patching run beside the share of the response that is lost without them."""
+    """Return the heads of a patching run, with the share of the response that is lost without each."""
     table = found["bridge_heads"]
     if table.is_empty():
         return None

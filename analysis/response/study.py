@@ -104,8 +104,13 @@ class ResponseStudy(Study[ResponseConfig]):
         return summaries(run)
 
     def headline(self, run: Run[ResponseConfig]) -> pl.DataFrame:
-        rows = run.summary("precisions").filter(kind=RANDOM)
-        return rows.select("dtype", pl.col("low").alias("weakest"), pl.col("high").alias("strongest"), "layers", "of")
+        windows = run.summary("precisions").filter(kind=RANDOM)
+        rows = windows.select(precision="dtype", weakest="low", strongest="high", layers="layers", of="of")
+        added = run.summary("added").filter(kind=RANDOM, at="before").select("layer", "value", "low", "high")
+        found = run.summary("signature").filter(kind=RANDOM).join(added, left_on="deepest", right_on="layer")
+        names = {"signature": "value", "signature_low": "low", "signature_high": "high", "from_layer": "emerges"}
+        own = found.select(precision=pl.lit(windows["dtype"][0]), **names)
+        return rows.join(own, on="precision", how="left", maintain_order="left")
 
     def page(self, run: Run[ResponseConfig]) -> Page:
         from nextstate.analysis.response.page import page

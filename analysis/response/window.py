@@ -39,7 +39,7 @@ class Window:
 
     @property
     def common(self) -> tuple[float, ...]:
-        """The strengths within the windows of as many layers as can be; () where no layer has a window."""
+        """The strengths that are within the windows of most layers; () where no layer has a window."""
         inside = [int(((self.low <= s) & (s <= self.high)).sum()) for s in self.strengths]
         return tuple(s for s, n in zip(self.strengths, inside, strict=True) if n == max(inside) > 0)
 
@@ -54,7 +54,7 @@ class Window:
         return tuple(layer for layer, ok in zip(self.layers, inside, strict=True) if ok)
 
     def table(self, dtype: str) -> pl.DataFrame:
-        """Return one row a layer and strength; slope and cosine are those to the next strength."""
+        """Return a row for each layer and strength; slope and cosine are those to the next strength."""
         rows = []
         for i, layer in enumerate(self.layers):
             for k, strength in enumerate(self.strengths):

@@ -19,7 +19,7 @@ from nextstate.analysis import log
 from nextstate.analysis.heads.study import Heads
 from nextstate.analysis.page.page import render
 from nextstate.analysis.response import figures
-from nextstate.analysis.response.config import ResponseConfig
+from nextstate.analysis.response.config import ResponseConfig, patched
 from nextstate.analysis.response.page import headline
 from nextstate.analysis.response.study import ResponseStudy
 from nextstate.analysis.response.tables import emerges
@@ -188,6 +188,15 @@ def test_the_page_needs_the_summary_alone(folder: Path, tmp_path: Path) -> None:
     assert page_of(tmp_path) == before
 
 
+def test_the_headline_has_the_windows_and_the_signature(folder: Path) -> None:
+    rows = ResponseStudy().headline(read(folder)).rows(named=True)
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
+    assert rows[0]["weakest"] == 1e-3
+    assert rows[0]["from_layer"] == built("Cycle").heads["induction"][0]
+    assert 0.2 < rows[0]["signature_low"] < rows[0]["signature"] < rows[0]["signature_high"]
+    assert rows[1]["signature"] is None
+
+
 def test_jobs_done_again_give_the_same_tables(folder: Path) -> None:
     found = verify(folder, cells=6, model=built("Cycle").agent)
     assert len(found) == 6
@@ -249,7 +258,7 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     }  # fmt: skip
     go(Heads(), Heads.config(**narrow), tmp_path / "heads", model=made.agent)
     bridge = [{"game": "DFA", "settings": settings, "kinds": ["state", "action"], "pairs": 2, "steps": 8}]
-    more = {"bridge": bridge, "patching": str(tmp_path / "heads")}
+    more: dict[str, Any] = {"bridge": bridge, "patching": str(tmp_path / "heads")}
     run = respond(tmp_path / "run", made.agent, **more)
     assert "Beside patching" in page_of(tmp_path / "run")
     assert run.summary("ranks")["kind"].to_list() == ["state", "action"]
@@ -267,6 +276,8 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     aside = {x["table"]: x["reason"] for x in again.record["set_aside"] if not x["table"].startswith("summary/")}
     assert aside.keys() == {"bridge_heads/DFA-state", "bridge_heads/DFA-action"}
     assert all("patching" in reason for reason in aside.values())
+    with pytest.raises(RunError, match="is a run of circuit with other files than it has now"):
+        patched(ResponseConfig(**NARROW | more), "0" * 64)
     with pytest.raises(RunError, match="is a run of circuit, expected one of another"):
         respond(tmp_path / "third", made.agent, **more, model="another")
     with pytest.raises(RunError, match="is a run of the study 'response', expected one of 'patch'"):
