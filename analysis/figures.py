@@ -6,7 +6,8 @@ for light and dark. Colours are told apart by colour-blind readers, and each age
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import plotly.graph_objects as go
@@ -85,6 +86,11 @@ def plain(text: str) -> str:
 def place(game: str, variant: str) -> str:
     """Return how a game and its variant are named on an axis."""
     return f"{game} {variant.replace('density=', '')}".strip()
+
+
+def rounded(values: Iterable[float | None]) -> list[float | None]:
+    """Return numbers to four places for a figure, with None for those that are missing or not finite."""
+    return [None if value is None or not math.isfinite(value) else round(float(value), 4) for value in values]
 
 
 def layout(title: str, height: int, x: str, y: str = "", **more: Any) -> dict[str, Any]:

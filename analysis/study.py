@@ -174,7 +174,8 @@ def go(
         try:
             _do_all(study, run, jobs, accept_mixed, mirror)
             if not any(run.has(job.key) for job in jobs):
-                reasons = dict.fromkeys(x["reason"] for x in run.record["left_out"])
+                left_out = run.record["left_out"]
+                reasons = dict.fromkeys(x["reason"] for x in [x for x in left_out if x.get("failed")] or left_out)
                 raise ModelFailed("; ".join(reasons) or "the study has no jobs")
             new = _summarise(study, run, jobs)
             if new or mirror.used or not (out / "report.html").is_file() or not run.record["finished"]:

@@ -20,13 +20,13 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from nextstate import cli, experiment, patching, responding
+from nextstate import cli, experiment
 from nextstate.agents.agent import Agent
 from nextstate.analysis import plays, tables
+from nextstate.analysis.run import ModelFailed, read_record
+from nextstate.analysis.study import find_study, go
 from nextstate.experiment import Config
-from nextstate.folder import ModelFailed, answered, left_out
-from nextstate.patching import PatchConfig
-from nextstate.responding import ResponseConfig
+from nextstate.folder import answered, left_out
 from tests.checkpoints import Tensors, build, edit_tensors, save
 
 SMALL: dict[str, Any] = {
@@ -174,16 +174,12 @@ def test_where_every_agent_fails_the_last_line_says_why(tmp_path: Path) -> None:
 def test_runs_of_one_model_say_why_it_failed(tmp_path: Path, what: str, given: dict[str, Any]) -> None:
     folder = str(without_layer(tmp_path / "broken"))
     config = {"name": "one", "wandb": "disabled", "model": folder, **given}
-    run = (
-        (lambda out: patching.run(PatchConfig(**config), out))
-        if what == "patch"
-        else lambda out: responding.run(ResponseConfig(**config), out)
-    )
+    study = find_study(what)
     with pytest.raises(ModelFailed, match="9 tensors are missing"):
-        run(tmp_path / "run")
-    (left,) = left_out(tmp_path / "run")
-    assert left["agent"] == folder
-    assert "9 tensors are missing" in left["reason"]
+        go(study, study.config(**config), tmp_path / "run")
+    for left in read_record(tmp_path / "run")["left_out"]:
+        assert left["agent"] == folder
+    assert "9 tensors are missing" in read_record(tmp_path / "run")["left_out"][0]["reason"]
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     refused = CliRunner().invoke(cli.app, [what, str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
     assert isinstance(refused.exception, ModelFailed)
