@@ -319,6 +319,16 @@ class Run(Generic[C]):
                 self.describe(agent)
         return True
 
+    def fits(self, key: str, identity: Mapping[str, Any]) -> bool:
+        """Return whether a finished table is there, undamaged and with this identity; it may then be used."""
+        try:
+            about = read_about(self.file(key))
+        except Damaged:
+            return False
+        if not difference(about["identity"], identity):
+            self.about[key] = about
+        return key in self.about
+
     def set_aside(self, key: str, reason: str) -> None:
         """Move a table to `set-aside/`, and keep the reason in `run.json`."""
         path, count = self.file(key), 1

@@ -283,7 +283,7 @@ def _summarise(study: Study[C], run: Run[C], jobs: Sequence[Job]) -> bool:
         "versions": versions(("numpy", "polars", "scipy")), "inputs": inputs,
     }  # fmt: skip
     names = run.record.get("summary", [])
-    if names and all([run.check(f"summary/{name}", identity, False) for name in names]):
+    if names and all([run.fits(f"summary/{name}", identity) for name in names]):
         return False
     run.progress.on("statistics")
     made = guarded(lambda: dict(study.summarise(run)), passing=(RunError, AgentError, GameError))
