@@ -14,28 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from nextstate.agents.config import ConfigError, Strict
+from nextstate.agents.config import ConfigError
+from nextstate.agents.training_config import Optimisation
 
 # Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
 TRAINING_STREAM = 1
 _log = logging.getLogger(__name__)
-
-
-class Optimisation(Strict):
-    """How a model is trained, whatever on: AdamW, its rate falling linearly to 0."""
-
-    rows: int = Field(default=16, ge=1, description="of a step, over all processes")
-    steps: int = Field(default=9000, ge=1)
-    learning_rate: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    evaluate_every: int = Field(default=500, ge=1)
-    save_every: int = Field(default=500, ge=1)
-    threads: int | None = None
 
 
 def claim(decides: Mapping[str, Any], out: Path) -> None:
