@@ -56,9 +56,14 @@ class Prediction:
 
 
 class Agent(ABC):
-    """Predicts the answers to questions. `name` is how a config and a table call it."""
+    """Predicts the answers to questions.
+
+    `name` identifies it in tables. `kind` is a name that `nextstate.agents.registry` knows, such as "ideal", "shortcut"
+    or "model", or that of the plugin which the agent comes from; agents made from a config get both from there.
+    """
 
     name: str
+    kind: str
     batch_size: int = 64  # most episodes that it reads side by side
     incomplete: str = ""  # what a model's checkpoint lacks, where it was loaded all the same
 
@@ -87,8 +92,8 @@ class Agent(ABC):
         return "\n".join(self.warnings())
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run.json` says about this agent."""
-        return {"name": self.name, "kind": "reference"}
+        """Return what `run.json` records about this agent: at least `name` and `kind`."""
+        return {"name": self.name, "kind": self.kind}
 
 
 def from_belief(belief: Distribution, question: Question, tie: float) -> Prediction:

@@ -43,6 +43,13 @@ class Tree:
             parent = node
         return parent
 
+    def copy(self) -> Tree:
+        """Return an independent copy."""
+        out = Tree()
+        out.tokens, out.parents, out.depths = list(self.tokens), list(self.parents), list(self.depths)
+        out._child = dict(self._child)
+        return out
+
     def cut(self, nodes: int) -> None:
         """Keep the first `nodes` nodes alone."""
         for child in zip(self.parents[nodes:], self.tokens[nodes:], strict=True):

@@ -265,7 +265,7 @@ class _Ladder:
     def leak(self, one: Sample) -> float:
         """Return by how much the longest path of a tree changes with tokens that are not on it: 0 where all is well."""
         path = set(one.tree.path(one.ends[-1]))
-        wanted, other = [Want(0, n) for n in sorted(path)], _copy(one.tree)
+        wanted, other = [Want(0, n) for n in sorted(path)], one.tree.copy()
         vocabulary = _vocabulary(self.forward.model)
         other.tokens = [t if n in path else 3 + (t + 4) % (vocabulary - 3) for n, t in enumerate(other.tokens)]
         return float((self._tree(other, one.spine, wanted) - self._tree(one.tree, one.spine, wanted)).abs().max())
@@ -393,16 +393,9 @@ def _vocabulary(model: Any) -> int:
 
 
 def _first_half(tree: Tree) -> Tree:
-    half = _copy(tree)
+    half = tree.copy()
     half.cut(len(tree) // 2)
     return half
-
-
-def _copy(tree: Tree) -> Tree:
-    out = Tree()
-    out.tokens, out.parents, out.depths = list(tree.tokens), list(tree.parents), list(tree.depths)
-    out._child = dict(tree._child)
-    return out
 
 
 def _turned(tree: Tree, spine_end: int) -> tuple[Tree, dict[int, int]]:
@@ -462,7 +455,7 @@ def _float_copy(forward: Forward) -> Forward | None:
     finally:
         for (holder, i), block in kept.items():
             holder[i] = block
-    return Forward(twin, forward.name, forward.pad, forward.batch_tokens)
+    return Forward(twin, forward.name, certify, forward.pad, forward.batch_tokens)
 
 
 def _types(config: Any, layer: int) -> list[str]:

@@ -1,13 +1,23 @@
-"""Configs: YAML files, overridden by key=value, checked by pydantic; a wrong key is told the nearest right one."""
+"""Configs: YAML files with key=value overrides, checked by pydantic; the error for a wrong key suggests a right one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 PACKAGED = Path(__file__).resolve().parent.parent / "configs"
 
@@ -31,6 +41,89 @@ class Strict(BaseModel):
                     hint = f"; did you mean {close[0]!r}?" if close else ""
                     raise ValueError(f"unknown key {key!r}: expected one of {', '.join(cls.model_fields)}{hint}")
         return data
+
+
+class ModulesConfig(Strict):
+    """Names of a model's modules, for a model in which they are not found by structure.
+
+    The keys are those of `nextstate.agents.sites.Names`.
+    """
+
+    blocks: str = Field(description="path of the list of decoder blocks in the model")
+    attention: str = Field(description="path of the attention module in a block")
+    projection: str = Field(description="path of the output projection in the attention module")
+    mlp: str = Field(description="path of the MLP in a block")
+    attn_out: str = ""
+    mlp_out: str = ""
+    adds: bool = True
+
+
+class AgentConfig(Strict):
+    """A language model and how to load it; a string in its place is a name, with defaults for the rest.
+
+    The keys are those of `nextstate.agents.language.LanguageModel`.
+    """
+
+    kind: Literal["model"] = Field(default="model", exclude=True)
+    name: str
+    device: str | None = None
+    device_map: str | dict[str, int | str] | None = Field(default=None, description="such as auto; instead of device")
+    dtype: str | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
+    attn_implementation: str | None = None
+    revision: str | None = None
+    allow_incomplete: bool = False
+    bos: bool | None = Field(default=None, description="begin with BOS, or not; by default as the tokenizer does")
+    modules: ModulesConfig | None = Field(default=None, description="by default they are found by structure")
+    batch_size: int = Field(default=64, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> AgentConfig:
+        if self.device is not None and self.device_map is not None:
+            raise ValueError(f"{self.name}: device and device_map exclude each other; give one")
+        return self
+
+
+class InterveneConfig(Strict):
+    """Heads to ablate; every language model is then asked twice: as it is, and without these heads."""
+
+    heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
+    mode: Literal["zero", "mean", "resample"] = "zero"
+    episodes: int = Field(16, ge=1, le=10_000, description="reference episodes of mean and resample")
+
+
+class KindConfig(BaseModel):
+    """An agent of any kind but a language model; keys other than `kind` are the arguments of that kind."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(self.model_extra or {})
+
+
+def _tag(entry: Any) -> str | None:
+    if isinstance(entry, str):
+        return "name"
+    if isinstance(entry, (AgentConfig, KindConfig)):
+        return "model" if isinstance(entry, AgentConfig) else "kind"
+    if isinstance(entry, Mapping):
+        return "model" if entry.get("kind", "model") == "model" else "kind"
+    return None
+
+
+AgentEntry = Annotated[
+    Annotated[str, Tag("name")] | Annotated[AgentConfig, Tag("model")] | Annotated[KindConfig, Tag("kind")],
+    Discriminator(
+        _tag,
+        custom_error_type="agent",
+        custom_error_message="expected the name of an agent, or keys and values such as {kind: shortcut, name: stay}",
+    ),
+]
 
 
 C = TypeVar("C", bound=Strict)

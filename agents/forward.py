@@ -34,6 +34,8 @@ from nextstate.agents.masks import PathMasks, Places
 if TYPE_CHECKING:
     from nextstate.agents.certificate import Certificate
 
+    Certify = Callable[["Forward", int, int, bool, Certificate | None], Certificate]
+
 Road = Literal["tree", "fork", "step", "rows"]
 ROADS: tuple[Road, ...] = get_args(Road)
 _SLICE = 2048  # of the vocabulary
@@ -111,12 +113,14 @@ class Forward:
     Args:
         model: a causal language model of transformers, in evaluation mode.
         name: how errors call it.
+        certify: finds a road that agrees with plain forward passes (`nextstate.agents.certificate.certify`).
         pad: the token that fills up shorter rows.
         batch_tokens: most tokens in one forward pass of `fork` and `rows`.
     """
 
-    def __init__(self, model: Any, name: str, pad: int = 0, batch_tokens: int = 8192) -> None:
+    def __init__(self, model: Any, name: str, certify: Certify, pad: int = 0, batch_tokens: int = 8192) -> None:
         self.model, self.name, self.pad, self.batch_tokens = model, name, pad, batch_tokens
+        self.certify = certify
         self.device = device_of(model)  # where tokens go in
         self.masks = PathMasks(model)
         self.reading: Reading | None = None  # what is read now, for hooks
@@ -143,8 +147,6 @@ class Forward:
         Raises:
             AgentError: no road gives what plain forward passes give.
         """
-        from nextstate.agents.certificate import certify
-
         known = self.certificates.get(live)
         if known is not None and known.attention != self.masks.attention:
             known = None
@@ -155,7 +157,7 @@ class Forward:
                 raise refused[3]
             self.proving = True
             try:
-                known = self.certificates[live] = certify(self, depth, columns, live, known)
+                known = self.certificates[live] = self.certify(self, depth, columns, live, known)
             except AgentError as error:
                 self._refused[live] = (depth, columns, self.masks.attention, error)
                 raise

@@ -25,7 +25,7 @@ class Human(Agent):
     An answer that is none of the choices is asked again; "q" and "quit" raise `GivenUp` unless they are a choice.
     """
 
-    name = "human"
+    name = kind = "human"
 
     def __init__(self, console: Console, ask: Callable[[str], str]) -> None:
         self.console, self.ask = console, ask

@@ -12,11 +12,11 @@ import torch
 
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
 from nextstate.agents.branches import Asked, Planted, Reading, Trunk, size_of
-from nextstate.agents.certificate import Certificate
+from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
 from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
-from nextstate.agents.loading import BUILT_IN as BUILT_IN
-from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load, weights_hash
+from nextstate.agents.identity import files_digest
+from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load
 from nextstate.agents.loading import default_device as default_device
 from nextstate.agents.sites import Edit, Names, Site, Sites
 from nextstate.agents.text import Encoder, TokenizerError
@@ -49,6 +49,8 @@ class LanguageModel(Agent):
         SiteError: `modules` names what the model does not have, or what does not do what its name says.
     """
 
+    kind = "model"
+
     def __init__(
         self,
         name: str,
@@ -67,6 +69,7 @@ class LanguageModel(Agent):
         loaded: tuple[Any, Any] | None = None,
     ) -> None:
         self.name = name
+        self._by_name = loaded is None
         if loaded is None:
             how = Loading(device, device_map, dtype, quantization, attn_implementation, revision, allow_incomplete)
             found = load(name, how)
@@ -84,7 +87,7 @@ class LanguageModel(Agent):
         self.context = context_of(self.model.config)
         pad = int(self.tokenizer.pad_token_id or 0)
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # any will do: nobody looks at it
-        self.forward = Forward(self.model, name, self.pad, self.batch_tokens)
+        self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
         self._done: list[Callable[[Reading], None]] = []
         if self._names is not None:
             self.sites.check("resid_pre")  # names that are wrong are said now, not when heads are first read
@@ -103,7 +106,7 @@ class LanguageModel(Agent):
 
     @cached_property
     def _hash(self) -> str | None:
-        return weights_hash(self.name)  # reads all files, and a run asks for it after each cell
+        return files_digest(self.name, self.commit) if self._by_name else None  # read once: files may be large
 
     @contextmanager
     def hooks(self, *edits: tuple[Site, int, Edit], done: Callable[[Reading], None] | None = None) -> Iterator[Self]:
@@ -149,7 +152,7 @@ class LanguageModel(Agent):
         config = self.model.config
         return {
             "name": self.name,
-            "kind": "model",
+            "kind": self.kind,
             "architecture": config.architectures[0] if config.architectures else type(self.model).__name__,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),

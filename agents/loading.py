@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -22,8 +21,8 @@ from nextstate.agents import architectures  # noqa: F401  (transformers then kno
 from nextstate.agents.agent import AgentError
 from nextstate.agents.checkpoints import Fit, check_files, check_finite, check_tokenizer, fit_of, read_config_json
 from nextstate.agents.failures import guarded, one_line
+from nextstate.agents.identity import BUILT_IN, folder_of, snapshot_of
 
-BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
 PATIENCE = 5.0  # seconds in which the hub has to answer, name look-up included
 
 _LONG = 200  # letters of a message from elsewhere, beyond which its first sentence has to do
@@ -110,7 +109,8 @@ def load(name: str, how: Loading) -> Loaded:
                 f"cannot load {name}: the checkpoint does not fit its config.json: {fit.problems}; give the whole "
                 "checkpoint, or allow_incomplete=true to load it all the same"
             )
-        commit = None if folder is not None else _commit(name, how.revision)
+        snapshot = snapshot_of(name, how.revision) if folder is None else None
+        commit = snapshot.name if snapshot is not None else None
         return guarded(lambda: _ready(name, model, tokenizer, how, fit, commit), told)
 
 
@@ -131,27 +131,6 @@ def device_of(model: Any) -> torch.device:
     hook = getattr(table, "_hf_hook", None)
     brought = getattr(hook, "execution_device", None)
     return torch.device(table.weight.device if brought is None else brought)
-
-
-def folder_of(name: str) -> Path | None:
-    """Return the folder that a name means, None where it is a name on the hub."""
-    folder = BUILT_IN.get(name, Path(name).expanduser())
-    local = name in BUILT_IN or folder.is_dir() or name.startswith((".", "/", "~"))
-    return folder if local else None
-
-
-def weights_hash(name: str) -> str | None:
-    """Return the SHA-256 over the safetensors of a local model, None for one on the hub."""
-    folder = folder_of(name)
-    files = sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as f:
-            while block := f.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _check_folder(name: str, folder: Path) -> dict[str, Any]:
@@ -268,21 +247,12 @@ def _offline(name: str, revision: str | None) -> bool:
     reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _unreachable(name, revision)
     if not reason:
         return False
-    if _commit(name, revision) is not None:
+    if snapshot_of(name, revision) is not None:
         return True
     raise AgentError(
         f"cannot load {name}: there is no such folder, it is not among the models kept on this computer, and the hub "
         f"cannot be asked ({reason}); give a folder or {', '.join(BUILT_IN)}, or connect to a network"
     )
-
-
-def _commit(name: str, revision: str | None) -> str | None:
-    """Return the commit of a model that is kept on this computer, None where it is not."""
-    try:
-        cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def _unreachable(name: str, revision: str | None) -> str:

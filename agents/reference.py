@@ -1,4 +1,4 @@
-"""Agents to measure against: the ideal reader, chance, and the cheap shortcuts of each game."""
+"""Agents to measure others against: the ideal reader, chance, and the shortcuts of each game."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from zlib import crc32
 
 from nextstate.agents.agent import Agent, Prediction, Prompt, from_belief
-from nextstate.envs.game import Distribution, Game
-
-SHORTCUT = "shortcut:"
+from nextstate.envs.game import Distribution
 
 
 class Reference(Agent):
-    """Answers from what a game's reader believes: "ideal", "chance", or "shortcut:NAME".
+    """Answers with the most probable choice according to one of a game's own readers.
 
-    Ties are broken by a hash of name, seed, step and question: evenly, yet alike in every batch and on every machine.
+    Ties are broken by a hash of belief, seed, step and question: evenly, and the same in every batch and on every
+    computer.
+
+    Args:
+        belief: "ideal", "chance", or one of a game's `shortcuts`.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.belief = name.removeprefix(SHORTCUT)
+    def __init__(self, belief: str) -> None:
+        self.belief = belief
+        self.kind = belief if belief in ("ideal", "chance") else "shortcut"
+        self.name = belief if belief == self.kind else f"shortcut:{belief}"
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
         beliefs: dict[int, list[list[Distribution]]] = {}
@@ -31,9 +34,3 @@ class Reference(Agent):
             tie = crc32(f"{self.belief} {episode.seed} {prompt.step} {prompt.question}".encode()) / 2**32
             out.append(from_belief(beliefs[id(episode)][prompt.step][prompt.question], prompt.asked, tie))
         return out
-
-
-def references(game: type[Game] | Game, shortcuts: bool = True) -> list[Reference]:
-    """Return the ideal reader, chance, and the shortcuts of a game."""
-    names = ["ideal", "chance"] + [SHORTCUT + s for s in game.shortcuts if shortcuts]
-    return [Reference(name) for name in names]

@@ -77,8 +77,8 @@ def label(agent: str) -> str:
     return agent.removeprefix("shortcut:").replace("_", " ") if agent.startswith("shortcut:") else agent
 
 
-def _plain(text: str) -> str:
-    # Plotly reads a few tags in its texts; names come from files, so they get none.
+def plain(text: str) -> str:
+    """Return a text escaped for plotly, which reads a few HTML tags."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -87,10 +87,11 @@ def place(game: str, variant: str) -> str:
     return f"{game} {variant.replace('density=', '')}".strip()
 
 
-def _layout(title: str, height: int, x: str, y: str = "", **more: Any) -> dict[str, Any]:
+def layout(title: str, height: int, x: str, y: str = "", **more: Any) -> dict[str, Any]:
+    """Return the layout that all figures share, with titles of the axes; `more` overrides or adds to it."""
     clear = "rgba(0,0,0,0)"
     axis = {"zeroline": False, "automargin": True, "fixedrange": True, "ticks": "outside", "ticklen": 3}
-    layout = {
+    base = {
         "title": {"text": title, "font": {"size": 14}, "x": 0, "xref": "paper"},
         "height": height,
         "margin": {"l": 44, "r": 12, "t": 34, "b": 40},
@@ -102,7 +103,7 @@ def _layout(title: str, height: int, x: str, y: str = "", **more: Any) -> dict[s
         "yaxis": axis | {"title": {"text": y, "standoff": 6}} | more.pop("yaxis", {}),
         "legend": {"orientation": "h", "y": -0.3},
     }
-    return layout | more
+    return base | more
 
 
 def _text(value: float | None) -> str:
@@ -161,8 +162,8 @@ def heatmap(
         for ticks in (steps, sizes)
     )
     height = 27 * max(len(sizes), 3) + 74
-    title = VALUES[value].format(agent=_plain(agent))
-    return go.Figure([trace, numbers], _layout(title, height, "step", size_name, xaxis=across, yaxis=up))
+    title = VALUES[value].format(agent=plain(agent))
+    return go.Figure([trace, numbers], layout(title, height, "step", size_name, xaxis=across, yaxis=up))
 
 
 def curve(
@@ -198,7 +199,7 @@ def curve(
         if model:
             traces.append(
                 go.Scatter(
-                    x=x + x[::-1], y=high + low[::-1], fill="toself", fillcolor=_rgba(style.colour, 0.2), mode="lines",
+                    x=x + x[::-1], y=high + low[::-1], fill="toself", fillcolor=rgba(style.colour, 0.2), mode="lines",
                     line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=agent,
                 )
             )  # fmt: skip
@@ -206,11 +207,11 @@ def curve(
         bounds = [[_text(a), _text(b), n] for a, b, n in zip(low, high, rows["n"], strict=True)] if model else None
         traces.append(
             go.Scatter(
-                x=x, y=y, name=_plain(label(agent)), legendgroup=agent, mode=mode,
+                x=x, y=y, name=plain(label(agent)), legendgroup=agent, mode=mode,
                 line={"color": style.colour, "dash": style.dash, "width": style.width},
                 marker={"size": 5, "symbol": style.marker if model else "circle", "color": style.colour},
                 customdata=bounds,
-                hovertemplate=f"{_plain(label(agent))}<br>{name} %{{x}}: %{{y:.3f}}"
+                hovertemplate=f"{plain(label(agent))}<br>{name} %{{x}}: %{{y:.3f}}"
                 + ("<br>95 %: %{customdata[0]} to %{customdata[1]}, n %{customdata[2]}" if model else "")
                 + "<extra></extra>",
             )
@@ -227,10 +228,11 @@ def curve(
     upright = {"range": [-0.02, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
     over = {"size": "all steps", "step": "all sizes", "states": "number of states, all steps"}[axis]
     title = f"Accuracy against {name} ({over})"
-    return go.Figure(traces, _layout(title, 300, name, "accuracy", xaxis=ticks, yaxis=upright))
+    return go.Figure(traces, layout(title, 300, name, "accuracy", xaxis=ticks, yaxis=upright))
 
 
-def _rgba(colour: str, alpha: float) -> str:
+def rgba(colour: str, alpha: float) -> str:
+    """Return a colour such as "#0072b2" with an opacity from 0 to 1."""
     r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({r},{g},{b},{alpha})"
 
@@ -246,13 +248,13 @@ def _rows_layout(title: str, x: str, labels: Sequence[str], pitch: int) -> dict[
     ticks = list(range(len(labels)))
     yaxis = {
         "tickvals": ticks,
-        "ticktext": [_plain(text) for text in labels],
+        "ticktext": [plain(text) for text in labels],
         "range": [len(labels) - 0.4, -0.6],
         "showgrid": False,
         "ticks": "",
     }
     xaxis = {"range": [0, 1.02], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
-    return _layout(title, pitch * len(labels) + 84, x, xaxis=xaxis, yaxis=yaxis)
+    return layout(title, pitch * len(labels) + 84, x, xaxis=xaxis, yaxis=yaxis)
 
 
 def determined(totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
@@ -296,7 +298,7 @@ def determined(totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
             )
         )  # fmt: skip
     return go.Figure(
-        traces, _rows_layout(f"Determined and undetermined questions, {_plain(agent)}", "accuracy", names, 46)
+        traces, _rows_layout(f"Determined and undetermined questions, {plain(agent)}", "accuracy", names, 46)
     )
 
 
@@ -317,7 +319,7 @@ def hard(table: pl.DataFrame, totals: pl.DataFrame, agent: str, style: Style) ->
     hover = "%{customdata[0]} is wrong: accuracy %{x:.3f}<br>n %{customdata[1]}, %{customdata[2]:.0%} of the determined"
     bar = go.Bar(
         x=rows["accuracy"].to_list(), y=y, orientation="h", width=0.62, name="where the shortcut fails",
-        marker={"color": _rgba(style.colour, 0.45)}, error_x=_bars(rows) | {"color": style.colour},
+        marker={"color": rgba(style.colour, 0.45)}, error_x=_bars(rows) | {"color": style.colour},
         customdata=list(zip(names, rows["n"], rows["share"], strict=True)), hovertemplate=hover + "<extra></extra>",
     )  # fmt: skip
     ring = {"symbol": "circle-open", "size": 9, "color": style.colour, "line": {"width": 2}}
@@ -334,7 +336,7 @@ def hard(table: pl.DataFrame, totals: pl.DataFrame, agent: str, style: Style) ->
         name="chance",
         hovertemplate="chance %{x:.3f}<extra></extra>",
     )
-    title = f"Where the shortcut fails, {_plain(agent)}"
+    title = f"Where the shortcut fails, {plain(agent)}"
     return go.Figure([bar, all_, chance], _rows_layout(title, "accuracy", names, 27))
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from nextstate.agents.agent import Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.text import Encoder
+from nextstate.analysis import stats
 from nextstate.analysis.attention import Look, attention_hooks
 from nextstate.analysis.pairs import PatchError, TokenPair, tokens_of
-from nextstate.analysis.recovery import Readout, Recovery, Sweep, read, recovery
+from nextstate.analysis.recovery import Readout, Recovery, Sweep, changes, read
 from nextstate.envs.contrast import Pair, flaws, pieces
 
 LEAST = 0.02  # a recovery below it is no finding, however narrow its band
@@ -147,13 +148,12 @@ def prefers(clean: Readout, corrupted: Readout) -> Bool[np.ndarray, " pair"]:
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(stats.Band):
     """State against action, for each head (or layer): arrays with axes [layer head column].
 
     `value` is the recovery by state pairs minus that by action pairs: 1 where the site alone brings the answering token
     all of the difference between two states and nothing of that between two actions, -1 the reverse, 0 where it brings
-    as much of both (the head that looks up what follows needs both) or nothing. `low`, `high` hold for one cell,
-    `band_low`, `band_high` for all at once.
+    as much of both (the head that looks up what follows needs both) or nothing.
 
     `share` is max(state, 0) / (max(state, 0) + max(action, 0)): how much of what the site brings is state. It is NaN
     where both recoveries are below `LEAST`.
@@ -161,11 +161,6 @@ class Routing:
 
     state: Recovery
     action: Recovery
-    value: Float[np.ndarray, "layer head column"]
-    low: Float[np.ndarray, "layer head column"]
-    high: Float[np.ndarray, "layer head column"]
-    band_low: Float[np.ndarray, "layer head column"]
-    band_high: Float[np.ndarray, "layer head column"]
 
     @property
     def share(self) -> Float[np.ndarray, "layer head column"]:
@@ -187,9 +182,9 @@ class Routing:
         return np.select(cases, ["both", "state", "action", "unclear"], "")
 
 
-def carriers(found: Recovery) -> Bool[np.ndarray, "layer head column"]:
-    """Tell where the simultaneous band leaves out 0 and the recovery is at least `LEAST` in size."""
-    return np.asarray(found.carries & (np.abs(found.value) >= LEAST))
+def carriers(found: stats.Band) -> Bool[np.ndarray, "layer head column"]:
+    """Return where the simultaneous band leaves out 0 and the value is at least `LEAST` in size."""
+    return np.asarray(found.nonzero & (np.abs(found.value) >= LEAST))
 
 
 def routing(
@@ -197,8 +192,8 @@ def routing(
 ) -> Routing:
     """Compare what a sweep of state pairs and one of action pairs find at the same places.
 
-    Both kinds of pairs are resampled apart from each other, as they are drawn apart; the band is the sup-t band (see
-    `nextstate.analysis.recovery.recovery`).
+    Intervals and bands are those of `nextstate.analysis.stats.ratio_difference_band`: both kinds of pairs are drawn
+    apart, so they are resampled apart.
 
     Raises:
         PatchError: the sweeps are not over the same cells, or one has no scale.
@@ -206,27 +201,8 @@ def routing(
     places = [(s.site, s.direction, s.layers, s.columns) for s in (state, action)]
     if places[0] != places[1]:
         raise PatchError(f"sweeps of different cells: {places[0]} and {places[1]}")
-    found = [recovery(s, rng, level=level, resamples=resamples) for s in (state, action)]
-    drawn = [_draws(s, rng, resamples) for s in (state, action)]
-    value, apart = found[0].value - found[1].value, drawn[0] - drawn[1]
-    tail = (1 - level) / 2
-    low, high = np.quantile(apart, (tail, 1 - tail), axis=0)
-    error = apart.std(0, ddof=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        far = np.where(error > 1e-12, np.abs(apart - value) / error, 0)
-    reach = np.quantile(far.reshape(resamples, -1).max(1), level) * error
-    if min(f.pairs for f in found) == 1:
-        low = high = reach = np.full_like(value, np.nan)
-    elif not all(np.isfinite(f.low).all() for f in found):
-        low, high, reach = (np.full_like(value, x) for x in (-np.inf, np.inf, np.inf))
-    return Routing(found[0], found[1], value, low, high, value - reach, value + reach)
-
-
-def _draws(sweep: Sweep, rng: np.random.Generator, resamples: int) -> Float[np.ndarray, "resample layer head column"]:
-    base, source = sweep.base.difference[sweep.kept], sweep.source.difference[sweep.kept]
-    moved, gap, n = sweep.patched.difference[sweep.kept] - base[:, None, None, None], source - base, len(base)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    return np.asarray(np.tensordot(weights, moved, 1) / (weights @ gap)[:, None, None, None])
+    one, two, apart = stats.ratio_difference_band(changes(state), changes(action), rng, level=level, draws=resamples)
+    return Routing(**vars(apart), state=Recovery.of(state, one), action=Recovery.of(action, two))
 
 
 def head_table(found: Routing, layers: Sequence[int]) -> pl.DataFrame:

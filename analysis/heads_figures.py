@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from nextstate.analysis.figures import _layout, _plain, _rgba
+from nextstate.analysis.figures import layout, plain, rgba
 from nextstate.analysis.heads import LEAST
 
 COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
@@ -61,7 +61,7 @@ def head_map(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
 def position_map(rows: pl.DataFrame, words: Sequence[str], title: str, reach: float) -> go.Figure:
     """Draw the recovery of each layer (up) at each position or role (right); `words` name the columns."""
     layers, columns = rows["layer"].n_unique(), rows["position"].unique(maintain_order=True).to_list()
-    labels = [f"{_plain(word)}" for word in words]
+    labels = [f"{plain(word)}" for word in words]
     trace = _map(rows, "position", columns, "layer %{y}, position %{x}<br>" + CELL, reach)
     pitch = 26 if layers <= 12 else 14 if layers <= 26 else 9
     ticks = _told(rows, len(columns))
@@ -100,7 +100,7 @@ def _grid(title: str, layers: int, pitch: int, x: str, xaxis: Mapping[str, Any] 
     """Return the layout of a map; its x axis is one of names."""
     down = {"dtick": 1 if layers <= 16 else 4, "showgrid": False}
     right = {"type": "category", "showgrid": False} | dict(xaxis or {})
-    return _layout(title, max(120, pitch * layers + 84), x, "layer", xaxis=right, yaxis=down)
+    return layout(title, max(120, pitch * layers + 84), x, "layer", xaxis=right, yaxis=down)
 
 
 def arrival(table: pl.DataFrame, title: str) -> go.Figure:
@@ -114,13 +114,13 @@ def arrival(table: pl.DataFrame, title: str) -> go.Figure:
     layers = table["layer"].to_list()
     for name in ("state", "action"):
         value, low, high, below, above = (
-            _numbers(table[f"{name}{end}"]) for end in ("", "_low", "_high", "_band_low", "_band_high")
+            rounded(table[f"{name}{end}"]) for end in ("", "_low", "_high", "_band_low", "_band_high")
         )
         colour = COLOURS[name]
         traces.append(
             go.Scatter(
                 x=[*layers, *layers[::-1]], y=[*above, *below[::-1]], mode="lines", fill="toself",
-                fillcolor=_rgba(colour, 0.18), line={"width": 0}, hoverinfo="skip",
+                fillcolor=rgba(colour, 0.18), line={"width": 0}, hoverinfo="skip",
             )
         )  # fmt: skip
         traces.append(
@@ -133,7 +133,7 @@ def arrival(table: pl.DataFrame, title: str) -> go.Figure:
             )
         )  # fmt: skip
     ticks = {"dtick": 1 if len(layers) <= 16 else 4, "showgrid": False}
-    return go.Figure(traces, _layout(title, 290, "layer", "recovery", xaxis=ticks))
+    return go.Figure(traces, layout(title, 290, "layer", "recovery", xaxis=ticks))
 
 
 def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
@@ -165,7 +165,7 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
         names = [t[0] if shown else "" for t, shown in zip(told, large, strict=True)]
         traces.append(
             go.Scatter(
-                x=_numbers(rows["state"]), y=_numbers(rows["action"]), name=label or "neither", customdata=told,
+                x=rounded(rows["state"]), y=rounded(rows["action"]), name=label or "neither", customdata=told,
                 mode="markers+text" if label and name else "markers", text=names,
                 textposition="top center", textfont={"size": 11},
                 error_x=_bars(rows, "state", label), error_y=_bars(rows, "action", label),
@@ -178,7 +178,7 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
         )  # fmt: skip
     axes = {"range": reach, "zeroline": True}
     return go.Figure(
-        traces, _layout(title, 420, "recovery by state pairs", "recovery by action pairs", xaxis=axes, yaxis=axes)
+        traces, layout(title, 420, "recovery by state pairs", "recovery by action pairs", xaxis=axes, yaxis=axes)
     )
 
 
@@ -190,8 +190,8 @@ def _diagonal(ends: Sequence[float]) -> go.Scatter:
 def _bars(rows: pl.DataFrame, name: str, label: str) -> dict[str, Any]:
     up = (rows[f"{name}_high"] - rows[name]).clip(0, None)
     down = (rows[name] - rows[f"{name}_low"]).clip(0, None)
-    return {"type": "data", "array": _numbers(up), "arrayminus": _numbers(down), "thickness": 1, "width": 0,
-            "color": _rgba(COLOURS[label], 0.55), "visible": bool(label)}  # fmt: skip
+    return {"type": "data", "array": rounded(up), "arrayminus": rounded(down), "thickness": 1, "width": 0,
+            "color": rgba(COLOURS[label], 0.55), "visible": bool(label)}  # fmt: skip
 
 
 def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
@@ -208,12 +208,12 @@ def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
     traces = [
         _diagonal(ends),
         go.Scatter(
-            x=_numbers(right), y=_numbers(up), mode="markers", text=names, marker={"color": colour, "size": 6},
+            x=rounded(right), y=rounded(up), mode="markers", text=names, marker={"color": colour, "size": 6},
             hovertemplate="head %{text}<br>exact %{x:.3f}, estimate %{y:.3f}<extra></extra>",
         ),
     ]  # fmt: skip
-    return go.Figure(traces, _layout(title, 320, "exact effect (logits)", "gradient's estimate"))
+    return go.Figure(traces, layout(title, 320, "exact effect (logits)", "gradient's estimate"))
 
 
-def _numbers(values: Any) -> list[float | None]:
+def rounded(values: Any) -> list[float | None]:
     return [round(float(v), 4) if np.isfinite(v) else None for v in values]

@@ -101,7 +101,7 @@ class Log:
                 self._steps(cells)
                 self._send(_tables(loaded, cells))
                 drawn |= figures.every(loaded, answers, cells, totals)
-            self._send({f"figures/{_slug(key)}": figure for key, figure in drawn.items()})
+            self._send({f"figures/{slug(key)}": figure for key, figure in drawn.items()})
         finally:
             self._try(self._sink.finish)
             self._sink = _Nowhere()
@@ -119,7 +119,7 @@ class Log:
             data: dict[str, Any] = {"step": step[0]}
             for row in rows.iter_rows(named=True):
                 where = [row["game"], f"size={row['size']}", row["variant"], row["agent"], "accuracy"]
-                data["/".join(["by_step", *filter(None, map(_slug, where))])] = row["accuracy"]
+                data["/".join(["by_step", *filter(None, map(slug, where))])] = row["accuracy"]
             self._send(data)
 
     def _send(self, data: dict[str, Any]) -> None:
@@ -148,6 +148,16 @@ def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> 
     return {f"{named}/{key}": None if value is None else float(value) for key, value in means.items()}  # type: ignore[arg-type]
 
 
+def play_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> dict[str, float | None]:
+    """Return the metrics of one player on one setting (an entry of run.json's `plays`) from its rows.
+
+    Names are like `play/DFA/states=6/random/success`; also score (share of the maximum), steps_over and illegal.
+    """
+    (row,) = plays.table(rows.select(plays.PLAYS.keys()).with_columns(agent=pl.lit(agent))).to_dicts()
+    names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
+    return {f"play/{head(setting, agent)}/{name}": row[key] for key, name in names.items()}
+
+
 def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
     """Return what `run.json` says of how each model was run, under names like `certificate/nextstate-tiny/replay/road`.
 
@@ -155,7 +165,7 @@ def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
     """
     out: dict[str, float | int | str] = {}
     for found in page.certificates(info):
-        where = [_slug(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
+        where = [slug(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
         named = "/".join(["certificate", *filter(None, where)])
         out |= {f"{named}/{key}": found[key] for key in ("road", "error", "tolerance", "depth", "columns", "seconds")}
     return out
@@ -164,11 +174,11 @@ def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
 def head(setting: Mapping[str, Any], agent: str) -> str:
     """Return what the names of a cell's metrics begin with."""
     size = f"{setting.get('size_name', 'size')}={setting['size']}"
-    return "/".join(filter(None, map(_slug, [setting["game"], size, setting["variant"], agent])))
+    return "/".join(filter(None, map(slug, [setting["game"], size, setting["variant"], agent])))
 
 
-def _slug(name: str) -> str:
-    # Names become parts of W&B keys and, for figures, of file names.
+def slug(name: str) -> str:
+    """Return a name as a part of a W&B key, and of a file name."""
     return re.sub(r"[^\w=.,+-]+", "-", name)
 
 
@@ -203,7 +213,7 @@ def _open(
 def _summary(totals: pl.DataFrame) -> dict[str, float]:
     out: dict[str, float] = {}
     for row in totals.iter_rows(named=True):
-        head = "/".join(filter(None, map(_slug, ["summary", row["game"], row["variant"], row["agent"], row["subset"]])))
+        head = "/".join(filter(None, map(slug, ["summary", row["game"], row["variant"], row["agent"], row["subset"]])))
         found = {key: row[key] for key in ("accuracy", "choice", "over_ceiling", "ceiling", "chance", "n")}
         out |= {f"{head}/{key}": value for key, value in found.items() if value is not None}
     return out

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 import polars as pl
 from jaxtyping import Float
 
-from nextstate.analysis import figures, tables
+from nextstate.analysis import figures, stats, tables
 from nextstate.analysis.figures import Style
 from nextstate.analysis.page import Drawn
 from nextstate.analysis.states import PER_DECADE
@@ -49,21 +49,19 @@ def load(run: Run) -> pl.DataFrame:
 def mean(
     values: Sequence[float], rng: np.random.Generator, share: bool = False
 ) -> tuple[float | None, float | None, float | None]:
-    """Return the mean over episodes and its 95 % interval (bootstrap); None where no episode, or only one, tells it.
+    """Return the mean over episodes and its 95 % bootstrap interval; the ends are None for fewer than two episodes.
 
-    A `share`, in [0, 1], that is the same in every episode gets Wilson's interval, as one that is right or wrong does.
+    A `share`, in [0, 1], that is the same in every episode gets Wilson's interval. Without values all three are None.
     """
     if not values:
         return None, None, None
     x: Float[np.ndarray, " episode"] = np.asarray(values, dtype=np.float64)
-    total = tables.resample(x[:, None, None], rng)[:, :, 0] / len(x)
-    low, high = tables.quantiles(total)[:, 0]
-    middle = float(x.mean())
-    if share and high - low < 1e-9:
-        low, high = tables.wilson(np.array([middle * len(x)]), np.array([float(len(x))]))[:, 0]
+    middle, ends = float(x.mean()), stats.mean_interval(x, rng)
+    if share:
+        ends = stats.wilson_where_flat(ends[:, None], np.array([middle]), np.array([float(len(x))]))[:, 0]
     elif len(x) == 1:
         return middle, None, None
-    return middle, float(low), float(high)
+    return middle, float(ends[0]), float(ends[1])
 
 
 def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.DataFrame:
@@ -78,7 +76,7 @@ def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.Data
     out = []
     for place, part in plays.sort("episode").group_by(by, maintain_order=True):
         won = part["success"].to_numpy().astype(np.float64)
-        low, high = tables.wilson(np.array([won.sum()]), np.array([float(len(won))]))[:, 0]
+        low, high = stats.wilson(np.array([won.sum()]), np.array([float(len(won))]))[:, 0]
         reachable = part.filter(pl.col("max_score") > 0)
         found = {
             "success": (float(won.mean()), float(low), float(high)),
@@ -96,18 +94,6 @@ def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.Data
     whole = dict.fromkeys(("episodes", "over_n", "cut"), pl.Int64())
     schema = {name: PLAYS.get(name, pl.Int64()) for name in by} | whole | {"states": pl.Float64()}
     return pl.DataFrame(out, schema=schema | dict.fromkeys(numbers, pl.Float64()), orient="row")
-
-
-def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> dict[str, float | None]:
-    """Return the metrics of one player in one cell (an entry of run.json's `plays`), named as `log.cell_metrics` does.
-
-    Names are like `play/DFA/states=6/random/success`; also score (share of the most), steps_over and illegal.
-    """
-    from nextstate.analysis.log import head
-
-    (row,) = table(rows.select(PLAYS.keys()).with_columns(agent=pl.lit(agent))).to_dicts()
-    names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
-    return {f"play/{head(setting, agent)}/{name}": row[key] for key, name in names.items()}
 
 
 def styles(run: Run) -> dict[str, Style]:

@@ -9,10 +9,10 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from nextstate.agents.sites import Site
+from nextstate.analysis import stats
 from nextstate.analysis.pairs import Direction, PatchError
 
 
@@ -105,93 +105,61 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(stats.Band):
     """How much of the logit difference between both prompts each patch brings over: 0 nothing, 1 all of it.
 
-    All arrays have axes [layer head column]. `low` and `high` hold for one cell looked at by itself; `band_low` and
-    `band_high` for all cells at once, so pick heads by `carries`: those whose band leaves out 0.
+    All arrays have axes [layer head column].
     """
 
-    value: Float[np.ndarray, "layer head column"]
-    low: Float[np.ndarray, "layer head column"]
-    high: Float[np.ndarray, "layer head column"]
-    band_low: Float[np.ndarray, "layer head column"]
-    band_high: Float[np.ndarray, "layer head column"]
     pairs: int  # that count
-    failed: int  # on which the model is wrong, ...
-    left_out: int  # ... and not among the pairs that count
-    level: float
-    resamples: int
+    failed: int  # on which the model is wrong
+    left_out: int  # of all pairs
 
-    @property
-    def carries(self) -> Bool[np.ndarray, "layer head column"]:
-        """Whether the simultaneous band leaves out 0."""
-        return np.asarray((self.band_low > 0) | (self.band_high < 0))
+    @classmethod
+    def of(cls, sweep: Sweep, band: stats.Band) -> Recovery:
+        """Return the band of a sweep's recovery, with the numbers of its pairs."""
+        kept = int(sweep.kept.sum())
+        return cls(**vars(band), pairs=kept, failed=int(sweep.failed.sum()), left_out=len(sweep.kept) - kept)
 
 
-def recovery(
-    sweep: Sweep, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 2000, cells: int = 4096
-) -> Recovery:
-    """Return (patched - base) / (source - base) of the mean logit differences, with bootstrap intervals over pairs.
-
-    A ratio of means, so that a pair in which both prompts hardly differ does not count as much as it is uncertain. One
-    pair is one unit: all its cells are drawn together. The band is the sup-t band, rate +- q * standard error, with q
-    the quantile over resamples of the largest studentised deviation among all cells (Montiel Olea & Plagborg-Moller
-    2019, J. Applied Econometrics 34, 1-17; a one-step relative of Romano & Wolf 2005). Both kinds of interval lean on
-    many pairs: under about 20 they are too narrow. With one pair they are NaN. Where the resamples do not agree on the
-    sign of source - base, no scale is known and they are infinite.
-
-    Args:
-        sweep: what was found.
-        rng: draws the resamples.
-        level: that intervals and band should hold.
-        resamples: of the pairs.
-        cells: worked on at once, which bounds memory at about 3 * 8 * resamples * cells bytes.
+def changes(sweep: Sweep) -> stats.Ratio:
+    """Return, for each kept pair, patched - base of every cell and source - base, of the logit differences.
 
     Raises:
         PatchError: both prompts have the same mean logit difference, so that there is no scale.
     """
     base, source = sweep.base.difference[sweep.kept], sweep.source.difference[sweep.kept]
-    patched = sweep.patched.difference[sweep.kept]
-    shape, n = patched.shape[1:], len(base)
-    moved, gap = (patched - base[:, None, None, None]).reshape(n, -1), source - base
+    gap = source - base
     if abs(gap.mean()) < 1e-9 * max(1.0, float(np.abs(base).max())):
-        raise PatchError(f"base and source run have the same mean logit difference {base.mean():.3g} over {n} pairs: "
-                         "there is nothing to recover")  # fmt: skip
-    value = moved.mean(0) / gap.mean()
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    gaps = weights @ gap
-    low, high, error, largest = np.empty_like(value), np.empty_like(value), np.empty_like(value), np.zeros(resamples)
-    tail = (1 - level) / 2
-    for k in range(0, len(value), cells):
-        part = slice(k, k + cells)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = (weights @ moved[:, part]) / gaps[:, None]
-            error[part] = drawn.std(0, ddof=1)
-            low[part], high[part] = np.quantile(drawn, (tail, 1 - tail), axis=0)
-            far = np.abs(drawn - value[part]) / error[part]
-        largest = np.maximum(largest, np.where(error[part] > 1e-12, far, 0).max(1))
-    reach = np.quantile(largest, level) * error
-    if n == 1:
-        low = high = reach = np.full_like(value, np.nan)
-    elif (gaps * gap.mean() <= 0).mean() > tail:
-        low, high, reach = (np.full_like(value, x) for x in (-np.inf, np.inf, np.inf))
-    arrays = [x.reshape(shape) for x in (value, low, high, value - reach, value + reach)]
-    failed, left_out = int(sweep.failed.sum()), int((~sweep.kept).sum())
-    return Recovery(arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], n, failed, left_out, level, resamples)
+        raise PatchError(f"base and source run have the same mean logit difference {base.mean():.3g} over {len(base)} "
+                         "pairs: there is nothing to recover")  # fmt: skip
+    return sweep.patched.difference[sweep.kept] - base[:, None, None, None], gap
+
+
+def recovery(sweep: Sweep, rng: np.random.Generator, *, level: float = stats.LEVEL, resamples: int = 2000) -> Recovery:
+    """Return (patched - base) / (source - base) of the mean logit differences, with intervals over pairs.
+
+    Intervals and band are those of `nextstate.analysis.stats.ratio_band`, where the arguments are described too.
+
+    Raises:
+        PatchError: both prompts have the same mean logit difference, so that there is no scale.
+    """
+    return Recovery.of(sweep, stats.ratio_band(changes(sweep), rng, level=level, draws=resamples))
 
 
 def table(sweep: Sweep, found: Recovery) -> pl.DataFrame:
     """Return one row a cell: where it is (head is null at sites without heads), and what was found."""
     layer, head, column = (x.ravel() for x in np.indices(found.value.shape))
-    names = ("value", "low", "high", "band_low", "band_high", "carries")
+    ends = ("low", "high", "band_low", "band_high")
     columns: dict[str, Any] = {
         "site": [sweep.site] * layer.size,
         "direction": [sweep.direction] * layer.size,
         "layer": np.array(sweep.layers)[layer],
         "head": [int(h) if sweep.site == "head" else None for h in head],
         "position": np.array(sweep.columns)[column].tolist(),
-        **{("recovery" if name == "value" else name): getattr(found, name).ravel() for name in names},
+        "recovery": found.value.ravel(),
+        **{end: getattr(found, end).ravel() for end in ends},
+        "carries": found.nonzero.ravel(),
         "pairs": [found.pairs] * layer.size,
         "failed": [found.failed] * layer.size,
     }
@@ -212,4 +180,4 @@ def rank_agreement(one: Sweep, two: Sweep) -> float:
     effects = [
         (s.patched.difference[s.kept] - s.base.difference[s.kept][:, None, None, None]).mean(0) for s in (one, two)
     ]
-    return float(spearmanr(effects[0].ravel(), effects[1].ravel()).statistic)
+    return stats.spearman(effects[0].ravel(), effects[1].ravel())

@@ -16,9 +16,9 @@ import polars as pl
 from jaxtyping import Float
 from plotly.colors import sample_colorscale
 
-from nextstate.analysis.figures import SCALE, _layout, _plain, _rgba
-from nextstate.analysis.heads_figures import LIGHT, _numbers
-from nextstate.analysis.recovery import Recovery
+from nextstate.analysis import stats
+from nextstate.analysis.figures import SCALE, layout, plain, rgba
+from nextstate.analysis.heads_figures import LIGHT, rounded
 from nextstate.analysis.response_tables import Signature
 from nextstate.analysis.response_window import Window
 
@@ -84,14 +84,14 @@ def scale(
             name = f"after layer {layer}, {dtype}"
             traces.append(
                 go.Scatter(
-                    x=x, y=_numbers(y), name=name, mode="lines+markers", marker={"size": 4},
+                    x=x, y=rounded(y), name=name, mode="lines+markers", marker={"size": 4},
                     line={"color": colour, "width": 1.8, "dash": dash},
                     hovertemplate=f"{name}<br>strength %{{x:.2g}}: %{{y:.4f}}<extra></extra>",
                 )
             )  # fmt: skip
     upright: dict[str, Any] = {"range": [0, 1.04]} if cosine else {"range": [0, _top(traces)]}
     words = "cosine to next strength" if cosine else "response / limit"
-    figure = go.Figure(traces, _layout(title, 300, "strength", words, xaxis=_log(first.strengths), yaxis=upright))
+    figure = go.Figure(traces, layout(title, 300, "strength", words, xaxis=_log(first.strengths), yaxis=upright))
     if first.common:
         figure.add_vrect(x0=first.common[0], x1=first.common[-1], fillcolor="rgba(0,158,115,0.13)", line_width=0,
                          layer="below")  # fmt: skip
@@ -130,8 +130,8 @@ def matrices(
     """
     grids = {layer: _grid(rows, layer) for layer in layers}
     with np.errstate(divide="ignore"):
-        shown = {layer: [_numbers(line) for line in np.log10(grid)] for layer, grid in grids.items()}
-    labels = [f"{i}: {_plain(word)}" for i, word in enumerate(words)]
+        shown = {layer: [rounded(line) for line in np.log10(grid)] for layer, grid in grids.items()}
+    labels = [f"{i}: {plain(word)}" for i, word in enumerate(words)]
     trace = go.Heatmap(
         x=labels, y=labels, z=shown[layers[-1]], zmin=reach[0], zmax=reach[1], colorscale=SCALE, hoverongaps=False,
         hovertemplate="push on %{x}<br>response at %{y}<br>10 to the %{z:.2f}<extra></extra>",
@@ -144,20 +144,19 @@ def matrices(
     }  # fmt: skip
     ticks = list(range(0, len(words), max(1, len(words) // 12)))
     axis = {"showgrid": False, "tickvals": [labels[i] for i in ticks], "ticktext": [str(i) for i in ticks]}
-    layout = _layout(title, 560, "pushed token", "responding token", xaxis=axis,
-                     yaxis=axis | {"autorange": "reversed"})  # fmt: skip
-    layout["margin"] = layout["margin"] | {"b": 110}
-    return go.Figure([trace], layout | {"sliders": [slider]})
+    base = layout(title, 560, "pushed token", "responding token", xaxis=axis,
+                   yaxis=axis | {"autorange": "reversed"})  # fmt: skip
+    return go.Figure([trace], base | {"margin": base["margin"] | {"b": 110}, "sliders": [slider]})
 
 
 def _band(x: Sequence[float], low: Sequence[float | None], high: Sequence[float | None], colour: str) -> go.Scatter:
     edge = [*high, *list(low)[::-1]]
-    return go.Scatter(x=[*x, *list(x)[::-1]], y=edge, mode="lines", fill="toself", fillcolor=_rgba(colour, 0.18),
+    return go.Scatter(x=[*x, *list(x)[::-1]], y=edge, mode="lines", fill="toself", fillcolor=rgba(colour, 0.18),
                       line={"width": 0}, hoverinfo="skip")  # fmt: skip
 
 
 def _valid(values: Any, valid: Sequence[bool]) -> list[float | None]:
-    return [v if ok else None for v, ok in zip(_numbers(values), valid, strict=True)]
+    return [v if ok else None for v, ok in zip(rounded(values), valid, strict=True)]
 
 
 def depth(found: Signature, title: str, words: str = "response") -> go.Figure:
@@ -166,8 +165,8 @@ def depth(found: Signature, title: str, words: str = "response") -> go.Figure:
     kept = [k for k, ok in enumerate(found.valid) if ok]
     x = [found.layers[k] for k in kept]
     for (condition, column), (name, colour, dash) in LINES.items():
-        one: Recovery = found.lines[condition]
-        value, low, high = (_numbers(a[kept, 0, column]) for a in (one.value, one.low, one.high))
+        one: stats.Band = found.lines[condition]
+        value, low, high = (rounded(a[kept, 0, column]) for a in (one.value, one.low, one.high))
         if condition == "repeated":
             traces.append(_band(x, low, high, colour))
         traces.append(
@@ -181,7 +180,7 @@ def depth(found: Signature, title: str, words: str = "response") -> go.Figure:
         )  # fmt: skip
     ticks: dict[str, Any] = {"dtick": 1 if len(found.layers) <= 16 else 4, "showgrid": False}
     ticks["range"] = [found.layers[0] - 0.3, found.layers[-1] + 0.3]
-    return go.Figure(traces, _layout(title, 310, "after layer", words, xaxis=ticks, yaxis={"rangemode": "tozero"}))
+    return go.Figure(traces, layout(title, 310, "after layer", words, xaxis=ticks, yaxis={"rangemode": "tozero"}))
 
 
 def stripes(found: Signature, title: str) -> go.Figure:
@@ -202,7 +201,7 @@ def stripes(found: Signature, title: str) -> go.Figure:
             "ticktext": ["1", "B−1", "", str(2 * found.block - 1)]}  # fmt: skip
     pitch = 26 if len(rows) <= 12 else 14 if len(rows) <= 26 else 9
     up = {"dtick": 1 if len(rows) <= 16 else 4, "showgrid": False}
-    return go.Figure([trace], _layout(title, pitch * len(rows) + 110, "offset", "after layer", xaxis=axis, yaxis=up))
+    return go.Figure([trace], layout(title, pitch * len(rows) + 110, "offset", "after layer", xaxis=axis, yaxis=up))
 
 
 def heads(table: pl.DataFrame, title: str) -> go.Figure:
@@ -216,12 +215,12 @@ def heads(table: pl.DataFrame, title: str) -> go.Figure:
             for name, r in zip(names, rows.iter_rows(named=True), strict=True)
         ]
         named = [n if carries and abs(v) >= 0.05 else "" for n, v in zip(names, rows["lost"], strict=True)]
-        bars = {"type": "data", "array": _numbers((rows["high"] - rows["lost"]).clip(0, None)), "thickness": 1,
-                "arrayminus": _numbers((rows["lost"] - rows["low"]).clip(0, None)), "width": 0, "visible": carries,
-                "color": _rgba(colour, 0.5)}  # fmt: skip
+        bars = {"type": "data", "array": rounded((rows["high"] - rows["lost"]).clip(0, None)), "thickness": 1,
+                "arrayminus": rounded((rows["lost"] - rows["low"]).clip(0, None)), "width": 0, "visible": carries,
+                "color": rgba(colour, 0.5)}  # fmt: skip
         traces.append(
             go.Scatter(
-                x=_numbers(rows["prefix"]), y=_numbers(rows["lost"]), customdata=told, text=named,
+                x=rounded(rows["prefix"]), y=rounded(rows["lost"]), customdata=told, text=named,
                 mode="markers+text" if carries else "markers", textposition="top center", textfont={"size": 11},
                 marker={"color": colour, "size": 9 if carries else 6}, error_y=bars,
                 hovertemplate="head %{customdata[0]}<br>lost %{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f})"
@@ -229,7 +228,7 @@ def heads(table: pl.DataFrame, title: str) -> go.Figure:
             )
         )  # fmt: skip
     axes = {"zeroline": True}
-    return go.Figure(traces, _layout(title, 400, "prefix-matching score", "share of the signature lost", xaxis=axes,
+    return go.Figure(traces, layout(title, 400, "prefix-matching score", "share of the signature lost", xaxis=axes,
                                      yaxis=axes))  # fmt: skip
 
 
@@ -243,29 +242,31 @@ def bridge(rows: pl.DataFrame, title: str) -> go.Figure:
         mine = part.filter(role=role)
         if not len(mine):
             continue
-        bars = {"type": "data", "array": _numbers((mine["high"] - mine["response"]).clip(0, None)), "thickness": 1.2,
-                "arrayminus": _numbers((mine["response"] - mine["low"]).clip(0, None)), "width": 2,
+        bars = {"type": "data", "array": rounded((mine["high"] - mine["response"]).clip(0, None)), "thickness": 1.2,
+                "arrayminus": rounded((mine["response"] - mine["low"]).clip(0, None)), "width": 2,
                 "color": "#8c8c8c"}  # fmt: skip
         traces.append(
             go.Bar(
-                x=[str(layer) for layer in mine["layer"]], y=_numbers(mine["response"]), name=role, error_y=bars,
+                x=[str(layer) for layer in mine["layer"]], y=rounded(mine["response"]), name=role, error_y=bars,
                 marker={"color": colour}, customdata=[[n] for n in mine["transcripts"]],
                 hovertemplate=f"{role}, after layer %{{x}}: %{{y:.3f}}<br>n %{{customdata[0]}}<extra></extra>",
             )
         )  # fmt: skip
     axis = {"type": "category", "categoryorder": "array", "categoryarray": [str(layer) for layer in chosen],
             "showgrid": False}  # fmt: skip
-    layout = _layout(title, 300, "after layer", "response", xaxis=axis, yaxis={"rangemode": "tozero"})
-    return go.Figure(traces, layout | {"barmode": "group", "bargap": 0.25})
+    more = {"barmode": "group", "bargap": 0.25}
+    return go.Figure(
+        traces, layout(title, 300, "after layer", "response", xaxis=axis, yaxis={"rangemode": "tozero"}, **more)
+    )
 
 
 def side_by_side(patched: Sequence[float], responded: Sequence[float], names: Sequence[str], title: str,
                  colour: str) -> go.Figure:  # fmt: skip
     """Draw what is lost of the response without a head (up) against its recovery by patching (right)."""
     points = go.Scatter(
-        x=_numbers(patched), y=_numbers(responded), mode="markers+text", text=list(names), textposition="top center",
+        x=rounded(patched), y=rounded(responded), mode="markers+text", text=list(names), textposition="top center",
         textfont={"size": 11}, marker={"color": colour, "size": 8},
         hovertemplate="head %{text}<br>recovery %{x:.3f}, response lost %{y:.3f}<extra></extra>",
     )  # fmt: skip
     axes = {"zeroline": True}
-    return go.Figure([points], _layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes))
+    return go.Figure([points], layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes))

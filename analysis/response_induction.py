@@ -20,8 +20,7 @@ from torch import Tensor
 
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation
-from nextstate.analysis.pairs import PatchError
-from nextstate.analysis.recovery import Readout, Recovery, Sweep, recovery
+from nextstate.analysis import stats
 from nextstate.analysis.response import Response, ResponseError, responses
 from nextstate.analysis.response_window import of_kind
 from nextstate.analysis.sweep import site_values
@@ -152,31 +151,9 @@ def averaged(
 
 def means(
     values: Float[np.ndarray, "prompt layer column"], rng: np.random.Generator, *, resamples: int = 2000
-) -> Recovery:
-    """Return means over prompts with bootstrap intervals, and a band for all layers and columns at once.
-
-    This is `nextstate.analysis.recovery.recovery` of what each prompt has over a difference of 1; axes [layer 1
-    column].
-    """
-    n, layers, columns = values.shape
-    zero, one, names = np.zeros(n), np.ones(n), tuple(map(str, range(columns)))
-    sweep = _sweep(zero, one, values[:, :, None], names, layers)
-    return recovery(sweep, rng, resamples=resamples)
-
-
-def _sweep(
-    base: Float[np.ndarray, " prompt"],
-    source: Float[np.ndarray, " prompt"],
-    values: Float[np.ndarray, "prompt layer head column"],
-    columns: tuple[str, ...],
-    layers: int,
-) -> Sweep:
-    n = len(base)
-    left, right, patched = Readout.empty(n), Readout.empty(n), Readout.empty(*values.shape)
-    left.difference[:], right.difference[:], patched.difference[:] = base, source, values
-    everyone = np.ones(n, dtype=bool)
-    return Sweep("head", "denoise", tuple(range(layers)), columns, left, right, patched, ~everyone, everyone, (0,) * n,
-                 True, float("nan"))  # fmt: skip
+) -> stats.Band:
+    """Return means over prompts with intervals and a band over all layers and columns; axes [layer 1 column]."""
+    return stats.mean_band(values[:, :, None], rng, draws=resamples)
 
 
 def without(model: LanguageModel, layer: int, head: int, mean: Float[Tensor, "head dim"] | None) -> ExitStack:
@@ -232,13 +209,11 @@ def lost(
     rng: np.random.Generator,
     *,
     resamples: int = 2000,
-) -> Recovery | None:
+) -> stats.Band | None:
     """Return the share of a response that is gone without each head, a ratio of means; None where there is none.
 
     1 where it vanishes, 0 where the head does not matter, negative where it grows. Axes [layer head 1].
     """
-    try:
-        sweep = _sweep(whole, np.zeros_like(whole), left[..., None], ("lost",), left.shape[1])
-        return recovery(sweep, rng, resamples=resamples)
-    except PatchError:
+    if abs(whole.mean()) < 1e-9 * max(1.0, float(np.abs(whole).max())):
         return None
+    return stats.ratio_band(((left - whole[:, None, None])[..., None], -whole), rng, draws=resamples)

@@ -12,8 +12,9 @@ from nextstate.analysis import response_figures as figures
 from nextstate.analysis.figures import SCALE
 from nextstate.analysis.log import proved
 from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
-from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, agreement, load
+from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, load
 from nextstate.analysis.response_window import KINDS, Window
+from nextstate.analysis.stats import spearman
 
 ROWS = 3000  # of the table of heads
 PRECISIONS = ("float32", "bfloat16")
@@ -103,7 +104,7 @@ def _told(found: Signature) -> dict[str, Any]:
     added = found.added
     ends = {k: float(getattr(added, k)[deepest, 0, 0]) for k in ("value", "low", "high", "band_low")}
     return {"emerges": found.emerges(), "deepest": found.layers[deepest], "lines": lines, "added": ends,
-            "prompts": added.pairs, "block": found.block}  # fmt: skip
+            "prompts": found.prompts, "block": found.block}  # fmt: skip
 
 
 def _limits(run: ResponseRun, kind: str) -> dict[int, float | None]:
@@ -181,7 +182,7 @@ def _signatures(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
             }  # fmt: skip
             rows.append({"layer": layer, "others": float(found.lines["repeated"].value[k, 0, 2])
                          if found.valid[k] else None} | numbers)  # fmt: skip
-        out.append({"kind": kind, "figures": plots, "rows": rows, "prompts": found.added.pairs,
+        out.append({"kind": kind, "figures": plots, "rows": rows, "prompts": found.prompts,
                     "stripes": drawn.add(figures.stripes(found, "What repetition adds, by offset"))})  # fmt: skip
     return out
 
@@ -213,8 +214,8 @@ def _patched(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
             continue
         both = table.join(rows.select("layer", "head", "lost", "low", "high"), on=["layer", "head"], how="inner")
         names = [f"{a}.{b}" for a, b in both.select("layer", "head").iter_rows()]
-        rank = agreement(both[kind].to_list(), both["lost"].to_list())
-        title = f"{kind.capitalize()}: Spearman {'–' if rank is None else f'{rank:.2f}'}"
+        rank = spearman(both[kind].to_numpy(), both["lost"].to_numpy())
+        title = f"{kind.capitalize()}: Spearman {'–' if math.isnan(rank) else f'{rank:.2f}'}"
         plots.append(drawn.add(figures.side_by_side(both[kind].to_list(), both["lost"].to_list(), names, title,
                                                     figures.ROLES[kind])))  # fmt: skip
         ends = rows.select("layer", "head", *(pl.col(c).alias(f"{kind}_{c}") for c in ("lost", "low", "high")))

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 from jaxtyping import Float
-from scipy.stats import spearmanr
 
+from nextstate.analysis import stats
 from nextstate.analysis.heads import carriers
-from nextstate.analysis.recovery import Recovery
 from nextstate.analysis.response import Response
 from nextstate.analysis.response_induction import excess, lost, means
 from nextstate.analysis.response_window import Window, of_kind, restored
@@ -102,8 +101,13 @@ class Signature:
     valid: tuple[bool, ...]  # the strength is within the layer's window; what is not must not be shown
     block: int
     offsets: Mapping[str, Float[np.ndarray, "prompt layer offset"]]  # by condition
-    added: Recovery  # (excess over other offsets when repeated) - (the same in the control); axes [layer 1 two]
-    lines: Mapping[str, Recovery]  # means by condition, axes [layer 1 three]: at B - 1, at B, over all others
+    added: stats.Band  # (excess over other offsets when repeated) - (the same in the control); axes [layer 1 two]
+    lines: Mapping[str, stats.Band]  # means by condition, axes [layer 1 three]: at B - 1, at B, over all others
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts of each condition."""
+        return len(self.offsets["repeated"])
 
     def emerges(self, column: int = 0) -> int | None:
         """Return the first layer from which on, in all layers that count, the band of `added` is above 0."""
@@ -236,13 +240,6 @@ class ResponseRun:
             if parts:
                 out[name.removeprefix("bridgeheads-")] = pl.concat(parts)
         return out
-
-
-def agreement(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, None where one of both does not vary."""
-    if len(one) < 3 or len(set(one)) < 2 or len(set(two)) < 2:
-        return None
-    return float(spearmanr(one, two).statistic)
 
 
 def load(path: Path) -> ResponseRun:

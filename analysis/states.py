@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextstate.analysis import tables
+from nextstate.analysis import stats, tables
 from nextstate.analysis.tables import Run, RunError
 
 PER_DECADE = 2  # bins of |Q|
@@ -145,14 +145,14 @@ def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, A
     }.get(form) or {name: (f"{top}_{form}", f"asked_{form}") for name, top in _OF_KIND}
     names = sorted({column for pair in ratios.values() for column in pair})
     totals = part.select(names).to_numpy().astype(np.float64)
-    draws = tables.resample(totals[:, None, :], rng)[:, 0]
+    draws = stats.resampled_sums(totals, rng)
     row: dict[str, Any] = dict.fromkeys(("exact", "exact_low", "exact_high", "by_fact", "ceiling", "chance"))
     for name, (top, bottom) in ratios.items():
         a, b = names.index(top), names.index(bottom)
         with np.errstate(invalid="ignore", divide="ignore"):
             row[name] = float(totals[:, a].sum() / totals[:, b].sum())
             if name in ("exact", "by_fact"):
-                ends = np.nanquantile(draws[:, a] / draws[:, b], [(1 - tables.LEVEL) / 2, (1 + tables.LEVEL) / 2])
+                ends = stats.percentiles(draws[:, a] / draws[:, b])
                 row |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
     return row | {"n": int(part["n"].sum()), "episodes": len(part)}
 

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
-from scipy.special import ndtri
 
-LEVEL = 0.95
-DRAWS = 1000
+from nextstate.analysis import stats
+
 SUBSETS = ("all", "determined", "undetermined")
 QUESTION = ("setting", "episode", "step", "question")  # what makes a question the same question for every agent
 ROWS: dict[str, pl.DataType] = {
@@ -161,70 +159,6 @@ def scan(file: Path, command: str, columns: Mapping[str, pl.DataType]) -> pl.Laz
     return frame.select(pl.col(column).cast(kind) for column, kind in columns.items())
 
 
-# --- intervals
-
-
-def wilson(hits: Float[np.ndarray, " cell"], n: Float[np.ndarray, " cell"]) -> Float[np.ndarray, "2 cell"]:
-    """Return Wilson's score interval of `hits` out of `n` (NaN where n = 0): low in row 0, high in row 1."""
-    z = float(ndtri(0.5 + LEVEL / 2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p = hits / n
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * np.sqrt(np.maximum(p * (1 - p), 0) / n + z * z / (4 * n * n))
-        return np.stack([np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)])
-
-
-def resample(
-    sums: Float[np.ndarray, "episode group total"], rng: np.random.Generator
-) -> Float[np.ndarray, "draw group total"]:
-    """Return the totals over episodes drawn with replacement, `DRAWS` times; all groups share the draws."""
-    episodes = len(sums)
-    weights = rng.multinomial(episodes, np.full(episodes, 1 / episodes), size=DRAWS)
-    flat = weights.astype(np.float64) @ sums.reshape(episodes, -1)
-    return np.asarray(flat.reshape(DRAWS, *sums.shape[1:]))
-
-
-def _bootstrap(sums: pl.DataFrame, by: Sequence[str], rng: np.random.Generator) -> pl.DataFrame:
-    """Give each group its cluster-bootstrap interval. `sums` has a row a (group, stratum, episode).
-
-    Episodes are drawn within their stratum, the same for all agents, steps and subsets; strata are kept as they are.
-    """
-    stats = ["n", "sum_ceiling", "sum_accuracy", "sum_choice"]
-    block = [k for k in ("game", "variant", "size") if k in by] or ["game"]
-    out = []
-    for part in sums.partition_by(block, maintain_order=True):
-        groups = part.select(by).unique(maintain_order=True).with_row_index("group")
-        part = part.join(groups, on=by)
-        total = np.zeros((DRAWS, len(groups), len(stats)))
-        for stratum in part.partition_by("stratum", maintain_order=True):
-            episode = stratum["episode"].rank("dense").to_numpy() - 1
-            group, column = np.unique(stratum["group"].to_numpy(), return_inverse=True)
-            dense = np.zeros((int(episode.max()) + 1, len(group), len(stats)))
-            dense[episode, column] = stratum.select(stats).to_numpy()
-            total[:, group] += resample(dense, rng)
-        found = groups.drop("group")
-        for name, over in RATIOS.items():
-            top = total[:, :, stats.index("sum_choice" if name == "choice" else "sum_accuracy")]
-            bottom = total[:, :, stats.index(over)]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                ratio = top / bottom
-            low, high = quantiles(ratio)
-            found = found.with_columns(pl.Series(f"{name}_low", low), pl.Series(f"{name}_high", high))
-        out.append(found)
-    return pl.concat(out)
-
-
-def quantiles(draws: Float[np.ndarray, "draw group"]) -> Float[np.ndarray, "2 group"]:
-    """Return the ends of the 95 % interval of each group's draws: low in row 0, high in row 1."""
-    # A draw may hold none of a group's episodes (0/0): those draws do not count. NaN sorts last.
-    draws = np.sort(draws, axis=0)
-    valid = np.maximum((~np.isnan(draws)).sum(axis=0), 1)
-    at = np.array([(1 - LEVEL) / 2, (1 + LEVEL) / 2])[:, None] * (valid - 1)
-    columns = np.arange(draws.shape[1])
-    below, above = np.floor(at).astype(int), np.ceil(at).astype(int)
-    return np.asarray(draws[below, columns] + (at - below) * (draws[above, columns] - draws[below, columns]))
-
-
 # --- tables
 
 Rows = pl.LazyFrame | pl.DataFrame
@@ -262,23 +196,47 @@ def pooled(rows: Rows, by: Sequence[str], rng: np.random.Generator | None = None
         table = table.with_columns(pl.lit(None, pl.Float64).alias(b) for b in bounds)
     order = [f"{name}{end}" for name in RATIOS for end in ("", "_low", "_high")]
     order += [m for m in MEANS.values() if m not in order]
-    table = _wilson_where_needed(table)
+    table = _wilson_where_flat(table)
     return table.select(*keys, pl.col("n").cast(pl.Int64), "episodes", *(pl.col(c).fill_nan(None) for c in order))
 
 
-def _wilson_where_needed(table: pl.DataFrame) -> pl.DataFrame:
+def _bootstrap(sums: pl.DataFrame, by: Sequence[str], rng: np.random.Generator) -> pl.DataFrame:
+    """Return each group's cluster-bootstrap intervals; `sums` has one row for each (group, stratum, episode).
+
+    Episodes are resampled within their stratum, the same for all agents, steps and subsets.
+    """
+    columns = ["n", "sum_ceiling", "sum_accuracy", "sum_choice"]
+    block = [k for k in ("game", "variant", "size") if k in by] or ["game"]
+    out = []
+    for part in sums.partition_by(block, maintain_order=True):
+        groups = part.select(by).unique(maintain_order=True).with_row_index("group")
+        part = part.join(groups, on=by)
+        total = np.zeros((stats.DRAWS, len(groups), len(columns)))
+        for stratum in part.partition_by("stratum", maintain_order=True):
+            episode = stratum["episode"].rank("dense").to_numpy() - 1
+            group, place = np.unique(stratum["group"].to_numpy(), return_inverse=True)
+            dense = np.zeros((int(episode.max()) + 1, len(group), len(columns)))
+            dense[episode, place] = stratum.select(columns).to_numpy()
+            total[:, group] += stats.resampled_sums(dense, rng)
+        found = groups.drop("group")
+        for name, over in RATIOS.items():
+            top = total[:, :, columns.index("sum_choice" if name == "choice" else "sum_accuracy")]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                low, high = stats.percentiles(top / total[:, :, columns.index(over)])
+            found = found.with_columns(pl.Series(f"{name}_low", low), pl.Series(f"{name}_high", high))
+        out.append(found)
+    return pl.concat(out)
+
+
+def _wilson_where_flat(table: pl.DataFrame) -> pl.DataFrame:
     n = table["episodes"].to_numpy().astype(np.float64)
     for name in RATIOS:
-        hits = table["choice" if name == "choice" else "accuracy"].to_numpy() * n
+        share = table["choice" if name == "choice" else "accuracy"].to_numpy()
+        # The ceiling is known, so over_ceiling is as uncertain as the accuracy.
         scale = table["ceiling"].to_numpy() if name == "over_ceiling" else np.ones(len(table))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            bounds = wilson(hits, n) / scale
-        low, high = pl.col(f"{name}_low"), pl.col(f"{name}_high")
-        keep = (pl.col("most") > 1) & (high - low > 1e-9) & high.is_not_nan()
-        table = table.with_columns(
-            pl.when(keep).then(low).otherwise(pl.Series(bounds[0])).alias(f"{name}_low"),
-            pl.when(keep).then(high).otherwise(pl.Series(bounds[1])).alias(f"{name}_high"),
-        )
+        ends = table.select(f"{name}_low", f"{name}_high").to_numpy().T
+        low, high = stats.wilson_where_flat(ends, share, n, scale)
+        table = table.with_columns(pl.Series(f"{name}_low", low), pl.Series(f"{name}_high", high))
     return table
 
 
@@ -349,14 +307,12 @@ def paired(
         SUBSETS, (gaps, gaps.filter("determined"), gaps.filter(~pl.col("determined"))), strict=True
     ):
         for place, part in frame.group_by(by, maintain_order=True):
-            sums = part.group_by("stratum", "episode", maintain_order=True).agg(pl.col("gap").sum(), n=pl.len())
-            total = np.zeros((DRAWS, 1, 2))
+            # A join has no fixed order of rows, and the resamples go by position.
+            sums = part.group_by("stratum", "episode").agg(pl.col("gap").sum(), n=pl.len()).sort("stratum", "episode")
+            total = np.zeros((stats.DRAWS, 2))
             for stratum in sums.partition_by("stratum", maintain_order=True):
-                total += resample(stratum.select("gap", "n").to_numpy().astype(np.float64)[:, None, :], rng)
-            low, high = quantiles(total[:, :, 0] / total[:, :, 1])[:, 0]
-            if agent != other and high - low < 1e-9:  # every draw agrees: Wilson's for what was not seen in any episode
-                unseen = float(wilson(np.zeros(1), np.array([float(len(sums))]))[1, 0])
-                low, high = max(-1.0, low - unseen), min(1.0, high + unseen)
+                total += stats.resampled_sums(stratum.select("gap", "n").to_numpy().astype(np.float64), rng)
+            low, high = stats.paired_interval(total[:, 0] / total[:, 1], len(sums)) if agent != other else (0.0, 0.0)
             means = [part[name].mean() for name in ("hit", "other", "gap")]
             out.append((*place, subset, *means, low, high, len(part), len(sums)))
     columns = [*by, "subset", "accuracy", "theirs", "difference", "low", "high", "n", "episodes"]

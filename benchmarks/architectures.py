@@ -25,7 +25,8 @@ from transformers.utils.logging import set_verbosity_error
 
 from benchmarks.common import parse, versions
 from nextstate.agents.agent import AgentError
-from nextstate.agents.language import BUILT_IN, LanguageModel
+from nextstate.agents.identity import BUILT_IN
+from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import SiteError
 from nextstate.folder import hardware
 from tests.exactness import DFA, JOBS, ROADS, Job, measure, noise, tolerance, truths

@@ -282,6 +282,7 @@ def play(
     import yaml
 
     from nextstate import terminal
+    from nextstate.agents.registry import PLAYERS
     from nextstate.envs.games import make_game
 
     given = dict(s.partition("=")[::2] for s in settings or [])
@@ -290,7 +291,7 @@ def play(
     if questions and commands is False:
         raise typer.BadParameter("--questions are asked beside commands; leave out --predictions")
     if commands is None:
-        commands = questions or agent in terminal.PLAYERS or terminal.has_objective(made, chosen)
+        commands = questions or agent in PLAYERS or terminal.has_objective(made, chosen)
     here = terminal.Terminal(console)
     try:
         if commands:
@@ -329,7 +330,7 @@ def list_(what: Annotated[str, typer.Argument(help="games, models, studies or co
     if what == "games":
         _games()
     elif what == "models":
-        from nextstate.agents.language import BUILT_IN
+        from nextstate.agents.identity import BUILT_IN
 
         for name, folder in BUILT_IN.items():
             console.print(f"[bold]{name}[/]  built in, {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")

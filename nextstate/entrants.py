@@ -1,154 +1,87 @@
-"""Who takes part in a run: agents and players by their names, each with how it is made and what it is asked."""
+"""Who takes part in a run: agents and players, each with how it is made, what it is asked and what it plays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, model_validator
-
 from nextstate.agents.agent import Agent, AgentError
-from nextstate.agents.config import Strict
-from nextstate.agents.failures import guarded, one_line
+from nextstate.agents.config import AgentEntry, InterveneConfig, KindConfig
 from nextstate.agents.play import Player
-from nextstate.agents.reference import SHORTCUT, Reference
+from nextstate.agents.registry import PLAYERS, Spec, spec_of, specs_of
 from nextstate.folder import ExperimentError
 from nextstate.grid import Setting
-from nextstate.playing import PlaySetting, reference
+from nextstate.playing import PlaySetting
 
 if TYPE_CHECKING:
     from nextstate.agents.intervene import Intervention
-    from nextstate.agents.language import LanguageModel
-
-REFERENCES = ("ideal", "chance")
-
-
-class ModulesConfig(Strict):
-    """Names of a model's modules, for one in which they are not found by structure.
-
-    The keys are those of `nextstate.agents.sites.Names`.
-    """
-
-    blocks: str = Field(description="path of the list of decoder blocks in the model")
-    attention: str = Field(description="path of the attention module in a block")
-    projection: str = Field(description="path of the output projection in the attention module")
-    mlp: str = Field(description="path of the MLP in a block")
-    attn_out: str = ""
-    mlp_out: str = ""
-    adds: bool = True
-
-
-class AgentConfig(Strict):
-    """A language model and how to load it; a bare name in `agents` means all defaults.
-
-    The keys are those of `nextstate.agents.language.LanguageModel`.
-    """
-
-    name: str
-    device: str | None = None
-    device_map: str | dict[str, int | str] | None = Field(default=None, description="such as auto; instead of device")
-    dtype: str | None = None
-    quantization: Literal["4bit", "8bit"] | None = None
-    attn_implementation: str | None = None
-    revision: str | None = None
-    allow_incomplete: bool = False
-    bos: bool | None = Field(default=None, description="begin with BOS, or not; by default as the tokenizer does")
-    modules: ModulesConfig | None = Field(default=None, description="by default they are found by structure")
-    batch_size: int = Field(default=64, ge=1)
-    batch_tokens: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _one_place(self) -> AgentConfig:
-        if self.device is not None and self.device_map is not None:
-            raise ValueError(f"{self.name}: device and device_map exclude each other; give one")
-        return self
-
-
-class InterveneConfig(Strict):
-    """Heads to do without; every language model is then asked twice, as it is and without them."""
-
-    heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
-    mode: Literal["zero", "mean", "resample"] = "zero"
-    episodes: int = Field(16, ge=1, le=10_000, description="reference episodes of mean and resample")
-
-
-def is_reference(agent: str) -> bool:
-    """Tell whether a name in `agents` is that of a reference and not of a language model."""
-    return agent in (*REFERENCES, "shortcuts") or agent.startswith(SHORTCUT)
 
 
 class Entrant(NamedTuple):
-    """An agent or player of a run: how to make it, the settings it is asked about, and what it plays."""
+    """An agent or player of a run, the settings it is asked about, and what it plays."""
 
     name: str
+    spec: Spec
     load: Callable[[], Agent | Player]
     asked: list[Setting]
     plays: list[PlaySetting]
-    model: bool = False  # a language model, which may fail in ways of its own
+
+    @property
+    def model(self) -> bool:
+        """Whether it is a language model, with or without all of its heads."""
+        return self.spec.kind == "model"
 
 
-def entrants(
-    agents: Sequence[str | AgentConfig],
+def participants(
+    agents: Sequence[AgentEntry],
     players: Sequence[Literal["random", "walkthrough"]],
     intervene: InterveneConfig | None,
     settings: list[Setting],
     plays: list[PlaySetting],
-) -> Iterator[Entrant]:
-    """Yield who takes part, in order; "shortcuts" stands for all. Language models play, and so do `players`."""
-    for entry in agents:
-        if entry == "shortcuts":
-            for name in dict.fromkeys(s for setting in settings for s in setting.game.shortcuts):
-                mine = [s for s in settings if name in s.game.shortcuts]
-                yield Entrant(SHORTCUT + name, partial(Reference, SHORTCUT + name), mine, [])
-        elif isinstance(entry, str) and is_reference(entry):
-            mine = [s for s in settings if entry in REFERENCES or entry.removeprefix(SHORTCUT) in s.game.shortcuts]
-            if not mine and settings:
-                known = sorted({s for setting in settings for s in setting.game.shortcuts})
-                raise ExperimentError(f"no game of this run has {entry!r}: expected one of {', '.join(known)}")
-            yield Entrant(entry, partial(Reference, entry), mine, [])
-        else:
-            model = AgentConfig(name=entry) if isinstance(entry, str) else entry
-            once = _Once(model)
-            yield Entrant(model.name, once, settings, plays, True)
-            if intervene:
-                what = _intervention(intervene)
-                yield Entrant(what.named(model.name), partial(_without, once, what), settings, plays, True)
+) -> list[Entrant]:
+    """Return who takes part, in order; with `intervene`, every language model also without those heads.
+
+    Raises:
+        AgentError: an entry of `agents` cannot be used; the message is one line.
+        ExperimentError: two of them have one name, or one cannot be asked in a run.
+    """
+    out: list[Entrant] = []
+    for spec in specs_of(agents, [s.game for s in settings]):
+        if spec.kind in PLAYERS:
+            raise ExperimentError(f"{spec.kind} gives commands and answers no questions: put it under `players`")
+        asked, played = [s for s in settings if spec.answers(s.game)], plays if spec.plays else []
+        load = _Once(spec)
+        out.append(Entrant(spec.name, spec, load, asked, played))
+        if intervene and spec.kind == "model":
+            what = _intervention(intervene)
+            out.append(Entrant(what.named(spec.name), spec, partial(_without, load, what), asked, played))
     for name in players if plays else []:
-        yield Entrant(name, partial(reference, name, plays), [], plays)
+        most = {"max_states": max(p.optima.max_states for p in plays)} if name == "walkthrough" else {}
+        spec = spec_of(KindConfig(kind=name, **most))
+        out.append(Entrant(name, spec, spec.make, [], plays))
+    twice = [name for name, n in Counter(e.name for e in out).items() if n > 1]
+    if twice:
+        raise ExperimentError(f"{twice[0]} is given twice; give each agent once")
+    return out
 
 
 class _Once:
-    """Loads a model whenever it is called, until that fails once: then it says so again and does not try."""
+    """Makes an agent on each call, until that fails once: later calls raise the same message without trying."""
 
-    def __init__(self, entry: AgentConfig) -> None:
-        self.entry = entry
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
         self.reason = ""
 
-    def __call__(self) -> LanguageModel:
+    def __call__(self) -> Agent | Player:
         if self.reason:
             raise AgentError(self.reason)
         try:
-            return guarded(partial(load_model, self.entry), lambda error: f"{self.entry.name}: {one_line(error)}")
+            return self.spec.make()
         except AgentError as error:
             self.reason = str(error)
             raise
-
-
-def load_model(entry: str | AgentConfig) -> LanguageModel:
-    """Load the model that a config names.
-
-    Raises:
-        AgentError: it cannot be loaded, or its modules are not what the config says.
-    """
-    from nextstate.agents.language import LanguageModel  # torch and transformers take seconds to import
-    from nextstate.agents.sites import SiteError
-
-    given = AgentConfig(name=entry) if isinstance(entry, str) else entry
-    try:
-        return LanguageModel(**given.model_dump())
-    except SiteError as error:
-        raise AgentError(f"{given.name}: {error}") from error
 
 
 def _intervention(how: InterveneConfig) -> Intervention:
@@ -159,9 +92,12 @@ def _intervention(how: InterveneConfig) -> Intervention:
 
 def _without(load: _Once, what: Intervention) -> Agent:
     from nextstate.agents.intervene import Intervened
+    from nextstate.agents.language import LanguageModel
     from nextstate.agents.sites import SiteError
 
+    model = load()
+    assert isinstance(model, LanguageModel)
     try:
-        return Intervened(load(), what)
+        return Intervened(model, what)
     except SiteError as error:
-        raise AgentError(f"{load.entry.name} cannot be asked without these heads: {error}") from error
+        raise AgentError(f"{load.spec.name} cannot be asked without these heads: {error}") from error

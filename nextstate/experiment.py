@@ -13,10 +13,12 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from nextstate.agents.agent import Agent, AgentError
+from nextstate.agents.config import AgentEntry, InterveneConfig
 from nextstate.agents.failures import Broken, guarded, one_line
 from nextstate.agents.play import Player
+from nextstate.agents.registry import kind_of
 from nextstate.agents.rollout import Grid, Road, episodes_of, live, replay, seeds_for
-from nextstate.entrants import AgentConfig, Entrant, InterveneConfig, entrants, is_reference
+from nextstate.entrants import Entrant, participants
 from nextstate.envs.game import Episode, GameError, check_steps
 from nextstate.folder import (
     ExperimentError,
@@ -62,7 +64,7 @@ class GameConfig(GridConfig):
 class Config(RunConfig):
     """Everything that decides the rows of a run."""
 
-    agents: list[str | AgentConfig] = Field(min_length=1)
+    agents: list[AgentEntry] = Field(min_length=1)
     games: list[GameConfig] = []
     play: list[PlayConfig] = []
     players: list[Literal["random", "walkthrough"]] = Field(["random", "walkthrough"], description="beside the models")
@@ -82,7 +84,7 @@ class Config(RunConfig):
                 )
             if self.road == "live" and (game.ask != 1 or self.grid == "cells"):
                 raise ValueError(f"{game.game}: the live road asks one question after each step (ask=1, grid=episodes)")
-        if self.intervene and all(isinstance(a, str) and is_reference(a) for a in self.agents):
+        if self.intervene and all(kind_of(a) != "model" for a in self.agents):
             raise ValueError("intervene: only language models have heads, and `agents` names none")
         return self
 
@@ -126,7 +128,7 @@ def run(config: Config, out: Path, progress: Progress | None = None, command: st
     progress = progress or Progress()
     settings = settings_of(config)
     plays = play_settings(config.play, config.seed)
-    todo = list(entrants(config.agents, config.players, config.intervene, settings, plays))
+    todo = participants(config.agents, config.players, config.intervene, settings, plays)
     record = begin(config, [s.describe() for s in settings], out, command)
     record["plays"] = [p.describe() for p in plays]
     began = time.monotonic()
@@ -243,7 +245,7 @@ class Task(NamedTuple):
 
 
 def _tasks(entrant: Entrant, config: Config, out: Path, progress: Progress) -> list[Task]:
-    from nextstate.analysis import log, plays
+    from nextstate.analysis import log
 
     name = entrant.name
     asked = [
@@ -256,7 +258,7 @@ def _tasks(entrant: Entrant, config: Config, out: Path, progress: Progress) -> l
     played = [
         Task(
             p.label, plays_path(out, name, p), len(p.setting.seeds) * p.setting.steps, lambda agent: "",
-            partial(play_cell, p, progress.advance), partial(plays.cell_metrics, p.describe(), name),
+            partial(play_cell, p, progress.advance), partial(log.play_metrics, p.describe(), name),
         )
         for p in entrant.plays
     ]  # fmt: skip

@@ -13,7 +13,8 @@ import numpy as np
 import polars as pl
 from pydantic import Field, model_validator
 
-from nextstate.entrants import AgentConfig, load_model
+from nextstate.agents.config import AgentConfig
+from nextstate.agents.registry import load_model
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Game, GameError
 from nextstate.envs.games import make_game

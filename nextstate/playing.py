@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 from pydantic import Field
 
 from nextstate.agents.agent import Agent, AgentError
-from nextstate.agents.play import AgentPlayer, Player, RandomPlayer, WalkthroughPlayer, play
+from nextstate.agents.play import AgentPlayer, Player, play
 from nextstate.agents.rollout import seeds_for
 from nextstate.envs.aims import MAX_STATES, Aim, shortest
 from nextstate.envs.game import GameError, check_steps
@@ -97,11 +97,6 @@ def play_settings(entries: Sequence[PlayConfig], seed: int) -> list[PlaySetting]
     if len({s.setting.slug for s in out}) < len(out):
         raise ExperimentError("two entries of `play` have the same settings; give each setting once")
     return out
-
-
-def reference(name: Literal["random", "walkthrough"], cells: Sequence[PlaySetting]) -> Player:
-    """Return a player to measure others against."""
-    return RandomPlayer() if name == "random" else WalkthroughPlayer(max(c.optima.max_states for c in cells))
 
 
 def plays_path(out: Path, agent: str, cell: PlaySetting) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -12,13 +11,12 @@ from rich.text import Text
 
 from nextstate.agents.agent import Agent, AgentError, Prompt
 from nextstate.agents.human import STOP, GivenUp, Human, HumanPlayer
-from nextstate.agents.play import AgentPlayer, Player, Playing, RandomPlayer, WalkthroughPlayer
-from nextstate.agents.reference import SHORTCUT, Reference
+from nextstate.agents.play import AgentPlayer, Player, Playing
+from nextstate.agents.registry import HUMAN, PLAYERS, REFERENCES, spec_of
 from nextstate.envs.aims import Aim, reply, shortest
 from nextstate.envs.environments import DEFAULT_STEPS, PlayEnv
 from nextstate.envs.game import Episode, Game, GameError, Reader, score, unroll
 
-PLAYERS: dict[str, Callable[[], Player]] = {"random": RandomPlayer, "walkthrough": WalkthroughPlayer}
 LONG = 100  # commands that somebody has, at most, in a game with an objective
 ENDS = {
     "won": "Won",
@@ -59,35 +57,26 @@ def has_objective(game: Game, seed: int) -> bool:
     return bool(game.objective(game.initial(np.random.default_rng(seed))))
 
 
-def agent_named(name: str, game: Game, terminal: Terminal) -> Agent:
-    """Return who answers questions: "human", "ideal", "chance", "shortcut:NAME", or a language model.
+def agent_named(name: str, game: Game, terminal: Terminal) -> Agent | Player:
+    """Return who answers questions or gives commands: "human", or an agent that `nextstate.agents.registry` knows.
 
     Raises:
-        GameError: the game has no such shortcut.
-        AgentError: there is no such model.
+        AgentError: there is no such agent, or the game has no such shortcut.
     """
-    if name == "human":
-        return Human(terminal.console, terminal.ask)
-    if name.startswith(SHORTCUT) and name.removeprefix(SHORTCUT) not in game.shortcuts:
-        known = ", ".join(SHORTCUT + s for s in game.shortcuts)
-        raise GameError(f"{game.name} has no {name!r}: expected one of {known}")
-    if name in ("ideal", "chance") or name.startswith(SHORTCUT):
-        return Reference(name)
-    from nextstate.agents.language import LanguageModel
-
-    return LanguageModel(name)
+    return Human(terminal.console, terminal.ask) if name == HUMAN else spec_of(name, [game]).make()
 
 
 def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed: int) -> int:
     """Play a game of predictions: read the story, answer, be told the truth, get a score; return the questions."""
-    if agent in PLAYERS:
+    reader = agent_named(agent, game, terminal)
+    if isinstance(reader, Player):
         raise AgentError(f"{agent} gives commands and answers no questions: play with --commands")
+    reader = reader.live()
     length = steps if steps is not None else min(DEFAULT_STEPS, game.max_steps or DEFAULT_STEPS)
     episode = unroll(game, seed, length)
     ideal = episode.beliefs("ideal")
-    reader = agent_named(agent, game, terminal).live()
     tally = Tally()
-    if agent == "human":
+    if agent == HUMAN:
         answers = {choice.strip().casefold() for step in episode.steps for choice in step.questions[0].choices}
         stop = next(word for word in STOP if word not in answers)
         how = f"Answer what comes next; a part that no other answer has will do.\n{stop} or Ctrl-D quits."
@@ -171,21 +160,22 @@ def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
     own = has_objective(game, seed)
     length = steps if steps is not None else min(LONG if own else DEFAULT_STEPS, game.max_steps or LONG)
     playing = Playing(PlayEnv(game.name, length, **game.settings), seed)
-    reader = agent_named(agent, game, terminal) if agent not in PLAYERS else None
+    found = agent_named(agent, game, terminal)
+    reader = None if isinstance(found, Player) else found
     if questions and reader is None:
         raise AgentError(f"{agent} gives commands and answers no questions: leave out --questions")
-    if agent == "human":
-        player: Player = HumanPlayer(terminal.console, terminal.ask)
-    elif reader is None:
-        player = PLAYERS[agent]()
-    elif isinstance(reader, Reference):
+    if isinstance(found, Player):
+        player = found
+    elif agent == HUMAN:
+        player = HumanPlayer(terminal.console, terminal.ask)
+    elif found.kind in REFERENCES:
         raise AgentError(
             f"{agent} answers questions and gives no commands: expected human, {', '.join(PLAYERS)} or a model"
         )
     else:
-        player = AgentPlayer(reader).begin()
+        player = AgentPlayer(found).begin()
     examiner = Examiner(terminal, reader, playing, np.random.default_rng([seed, 1])) if questions and reader else None
-    if agent == "human":
+    if agent == HUMAN:
         how = "Give commands; their beginning or number will do.\n? lists them, q or Ctrl-D quits."
     else:
         how = f"{agent} gives the commands.\nCtrl-C quits."
@@ -194,7 +184,7 @@ def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
     with suppress(GivenUp, KeyboardInterrupt):
         while not playing.ended:
             given = player.choose([playing.view])[0]
-            if agent != "human":
+            if agent != HUMAN:
                 terminal.say(f"> {given}", "bold")
             playing.take(given)
             _tell(terminal, playing, given, examiner)

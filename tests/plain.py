@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from nextstate.agents.language import BUILT_IN, LanguageModel
+from nextstate.agents.identity import BUILT_IN
+from nextstate.agents.language import LanguageModel
 from nextstate.analysis.pairs import TokenPair
 from tests.zoo import build
 

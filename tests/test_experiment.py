@@ -17,6 +17,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from nextstate import experiment, patching
+from nextstate.agents.agent import AgentError
 from nextstate.agents.config import ConfigError, find_config, packaged_configs, read_config
 from nextstate.agents.training import TrainConfig
 from nextstate.envs.game import GameError
@@ -256,7 +257,7 @@ def test_impossible_games_are_refused_before_anything_is_written(tmp_path: Path,
 
 
 def test_a_shortcut_that_no_game_has(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match=r"'shortcut:guess'.*last_mention"):
+    with pytest.raises(AgentError, match=r"'shortcut:guess'.*last_mention"):
         experiment.run(Config(**SMALL | {"agents": ["shortcut:guess"]}), tmp_path / "run")
 
 

@@ -15,7 +15,7 @@ from polars.testing import assert_frame_equal
 
 from nextstate import experiment
 from nextstate.agents.config import ConfigError, read_config
-from nextstate.analysis import plays, report, tables
+from nextstate.analysis import log, plays, report, tables
 from nextstate.analysis.tables import RunError
 from nextstate.envs.game import GameError
 from nextstate.experiment import Config
@@ -276,7 +276,7 @@ def test_a_broken_table_is_named(run: Path, tmp_path: Path) -> None:
 def test_metrics_of_a_cell_have_names_of_their_own(run: Path) -> None:
     file = run / "plays" / "random" / "DFA-density=min-states=5.parquet"
     (entry,) = (p for p in info(run)["plays"] if p["slug"] == file.stem)
-    metrics = plays.cell_metrics(entry, "random", pl.read_parquet(file))
+    metrics = log.play_metrics(entry, "random", pl.read_parquet(file))
     head = "play/DFA/states=5/density=min/random"
     assert metrics.keys() == {f"{head}/{key}" for key in ("success", "score", "steps_over", "illegal")}
     assert metrics[f"{head}/success"] == pl.read_parquet(file)["success"].mean()

@@ -24,8 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nextstate.agents.generation import Codes
+from nextstate.analysis import stats
 from nextstate.analysis.probe import padded, room
-from nextstate.analysis.tables import quantiles, resample
 from nextstate.envs.game import GameError, require, require_whole
 from nextstate.envs.grammar.derivation import Derivation
 
@@ -133,8 +133,7 @@ def means(measure: Measure, rng: np.random.Generator) -> pl.DataFrame:
         a row a layer and cell: where it is, `value`, `low`, `high` (null where there are no pairs), `pairs`.
     """
     draws = _draws(measure, rng)
-    values, ends = draws[0], _ends(draws[1:])
-    return _table(values, ends, measure.cells, measure.pairs.ravel())
+    return _table(draws[0], stats.percentiles(draws[1:]), measure.cells, measure.pairs.ravel())
 
 
 def peaks(to_end: Measure, rng: np.random.Generator) -> pl.DataFrame:
@@ -147,7 +146,9 @@ def peaks(to_end: Measure, rng: np.random.Generator) -> pl.DataFrame:
     draws = draws.reshape(*draws.shape[:2], len(to_end.axes["level"]), len(NEAR))
     middle, others = NEAR.index(0), [k for k, delta in enumerate(NEAR) if delta]
     apart = draws[..., middle] - draws[..., others].mean(-1)
-    return _table(apart[0], _ends(apart[1:]), {"level": np.array(to_end.axes["level"])}, to_end.pairs[:, middle])
+    return _table(
+        apart[0], stats.percentiles(apart[1:]), {"level": np.array(to_end.axes["level"])}, to_end.pairs[:, middle]
+    )
 
 
 @dataclass(frozen=True)
@@ -281,13 +282,9 @@ def _draws(measure: Measure, rng: np.random.Generator) -> Float[np.ndarray, "dra
     """Return means over heads, of all strings first and then of each resample; the last layer is the mean of all."""
     own = np.concatenate([measure.own, measure.own.mean(1, keepdims=True)], axis=1)
     both = np.concatenate([own, measure.own_pairs[:, None].astype(np.float64)], axis=1)
-    sums = np.concatenate([both.sum(0, keepdims=True), resample(both, rng)])
+    sums = np.concatenate([both.sum(0, keepdims=True), stats.resampled_sums(both, rng)])
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(sums[:, -1:] > 0, sums[:, :-1] / sums[:, -1:], np.nan))
-
-
-def _ends(draws: Float[np.ndarray, "draw layer cell"]) -> Float[np.ndarray, "2 layer cell"]:
-    return quantiles(draws.reshape(len(draws), -1)).reshape(2, *draws.shape[1:])
 
 
 def _table(

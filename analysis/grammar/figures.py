@@ -14,7 +14,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from nextstate.analysis.figures import WIDE, Style, _layout, _plain
+from nextstate.analysis.figures import WIDE, Style, layout, plain
 from nextstate.analysis.grammar_tables import (
     PERTURBATIONS,
     PREFIXES,
@@ -59,11 +59,13 @@ def styles(run: GrammarRun) -> dict[str, Style]:
     return out
 
 
-def _brief(name: str) -> str:
-    return _plain(name if len(name) <= MOST else f"{name[: MOST - 1]}…")
+def brief(name: str) -> str:
+    """Return a name escaped for plotly and cut to `MOST` characters."""
+    return plain(name if len(name) <= MOST else f"{name[: MOST - 1]}…")
 
 
-def _round(value: float | None, digits: int = 5) -> float | None:
+def significant(value: float | None, digits: int = 5) -> float | None:
+    """Return a value to `digits` significant digits; None if it is not finite."""
     return None if value is None or not np.isfinite(value) else float(f"{value:.{digits}g}")
 
 
@@ -83,9 +85,9 @@ def _hollow(style: Style, symbol: str, size: int = 11) -> dict[str, Any]:
 
 def _lines(title: str, x: str, names: Sequence[str], pitch: int, **more: Any) -> dict[str, Any]:
     """Return the layout of a plot with a row a model."""
-    up = {"tickvals": list(range(len(names))), "ticktext": [_brief(n) for n in names], "showgrid": False, "ticks": "",
+    up = {"tickvals": list(range(len(names))), "ticktext": [brief(n) for n in names], "showgrid": False, "ticks": "",
           "range": [len(names) - 0.4, -0.6]}  # fmt: skip
-    return _layout(title, pitch * len(names) + 90, x, yaxis=up, **more)
+    return layout(title, pitch * len(names) + 90, x, yaxis=up, **more)
 
 
 def generation(run: GrammarRun, title: str) -> go.Figure | None:
@@ -113,10 +115,10 @@ def generation(run: GrammarRun, title: str) -> go.Figure | None:
                 ends.append(found["accuracy"] if found["low"] is None else found["low"])
                 traces.append(
                     go.Scatter(
-                        x=[found["accuracy"]], y=[at + offset], mode="markers", name=f"{_plain(name)}, {words}",
+                        x=[found["accuracy"]], y=[at + offset], mode="markers", name=f"{plain(name)}, {words}",
                         marker={"symbol": symbol, "size": 9, "color": style.colour},
                         error_x=_bars([found], "accuracy", "low", "high", style.colour),
-                        customdata=[[found["right"], found["strings"], _plain(name)]],
+                        customdata=[[found["right"], found["strings"], plain(name)]],
                         hovertemplate=f"%{{customdata[2]}}, {words}<br>%{{x:.2%}}: %{{customdata[0]:,}} of "
                         "%{customdata[1]:,} strings<extra></extra>",
                     )
@@ -126,7 +128,7 @@ def generation(run: GrammarRun, title: str) -> go.Figure | None:
                 traces.append(
                     go.Scatter(
                         x=[paper], y=[at + offset], mode="markers", marker=_hollow(style, symbol, 13),
-                        name=f"{_plain(name)}, {words}, paper", hovertemplate="paper, "
+                        name=f"{plain(name)}, {words}, paper", hovertemplate="paper, "
                         f"{'from nothing' if prefix == 'nothing' else 'after 50 tokens'} %{{x:.2%}}<extra></extra>",
                     )
                 )  # fmt: skip
@@ -161,10 +163,10 @@ def curve(run: GrammarRun, column: str, title: str, words: str) -> go.Figure | N
         if len(mine):
             traces.append(
                 go.Scatter(
-                    x=mine["tokens"].to_list(), y=[_round(v) for v in mine[column]], name=_plain(name),
+                    x=mine["tokens"].to_list(), y=[significant(v) for v in mine[column]], name=plain(name),
                     mode="lines+markers", line={"color": style.colour, "width": style.width, "dash": style.dash},
                     marker={"size": 6, "symbol": style.marker}, customdata=mine["step"].to_list(),
-                    hovertemplate=f"{_plain(name)}<br>%{{x:,}} tokens, step %{{customdata:,}}: %{{y:.4~g}}"
+                    hovertemplate=f"{plain(name)}<br>%{{x:,}} tokens, step %{{customdata:,}}: %{{y:.4~g}}"
                     "<extra></extra>",
                 )
             )  # fmt: skip
@@ -172,7 +174,7 @@ def curve(run: GrammarRun, column: str, title: str, words: str) -> go.Figure | N
     right |= {"type": "log", "dtick": 1, "minor": {"dtick": "D1", "ticks": "outside", "ticklen": 2}} if wide else {}
     up: dict[str, Any] = {"accuracy": {"range": [-0.02, 1.03], "tickformat": ".0%"}, "loss": {}}.get(column, _decades(
         [v for v in rows[column] if v]))  # fmt: skip
-    return go.Figure(traces, _layout(title, 310, "tokens trained on", words, xaxis=right, yaxis=up))
+    return go.Figure(traces, layout(title, 310, "tokens trained on", words, xaxis=right, yaxis=up))
 
 
 def _decades(values: Sequence[float]) -> dict[str, Any]:
@@ -210,10 +212,10 @@ def divergence(run: GrammarRun, title: str) -> go.Figure | None:
         seen += [row["kl"], low, row["kl_high"] or row["kl"]]
         traces.append(
             go.Scatter(
-                x=[_round(row["kl"])], y=[at], mode="markers", name=_plain(name),
+                x=[significant(row["kl"])], y=[at], mode="markers", name=plain(name),
                 marker={"symbol": style.marker, "size": 10, "color": style.colour},
                 error_x=_bars([row | {"kl_low": low}], "kl", "kl_low", "kl_high", style.colour),
-                hovertemplate=f"{_plain(name)}<br>%{{x:.3~g}} nats a token<extra></extra>",
+                hovertemplate=f"{plain(name)}<br>%{{x:.3~g}} nats a token<extra></extra>",
             )
         )  # fmt: skip
         paper = None if run.paper is None else run.paper.kl.get(run.who(name))
@@ -221,7 +223,7 @@ def divergence(run: GrammarRun, title: str) -> go.Figure | None:
             seen.append(paper)
             traces.append(
                 go.Scatter(x=[paper], y=[at], mode="markers", marker=_hollow(style, style.marker, 13),
-                           name=f"{_plain(name)}, paper", hovertemplate="paper, %{x:.3~g} nats a token<extra></extra>")
+                           name=f"{plain(name)}, paper", hovertemplate="paper, %{x:.3~g} nats a token<extra></extra>")
             )  # fmt: skip
     return go.Figure(traces, _lines(title, "divergence from the exact next tokens (nats a token)", names, 34,
                                     xaxis=_decades(seen)))  # fmt: skip
@@ -246,9 +248,9 @@ def robustness(run: GrammarRun, prefix: str, temperature: float, title: str) -> 
     for row in clean.iter_rows(named=True):
         style = look[row["name"]]
         traces.append(
-            go.Scatter(x=[0, 1], y=[row["accuracy"]] * 2, mode="lines", name=_plain(row["name"]),
+            go.Scatter(x=[0, 1], y=[row["accuracy"]] * 2, mode="lines", name=plain(row["name"]),
                        line={"color": style.colour, "width": 1.8, "dash": "dot"},
-                       hovertemplate=f"{_plain(row['name'])}, clean strings only: %{{y:.1%}}<extra></extra>")
+                       hovertemplate=f"{plain(row['name'])}, clean strings only: %{{y:.1%}}<extra></extra>")
         )  # fmt: skip
     groups = perturbed.sort("fraction").group_by("architecture", "perturbation", "rate", maintain_order=True)
     used = dict.fromkeys(PERTURBATIONS, 0)
@@ -277,7 +279,7 @@ def robustness(run: GrammarRun, prefix: str, temperature: float, title: str) -> 
     right = {"range": [-0.04, 1.05], "tickformat": ".0%", "showgrid": False}
     up = {"range": [-0.04, 1.06], "tickformat": ".0%", "tickvals": [0, 0.25, 0.5, 0.75, 1]}
     return go.Figure(
-        traces, _layout(title, 270, "perturbed strings in training", "in the grammar", xaxis=right, yaxis=up)
+        traces, layout(title, 270, "perturbed strings in training", "in the grammar", xaxis=right, yaxis=up)
     )
 
 

@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 import polars as pl
 from jaxtyping import Int
 
-from nextstate.analysis.figures import DARK, SCALE, TURN, _layout, _plain
+from nextstate.analysis.figures import DARK, SCALE, TURN, layout, plain
 from nextstate.analysis.figures import LIGHT as PALE
-from nextstate.analysis.grammar_figures import _brief, _round
+from nextstate.analysis.grammar_figures import brief, significant
 from nextstate.analysis.heads_figures import LIGHT
 
 DEEPEST = 0.5  # share of a diverging scale that is used, so that the page's ink can be read on all of it
@@ -28,7 +28,7 @@ def _cells(
     if reach is not None:
         scale = {"zmin": -reach / DEEPEST, "zmax": reach / DEEPEST, "colorscale": LIGHT, "meta": "diverging"}
     trace = go.Heatmap(
-        x=x, y=y, z=[[_round(v) for v in line] for line in z], hoverongaps=False, customdata=hover,
+        x=x, y=y, z=[[significant(v) for v in line] for line in z], hoverongaps=False, customdata=hover,
         hovertemplate="%{customdata}<extra></extra>", xgap=1, ygap=1, showscale=False, **scale,
     )  # fmt: skip
     wide, nested = len(z[0]), isinstance(x[0], list)
@@ -43,7 +43,7 @@ def _cells(
     axes = {"type": "category", "showgrid": False, "ticks": ""}
     right = axes | {"range": [-0.5, wide - 0.5]} | more.pop("xaxis", {})
     down = axes | {"range": [len(z) - 0.5, -0.5]} | more.pop("yaxis", {})
-    return go.Figure([trace, numbers], _layout(title, pitch * len(z) + 84, across, up, xaxis=right, yaxis=down))
+    return go.Figure([trace, numbers], layout(title, pitch * len(z) + 84, across, up, xaxis=right, yaxis=down))
 
 
 def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.Figure:
@@ -58,10 +58,10 @@ def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.F
     z = [[line["values"].get(level) for level in every] for line in lines]
     text = [["" if v is None else "100" if v == 1 else f"{100 * v:.1f}" for v in line] for line in z]
     hover = [
-        [f"{_plain(line['label'])}, level {level}<br>{_plain(line['told'].get(level, ''))}" for level in every]
+        [f"{plain(line['label'])}, level {level}<br>{plain(line['told'].get(level, ''))}" for level in every]
         for line in lines
     ]
-    labels = [_brief(line["label"]) for line in lines]
+    labels = [brief(line["label"]) for line in lines]
     places = [str(k) for k in range(len(lines))]  # two names may be cut to the same letters
     ticks = {"tickvals": places, "ticktext": labels}
     return _cells(title, z, text, hover, [str(level) for level in every], places,
@@ -104,7 +104,7 @@ def profile(rows: pl.DataFrame, title: str) -> go.Figure:
     pitch = max(4, min(20, 460 // len(heads)))
     trace = go.Heatmap(
         x=[str(b).replace("-", "−") for b in at], y=names, customdata=hover, hoverongaps=False,
-        z=[[None if w is None else _round(np.log10(max(w, FLOOR)), 4) for w in line] for line in grid],
+        z=[[None if w is None else significant(np.log10(max(w, FLOOR)), 4) for w in line] for line in grid],
         zmin=float(np.log10(FLOOR)), zmax=0, colorscale=SCALE, showscale=False, xgap=1 if pitch > 8 else 0,
         ygap=1 if pitch > 8 else 0, hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
@@ -113,7 +113,7 @@ def profile(rows: pl.DataFrame, title: str) -> go.Figure:
         first.setdefault(layer, name)
     ticks = {"tickvals": list(first.values()), "ticktext": [str(layer) for layer in first]} if pitch < 14 else {}
     axis = {"type": "category", "showgrid": False}
-    return go.Figure([trace], _layout(title, pitch * len(heads) + 84, "distance (tokens back)",
+    return go.Figure([trace], layout(title, pitch * len(heads) + 84, "distance (tokens back)",
                                       "layer, its heads upwards" if ticks else "layer.head",
                                       xaxis=axis | {"tickfont": {"size": 11}}, yaxis=axis | ticks))  # fmt: skip
 

@@ -13,9 +13,9 @@ import polars as pl
 
 from nextstate.analysis import grammar_figures as figures
 from nextstate.analysis import grammar_heatmaps as heatmaps
-from nextstate.analysis.figures import SCALE, _plain
+from nextstate.analysis.figures import SCALE, plain
 from nextstate.analysis.grammar_tables import PERTURBATIONS, REACHES, SOURCE, TARGETS, GrammarRun, load, support
-from nextstate.analysis.log import _slug
+from nextstate.analysis.log import slug
 from nextstate.analysis.page import Drawn, environment, furniture, replace
 
 LONG = 20  # rules of a grammar that are shown unfolded, at most
@@ -335,7 +335,7 @@ def _attention_figures(run: GrammarRun) -> dict[str, dict[str, Any]]:
     if "attention-profile" in run.tables:
         by_name = {name: run.tables["attention-profile"].filter(name=name) for name in run.of("attention-profile")}
         out["profile"] = {
-            name: heatmaps.profile(rows, _plain(name)) for name, rows in by_name.items() if rows["weight"].count()
+            name: heatmaps.profile(rows, plain(name)) for name, rows in by_name.items() if rows["weight"].count()
         }
     at_ends = run.averaged("attention-ends", "level", "delta")
     if at_ends is not None:
@@ -353,7 +353,7 @@ def _attention_figures(run: GrammarRun) -> dict[str, dict[str, Any]]:
 
 def _each(run: GrammarRun, rows: pl.DataFrame, draw: Any) -> dict[str, Any]:
     reach, seen = _reach(rows["residual"].to_list()), set(rows["name"])
-    return {name: draw(rows.filter(name=name), _plain(name), reach) for name in run.models if name in seen}
+    return {name: draw(rows.filter(name=name), plain(name), reach) for name in run.models if name in seen}
 
 
 def _attention(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
@@ -395,16 +395,16 @@ def mirrored(run: GrammarRun) -> dict[str, Any]:
     told, out = headline(run), dict[str, Any]()
     rows = run.written
     for row in [] if rows is None else rows.drop_nulls("accuracy").iter_rows(named=True):
-        out[f"summary/{_slug(row['name'])}/accuracy_{row['prefix']}"] = row["accuracy"]
+        out[f"summary/{slug(row['name'])}/accuracy_{row['prefix']}"] = row["accuracy"]
     if "diversity" in run.tables:
         for row in run.tables["diversity"].iter_rows(named=True):
-            out |= {f"summary/{_slug(row['name'])}/{k}": row[k]
+            out |= {f"summary/{slug(row['name'])}/{k}": row[k]
                     for k in ("kl", "bits", "distinct", "equal_pairs") if row[k] is not None}  # fmt: skip
     if told["probes"] is not None:
         for one in [*told["probes"]["models"], *filter(None, [told["probes"]["random"]])]:
-            out |= {f"summary/{_slug(one['name'])}/ancestor_{level}": v for level, v in one["levels"].items()}
+            out |= {f"summary/{slug(one['name'])}/ancestor_{level}": v for level, v in one["levels"].items()}
     for one in told["ends"]:
-        out |= {f"summary/{_slug(one['name'])}/attention_{k}": one[k] for k in ("at", "beside")}
+        out |= {f"summary/{slug(one['name'])}/attention_{k}": one[k] for k in ("at", "beside")}
     drawn = {
         "generation": figures.generation(run, "Written strings that are in the grammar"),
         "divergence": figures.divergence(run, "Divergence from the exact next tokens"),
@@ -415,7 +415,7 @@ def mirrored(run: GrammarRun) -> dict[str, Any]:
             title_text=f"{WORDS[target, where][0]}, {reach}"
         )
     for what, by_name in _attention_figures(run).items():
-        drawn |= {f"attention_{what}_{_slug(name)}": figure for name, figure in by_name.items()}
+        drawn |= {f"attention_{what}_{slug(name)}": figure for name, figure in by_name.items()}
     for prefix, temperature in figures.panels(run):
         title = f"{PREFIX[prefix]}, temperature {temperature:g}"
         drawn[f"robustness_{prefix}_{temperature:g}"] = figures.robustness(run, prefix, temperature, title)

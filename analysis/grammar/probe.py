@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from nextstate.agents.config import Strict
 from nextstate.agents.generation import Codes, Strings
-from nextstate.analysis.tables import quantiles, resample, wilson
+from nextstate.analysis import stats
 from nextstate.envs.game import GameError, require, require_whole
 from nextstate.envs.grammar.derivation import Derivation, sample
 from nextstate.envs.grammar.grammar import Grammar
@@ -290,7 +290,7 @@ def evaluate_probes(
     seed = int(resampled.integers(2**63))
     out = []
     for want in probes:
-        accuracy, ends = _shares(right[want], tokens, np.random.default_rng(seed))
+        accuracy, ends = stats.pooled_share(right[want], tokens, np.random.default_rng(seed))
         for g, (t, where) in enumerate(groups):
             n = tokens[:, g].sum()
             out.append(
@@ -349,15 +349,3 @@ def _check(model: Any, codes: Codes, grammar: Grammar) -> None:
     require(not model.training, "model.training", True, "a model in evaluation mode: call model.eval()")
     if len(codes.terminals) != len(grammar.terminals):
         raise GameError(f"{codes} has {len(codes.terminals)} terminals: expected {len(grammar.terminals)}")
-
-
-def _shares(
-    right: Float[np.ndarray, "string group"], tokens: Float[np.ndarray, "string group"], rng: np.random.Generator
-) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, "2 group"]]:
-    """Return the shares that are right and their 95 % intervals."""
-    draws = resample(np.stack([right, tokens], axis=-1), rng)
-    with np.errstate(invalid="ignore"):
-        share, ends = right.sum(0) / tokens.sum(0), quantiles(draws[..., 0] / draws[..., 1])
-    even = ends[1] - ends[0] < 1e-9
-    ends[:, even] = wilson(share * len(right), np.full(len(share), float(len(right))))[:, even]
-    return share, ends

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nextstate.agents.language import BUILT_IN, LanguageModel
+from nextstate.agents.identity import BUILT_IN
+from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import accuracy, episodes_of, prompts_of, replay, seeds_for
 from nextstate.envs.games import make_game
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 from nextstate.agents.agent import AgentError
-from nextstate.agents.language import BUILT_IN, LanguageModel
+from nextstate.agents.identity import BUILT_IN
+from nextstate.agents.language import LanguageModel
 from tests.exactness import BOX, JOBS, ROADS, TWO_TOKENS, Job, measure, noise, tolerance, truths
 from tests.zoo import BOTH_WAYS, FAST, NAMES, ODD, build, build_odd
 

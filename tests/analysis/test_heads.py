@@ -147,11 +147,11 @@ def test_routing_intervals_hold_the_value_and_need_the_same_cells() -> None:
 def test_what_one_kind_finds_and_the_other_does_not_deny_is_unclear() -> None:
     def found(value: float, reach: float) -> Recovery:
         one = np.full((1, 1, 1), value)
-        return Recovery(one, one - reach, one + reach, one - reach, one + reach, 30, 0, 0, 0.95, 100)
+        return Recovery(one, one - reach, one + reach, one - reach, one + reach, 30, 0, 0)
 
     def label(state: Recovery, action: Recovery, reach: float) -> str:
         value = state.value - action.value
-        return str(Routing(state, action, value, value, value, value - reach, value + reach).labels[0, 0, 0])
+        return str(Routing(value, value, value, value - reach, value + reach, state, action).labels[0, 0, 0])
 
     assert label(found(0.3, 0.1), found(0.0, 0.1), 0.15) == "state"
     assert label(found(0.0, 0.1), found(0.3, 0.1), 0.15) == "action"

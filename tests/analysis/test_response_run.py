@@ -18,7 +18,7 @@ from nextstate import cli, patching, responding
 from nextstate.agents.config import ConfigError, packaged_configs, read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis import response_report
-from nextstate.analysis.response_tables import Signature, agreement, load
+from nextstate.analysis.response_tables import Signature, load
 from nextstate.analysis.tables import RunError
 from nextstate.folder import ExperimentError
 from nextstate.patching import PatchConfig
@@ -234,12 +234,6 @@ def test_every_packaged_config_can_be_read() -> None:
         config = read_config(name, [], ResponseConfig)
         assert responding.draw(config.model_copy(update={"bridge": [b.model_copy(update={"pairs": 2})
                                                                     for b in config.bridge]}))  # fmt: skip
-
-
-def test_rank_agreement() -> None:
-    assert agreement([1, 2, 3], [2, 3, 9]) == pytest.approx(1)
-    assert agreement([1, 2, 3], [5, 5, 5]) is None
-    assert agreement([1, 2], [1, 2]) is None
 
 
 def test_the_command_line_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nextstate.analysis import tables
+from nextstate.analysis import stats, tables
 from nextstate.analysis.tables import RunError
 from tests.analysis.conftest import MODEL
 
@@ -108,18 +108,6 @@ def test_the_same_generator_gives_the_same_intervals(many_path: Path) -> None:
     assert one.equals(two)
 
 
-def test_wilson_covers() -> None:
-    rng = np.random.default_rng(0)
-    for p, n in ((0.5, 50), (0.9, 50), (0.2, 30)):
-        hits = rng.binomial(n, p, size=20_000).astype(float)
-        low, high = tables.wilson(hits, np.full(20_000, float(n)))
-        assert 0.93 <= float(((low <= p) & (p <= high)).mean()) <= 0.985
-    low, high = tables.wilson(np.array([0.0, 10.0]), np.array([10.0, 10.0]))
-    assert low[0] == 0
-    assert high[1] == pytest.approx(1)
-    assert 0 < high[0] < 0.35
-
-
 def clustered(rng: np.random.Generator, agent: str, episodes: int = 50, asked: int = 8) -> pl.DataFrame:
     """Questions that hang together: each episode has its own probability, 0.6 on average."""
     p = rng.beta(1.8, 1.2, size=episodes)
@@ -139,7 +127,7 @@ def test_bootstrap_over_episodes_covers() -> None:
     covered = ((cells["accuracy_low"] <= 0.6) & (cells["accuracy_high"] >= 0.6)).mean()
     assert 0.92 <= float(covered) <= 0.975  # type: ignore[arg-type]
     # Wilson's with n questions would be far too narrow here.
-    low, high = tables.wilson((cells["accuracy"] * cells["n"]).to_numpy(), cells["n"].to_numpy().astype(float))
+    low, high = stats.wilson((cells["accuracy"] * cells["n"]).to_numpy(), cells["n"].to_numpy().astype(float))
     assert float(((low <= 0.6) & (high >= 0.6)).mean()) < 0.85
 
 

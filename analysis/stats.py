@@ -1,0 +1,261 @@
+"""Every interval and test of the project: pure functions of arrays.
+
+A unit is what is drawn independently of all others: an episode, a pair of prompts, a string. Intervals hold over units,
+however many questions or tokens one unit has. An interval is an array whose row 0 is the lower end and row 1 the upper
+one. Bootstrap intervals are percentile intervals (Efron 1979, Annals of Statistics 7, 1-26); with fewer than about 20
+units they are too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.special import ndtri
+from scipy.stats import spearmanr
+from scipy.stats import t as student_t
+
+LEVEL = 0.95  # the share of intervals that should hold the true value
+DRAWS = 1000  # bootstrap resamples of the tables; bands take their number from the config
+_FLAT = 1e-9  # an interval narrower than this comes from draws that all agree
+
+Ratio = tuple[Float[np.ndarray, "unit ..."], Float[np.ndarray, " unit"]]  # numerators and denominator of each unit
+
+
+def wilson(
+    hits: Float[np.ndarray, " cell"], n: Float[np.ndarray, " cell"], level: float = LEVEL
+) -> Float[np.ndarray, "2 cell"]:
+    """Return Wilson's score interval for a probability (Wilson 1927, JASA 22, 209-212); NaN where n = 0.
+
+    It takes `n` to be independent trials: where trials come in clusters, it is too narrow.
+
+    Args:
+        hits: successes; they need not be whole numbers.
+        n: trials.
+        level: confidence level.
+    """
+    z = float(ndtri(0.5 + level / 2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = hits / n
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * np.sqrt(np.maximum(p * (1 - p), 0) / n + z * z / (4 * n * n))
+        return np.stack([np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)])
+
+
+def student(values: Float[np.ndarray, " unit"], level: float = LEVEL) -> Float[np.ndarray, " 2"]:
+    """Return Student's t interval for a mean, NaN for fewer than two values.
+
+    It is exact for normal values, and too narrow for few values of a very skewed distribution.
+    """
+    n = len(values)
+    if n < 2:
+        return np.full(2, np.nan)
+    half = float(student_t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    return np.array([values.mean() - half, values.mean() + half])
+
+
+def spearman(one: Float[np.ndarray, " cell"], two: Float[np.ndarray, " cell"]) -> float:
+    """Return Spearman's rank correlation; NaN for fewer than three pairs, or where one side does not vary."""
+    if len(one) < 3 or len(np.unique(one)) < 2 or len(np.unique(two)) < 2:
+        return math.nan
+    return float(spearmanr(one, two).statistic)
+
+
+# --- bootstrap over units
+
+
+def multiplicities(n: int, rng: np.random.Generator, draws: int) -> Int[np.ndarray, "draw unit"]:
+    """Return how often each of `n` units is in each bootstrap resample of n units with replacement."""
+    return rng.multinomial(n, np.full(n, 1 / n), size=draws)
+
+
+def resampled_sums(
+    sums: Float[np.ndarray, "unit ..."], rng: np.random.Generator, draws: int = DRAWS
+) -> Float[np.ndarray, "draw ..."]:
+    """Return the sums over units in each bootstrap resample. All groups share the resamples.
+
+    Ratios of these sums resample ratios of means. For a stratified bootstrap, add the results of all strata.
+    """
+    flat = multiplicities(len(sums), rng, draws).astype(np.float64) @ sums.reshape(len(sums), -1)
+    return np.asarray(flat.reshape(draws, *sums.shape[1:]))
+
+
+def percentiles(draws: Float[np.ndarray, "draw ..."], level: float = LEVEL) -> Float[np.ndarray, "2 ..."]:
+    """Return the percentile interval of each group's draws; draws that are NaN are left out.
+
+    A draw is NaN (0/0) where the resample has none of a group's units. A group of NaN alone has a NaN interval.
+    """
+    draws = np.sort(draws, axis=0)  # NaN sorts last
+    valid = np.maximum((~np.isnan(draws)).sum(axis=0), 1)
+    at = np.multiply.outer(np.array([(1 - level) / 2, (1 + level) / 2]), valid - 1)
+    below, above = (np.take_along_axis(draws, end(at).astype(int), axis=0) for end in (np.floor, np.ceil))
+    return np.asarray(below + (at - np.floor(at)) * (above - below))
+
+
+def wilson_where_flat(
+    ends: Float[np.ndarray, "2 cell"],
+    share: Float[np.ndarray, " cell"],
+    n: Float[np.ndarray, " cell"],
+    scale: Float[np.ndarray, " cell"] | float = 1.0,
+) -> Float[np.ndarray, "2 cell"]:
+    """Replace bootstrap intervals that have no width, or are NaN, by Wilson's of `share` in `n` units, over `scale`.
+
+    Where all units have the same share (all right, all wrong), all resamples agree, and the bootstrap would claim that
+    nothing is uncertain. Wilson's interval takes each unit as one trial. `scale` is what the share was divided by.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(ends[1] - ends[0] > _FLAT, ends, wilson(share * n, n) / scale)
+
+
+def pooled_share(
+    hits: Float[np.ndarray, "unit group"], trials: Float[np.ndarray, "unit group"], rng: np.random.Generator
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, "2 group"]]:
+    """Return all hits out of all trials, and the interval over units; NaN for groups without trials.
+
+    The interval is the percentile bootstrap, or Wilson's where all resamples agree (see `wilson_where_flat`).
+    """
+    draws = resampled_sums(np.stack([hits, trials], axis=-1), rng)
+    with np.errstate(invalid="ignore"):
+        share, ends = hits.sum(0) / trials.sum(0), percentiles(draws[..., 0] / draws[..., 1])
+    return share, wilson_where_flat(ends, share, np.full(len(share), float(len(hits))))
+
+
+def mean_interval(values: Float[np.ndarray, " unit"], rng: np.random.Generator) -> Float[np.ndarray, " 2"]:
+    """Return the percentile bootstrap interval of a mean."""
+    return percentiles(resampled_sums(values, rng) / len(values))
+
+
+def paired_interval(draws: Float[np.ndarray, " draw"], units: int, level: float = LEVEL) -> Float[np.ndarray, " 2"]:
+    """Return the percentile interval of draws of a difference of two shares, from -1 to 1.
+
+    Where all draws agree it is as wide on each side as Wilson's upper end for something seen in none of `units`: a unit
+    that would disagree may just not have been drawn.
+    """
+    low, high = percentiles(draws, level)
+    if high - low < _FLAT:
+        unseen = float(wilson(np.zeros(1), np.array([float(units)]), level)[1, 0])
+        low, high = max(-1.0, low - unseen), min(1.0, high + unseen)
+    return np.array([low, high])
+
+
+# --- simultaneous bands
+
+
+@dataclass(frozen=True)
+class Band:
+    """Estimates with two intervals each; all arrays have one shape.
+
+    `low` and `high` hold for one cell looked at by itself; `band_low` and `band_high` for all cells at once, so choose
+    cells by `nonzero`: those whose band leaves out 0.
+    """
+
+    value: Float[np.ndarray, ...]
+    low: Float[np.ndarray, ...]
+    high: Float[np.ndarray, ...]
+    band_low: Float[np.ndarray, ...]
+    band_high: Float[np.ndarray, ...]
+
+    @property
+    def nonzero(self) -> Bool[np.ndarray, ...]:
+        """Whether the simultaneous band leaves out 0."""
+        return np.asarray((self.band_low > 0) | (self.band_high < 0))
+
+
+def ratio_band(
+    ratio: Ratio, rng: np.random.Generator, *, level: float = LEVEL, draws: int = 2000, cells: int = 4096
+) -> Band:
+    """Return ratios of means, top.mean(0) / bottom.mean(), with percentile bootstrap intervals and a sup-t band.
+
+    A ratio of means, so that a unit with a bottom near 0 does not count as much as it is uncertain. Units are resampled
+    whole: all their cells, and their bottom, together. The band is value +- q * standard error, with q the quantile
+    over resamples of the largest studentised deviation among all cells (Montiel Olea & Plagborg-Moller 2019, J. Applied
+    Econometrics 34, 1-17; a one-step relative of Romano & Wolf 2005). With one unit all ends are NaN. Where more than
+    (1 - level) / 2 of the resamples disagree with the sign of bottom.mean(), the scale is not known and ends are
+    infinite.
+
+    Args:
+        ratio: top and bottom of each unit.
+        rng: for the resamples.
+        level: confidence level of the intervals and of the band.
+        draws: number of resamples.
+        cells: how many to work on at once, which bounds memory at about 3 * 8 * draws * cells bytes.
+    """
+    top, bottom = _flat(ratio)
+    draw, scales = _ratio_draws(top, bottom, rng, draws)
+    found = _band(top.mean(0) / bottom.mean(), draw, draws, level, cells)
+    if len(top) == 1:
+        found = _unknown(found, math.nan)
+    elif (scales * bottom.mean() <= 0).mean() > (1 - level) / 2:
+        found = _unknown(found, math.inf)
+    return _shaped(found, ratio)
+
+
+def mean_band(values: Float[np.ndarray, "unit ..."], rng: np.random.Generator, *, draws: int = 2000) -> Band:
+    """Return means over units with percentile bootstrap intervals and a sup-t band, as in `ratio_band`."""
+    return ratio_band((values, np.ones(len(values))), rng, draws=draws)
+
+
+def ratio_difference_band(
+    one: Ratio, two: Ratio, rng: np.random.Generator, *, level: float = LEVEL, draws: int = 2000, cells: int = 4096
+) -> tuple[Band, Band, Band]:
+    """Return the `ratio_band` of `one`, that of `two`, and the band of one - two, for two independent samples.
+
+    Each sample is resampled by itself. The band of the difference is NaN or infinite where one of the others is.
+    """
+    found = [ratio_band(x, rng, level=level, draws=draws, cells=cells) for x in (one, two)]
+    (first, _), (second, _) = (_ratio_draws(*_flat(x), rng, draws) for x in (one, two))
+    value = (found[0].value - found[1].value).ravel()
+    apart = _band(value, lambda part: first(part) - second(part), draws, level, cells)
+    if min(len(one[1]), len(two[1])) == 1:
+        apart = _unknown(apart, math.nan)
+    elif not all(np.isfinite(x.low).all() for x in found):
+        apart = _unknown(apart, math.inf)
+    return found[0], found[1], _shaped(apart, one)
+
+
+def _flat(ratio: Ratio) -> Ratio:
+    return ratio[0].reshape(len(ratio[0]), -1), ratio[1]
+
+
+def _ratio_draws(
+    top: Float[np.ndarray, "unit cell"], bottom: Float[np.ndarray, " unit"], rng: np.random.Generator, draws: int
+) -> tuple[Callable[[slice], Float[np.ndarray, "draw part"]], Float[np.ndarray, " draw"]]:
+    """Return a function from a range of cells to their resampled ratios, and the resampled bottoms."""
+    weights = multiplicities(len(top), rng, draws) / len(top)
+    scales = weights @ bottom
+    return lambda part: (weights @ top[:, part]) / scales[:, None], scales
+
+
+def _band(
+    value: Float[np.ndarray, " cell"],
+    draw: Callable[[slice], Float[np.ndarray, "draw part"]],
+    draws: int,
+    level: float,
+    cells: int,
+) -> Band:
+    low, high, error, largest = np.empty_like(value), np.empty_like(value), np.empty_like(value), np.zeros(draws)
+    tail = (1 - level) / 2
+    for k in range(0, len(value), cells):
+        part = slice(k, k + cells)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = draw(part)
+            error[part] = drawn.std(0, ddof=1)
+            low[part], high[part] = np.quantile(drawn, (tail, 1 - tail), axis=0)
+            far = np.abs(drawn - value[part]) / error[part]
+        # A cell that does not vary at all (an error of 0) needs no reach.
+        largest = np.maximum(largest, np.where(error[part] > 1e-12, far, 0).max(1))
+    reach = np.quantile(largest, level) * error
+    return Band(value, low, high, value - reach, value + reach)
+
+
+def _unknown(band: Band, reach: float) -> Band:
+    low, high = (np.full_like(band.value, x) for x in (-reach, reach))
+    return Band(band.value, low, high, low, high)
+
+
+def _shaped(band: Band, ratio: Ratio) -> Band:
+    shape = ratio[0].shape[1:]
+    return Band(*(x.reshape(shape) for x in (band.value, band.low, band.high, band.band_low, band.band_high)))
