@@ -26,8 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from nextstate.agents.architectures import new_model
 from nextstate.agents.generation import Codes, divergences, right, write
-from nextstate.agents.text import begins_with
 from nextstate.agents.identity import files_digest
+from nextstate.agents.text import begins_with
 from nextstate.agents.trainer import TRAINING_STREAM, claim, fit
 from nextstate.agents.training_config import (
     BEGIN,
@@ -135,7 +135,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.progress(state.global_step)
         if due and not self.masked and self.trainer is not None:  # in all processes, as logging gathers from all
             model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
-            found = quick_evaluation(model, self.grammar, np.random.default_rng(self.seed), self.config.evaluation_strings)
+            found = quick_evaluation(
+                model, self.grammar, np.random.default_rng(self.seed), self.config.evaluation_strings
+            )
             model.train()
             self.trainer.log(found)
         self.mark = time.perf_counter()
@@ -160,8 +162,8 @@ def train(
 ) -> Path:
     """Train a model, from the last checkpoint in `out` if there is one; return the folder of the trained model.
 
-    Once it is trained, `out` holds `history.json`: numbers of parameters, steps, tokens and seconds, the learning curve,
-    and `weights`, the digest of the trained model's files.
+    Once it is trained, `out` holds `history.json`: parameters, steps, tokens, seconds, the learning curve, and
+    `weights`, the digest of the trained model's files.
 
     Args:
         config: shape of the model, and how it is trained.

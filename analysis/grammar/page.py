@@ -1,25 +1,24 @@
-"""One self-contained page about a grammar study: written strings, divergence, probes, attention, robustness."""
+"""The report page of a grammar study: written strings, divergence, probes, attention, robustness."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from decimal import Decimal
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
 import polars as pl
 
-from nextstate.analysis import grammar_figures as figures
-from nextstate.analysis import grammar_heatmaps as heatmaps
 from nextstate.analysis.figures import SCALE, plain
-from nextstate.analysis.grammar_tables import PERTURBATIONS, REACHES, SOURCE, TARGETS, GrammarRun, load, support
-from nextstate.analysis.log import slug
-from nextstate.analysis.page import Drawn, environment, furniture, replace
+from nextstate.analysis.grammar import figures, heatmaps
+from nextstate.analysis.grammar.config import REACHES, GrammarConfig
+from nextstate.analysis.grammar.paper import PERTURBATIONS, SOURCE
+from nextstate.analysis.grammar.tables import Summary, kind_of
+from nextstate.analysis.page.formats import percents
+from nextstate.analysis.page.page import FigureList, Page, Plot
+from nextstate.analysis.run import Run
 
 LONG = 20  # rules of a grammar that are shown unfolded, at most
-WORDS = {  # of what a probe reads, and of which tokens
+WORDS = {  # what a probe reads, and from which tokens
     ("ancestor", "all"): ("Ancestors, at all tokens", "The symbol of each level that a token comes from."),
     ("ancestor", "ends"): ("Ancestors, where a constituent ends",
                            "The same, only of tokens that are the last ones of a constituent of the level."),
@@ -33,390 +32,188 @@ SEEN = {
 CURVES = {"accuracy": ("From nothing, against tokens", "in the grammar"), "kl": ("Divergence, against tokens",
           "nats a token"), "loss": ("Loss, against tokens", "nats a token")}  # fmt: skip
 PREFIX = {"nothing": "From nothing", "clean": "After a clean prefix", "corrupted": "After a corrupted prefix"}
-PREFIX_ORDER = {prefix: k for k, prefix in enumerate(PREFIX)}
 DASH = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3"}
 MARKS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "✚", "star": "★", "x": "✖"}
 
 
-def write(run: Path) -> Path:
-    """Write `report.html` into the folder of a grammar study. The page needs no network.
+def page(run: Run[GrammarConfig]) -> Page:
+    """Return the page, from the tables of `summary/`."""
+    found, drawn = Summary(run.summaries()), FigureList()
+    rules = [line for line in found.grammar["rules"].splitlines() if line.strip()]
+    context = {
+        "models": list(found.models.values()),
+        "grammar": found.grammar,
+        "headline": headline(found),
+        "rules": rules,
+        "long": LONG,
+        "legend": [_key(name, style) for name, style in figures.styles(found).items()],
+        "learners": figures.learners(found),
+        "kinds": [_key(kind, figures.KINDS[kind]) for kind in PERTURBATIONS
+                  if any(m["perturbation"] == kind for m in found.models.values())],
+        "seen": SEEN,
+        "source": SOURCE,
+        "paper": found.paper is not None,
+        "ramp": ", ".join(colour for _, colour in SCALE),
+        "generation": _generation(found, drawn),
+        "probes": _probes(found, drawn),
+        "attention": _attention(found, drawn),
+        "robustness": _robustness(found, drawn),
+    }  # fmt: skip
+    which = "a drawn grammar" if found.grammar["name"] == "drawn" else f"the grammar {found.grammar['name']}"
+    title = f"{run.config.name}: what language models make of {which}"
+    return Page(title, template="grammar/page.html.jinja", context=context, figures=drawn)
 
-    Raises:
-        RunError: the folder is none, or cannot be read.
+
+def _key(name: str, style: figures.Style) -> dict[str, str]:
+    return {"name": name, "colour": style.colour, "dash": DASH[style.dash], "mark": MARKS[style.marker]}
+
+
+def headline(found: Summary) -> dict[str, Any]:
+    """Return the rows that the first lines of the page are about; models with perturbed strings have a line of theirs.
+
+    Probes are those of the whole string; attention is the mean over layers and heads.
     """
-    loaded = load(Path(run))
-    page = render(loaded)
-    return replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    at_ends = sorted(found.rows("at_ends"), key=lambda row: (row["untrained"], row["beside"] - row["at"]))
+    kl = sorted((r for r in found.rows("diversity") if r["name"] in found.trained), key=lambda row: row["kl"])
+    return {"written": _written(found), "kl": kl, "probes": _ancestors(found), "ends": at_ends,
+            "perturbed": _perturbed(found)}  # fmt: skip
 
 
-def render(run: GrammarRun) -> str:
-    """Return the page as text."""
-    templates = environment(percents=_percents, short=_short, big=_big, thousandths=_thousandths, bits=_bits)
-    drawn, look = Drawn(), figures.styles(run)
-    rules = [line for line in str(run.grammar["rules"]).splitlines() if line.strip()]
-    sections = {
-        "generation": _generation(run, drawn),
-        "probes": _probes(run, drawn),
-        "attention": _attention(run, drawn),
-        "robustness": _robustness(run, drawn),
-    }
-    legend = [
-        {"name": name, "colour": style.colour, "dash": DASH[style.dash], "mark": MARKS[style.marker]}
-        for name, style in look.items()
-    ]
-    return templates.get_template("grammar.html.jinja").render(
-        run=run,
-        info=run.info,
-        grammar=run.grammar,
-        headline=headline(run),
-        rules=rules,
-        long=LONG,
-        legend=legend,
-        learners=figures.learners(run),
-        kinds=[{"name": kind, "colour": figures.KINDS[kind].colour, "mark": MARKS[figures.KINDS[kind].marker]}
-               for kind in PERTURBATIONS if any(m["perturbation"] == kind for m in run.models.values())],
-        seen=SEEN,
-        source=SOURCE,
-        drawn=drawn.figures,
-        ramp=", ".join(colour for _, colour in SCALE),
-        **sections,
-        **furniture(templates, "heads.script.html.jinja"),
-    )  # fmt: skip
-
-
-def _percents(value: float | None) -> str:
-    """Return a share with as many digits as it needs not to be taken for all or nothing."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    digits = 1 if value in (0.0, 1.0) or 0.0005 <= value < 0.9995 else 3
-    text = f"{100 * value:.{digits}f}"
-    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}\u202f%"
-
-
-def _short(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    if abs(value) >= 100:
-        return f"{value:,.0f}".replace("-", "−")
-    if not value or abs(value) >= 1e-3:
-        return f"{value:.2g}".replace("-", "−")
-    digits, power = f"{value:.1e}".split("e")
-    return f"{digits.removesuffix('.0')} × 10{figures.raised(int(power))}".replace("-", "−")
-
-
-def _big(value: float | str | None) -> str:
-    """Return a count: in full where it is short, else as a power of ten; text holds whole numbers of any size."""
-    if value is None:
-        return "–"
-    digits = value.lstrip("0") or "0" if isinstance(value, str) else f"{value:.0f}"
-    if len(digits) <= 6:
-        return f"{int(digits):,}"
-    first, power = f"{Decimal(digits):.1e}".split("e")
-    return f"{first} × 10{figures.raised(int(power))}"
-
-
-def _bits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _thousandths(value: float | None) -> str:
-    return "–" if value is None else f"{round(1000 * value, 1) + 0.0:.1f}".replace("-", "−")
-
-
-def headline(run: GrammarRun) -> dict[str, Any]:
-    """Return what the page says first, as numbers: by model the right strings, the divergence, probes, attention.
-
-    Models with perturbed strings are told in a section of their own. Probes are those of the whole string; attention
-    is the mean over layers and heads, at ends (delta 0) and beside them.
-    """
-    return {
-        "written": _written(run),
-        "kl": _kl(run),
-        "probes": _readable(run),
-        "ends": _at_ends(run),
-        "perturbed": _perturbed(run),
-    }
-
-
-def _written(run: GrammarRun) -> list[dict[str, Any]]:
-    rows = run.written
-    if rows is None:
-        return []
+def _written(found: Summary) -> list[dict[str, Any]]:
     out = []
-    for name in run.trained:
-        found = {row["prefix"]: row for row in rows.filter(name=name).iter_rows(named=True)}
-        told = found.get("nothing", found.get("clean"))
-        if told is not None and told["accuracy"] is not None:
-            out.append({"name": name, "prefixes": found} | told)
+    for name in found.trained:
+        prefixes = {row["prefix"]: row for row in found.rows("generation", name=name, nearest=True)}
+        own = prefixes.get("nothing", prefixes.get("clean"))
+        if own is not None:
+            out.append(own | {"prefixes": prefixes})
     return sorted(out, key=lambda row: -row["accuracy"])
 
 
-def _kl(run: GrammarRun) -> list[dict[str, Any]]:
-    if "diversity" not in run.tables:
-        return []
-    rows = run.tables["diversity"].drop_nulls("kl").sort("kl")
-    return rows.filter(pl.col("name").is_in(run.trained)).rows(named=True)
-
-
-def _readable(run: GrammarRun) -> dict[str, Any] | None:
-    """Return how much of the ancestors the models' states hold, by model, and how much the controls give.
-
-    `beyond` counts the levels at which the best model's interval is above those of all controls; None without any.
-    """
-    rows = run.probed
-    if rows is None:
+def _ancestors(found: Summary) -> dict[str, Any] | None:
+    """Return the model whose states hold most of the ancestors, and the controls."""
+    rows = [row for row in found.rows("ancestors") if row["name"] in found.plain]
+    models = [row for row in rows if not row["untrained"] and not row["shuffled"]]
+    best = max(models, key=lambda row: row["mean"], default=None)
+    random = next((row for row in rows if row["untrained"] and not row["shuffled"]), None)
+    shuffled = next((row for row in rows if row["shuffled"] and not row["untrained"]), None)
+    if best is None and random is None:
         return None
-    rows = rows.filter(reach="full", target="ancestor", where="all").drop_nulls("accuracy").sort("level")
-    out: dict[str, Any] = {"models": [], "random": None, "shuffled": None, "beyond": None}
-    for name in (name for name in run.models if not run.models[name]["perturbation"]):
-        for shuffled in (False, True):
-            mine = rows.filter(name=name, shuffled=shuffled)
-            if not len(mine):
-                continue
-            told = {"name": name, "levels": dict(mine.select("level", "accuracy").rows()),
-                    "mean": mine["accuracy"].mean(), "low": mine["accuracy"].min(), "high": mine["accuracy"].max(),
-                    "hardest": mine.sort("accuracy")["level"][0],
-                    "lows": dict(mine.select("level", "low").rows()),
-                    "highs": dict(mine.select("level", "high").rows())}  # fmt: skip
-            if run.models[name]["untrained"]:
-                out["random"] = out["random"] or (None if shuffled else told)
-            elif shuffled:
-                out["shuffled"] = out["shuffled"] or told
-            else:
-                out["models"].append(told)
-    out["models"].sort(key=lambda told: -told["mean"])
-    controls = [one for one in (out["random"], out["shuffled"]) if one is not None]
-    if out["models"] and controls:
-        best = out["models"][0]["lows"]
-        out["beyond"] = sum(
-            all(low is not None and low > (one["highs"].get(level) or 0.0) for one in controls)
-            for level, low in best.items()
-        )
-    return out if out["models"] or out["random"] else None
+    there = [] if best is None or random is None else found.rows(
+        "probes", deepest=True, name=random["name"], shuffled=False, reach="full", target="ancestor", where="all",
+        level=best["hardest"],
+    )  # fmt: skip
+    at_hardest = there[0]["accuracy"] if there else None
+    return {"best": best, "random": random, "shuffled": shuffled, "random_at_hardest": at_hardest}
 
 
-def _at_ends(run: GrammarRun) -> list[dict[str, Any]]:
-    rows = run.averaged("attention-ends", "level", "delta")
-    if rows is None:
-        return []
-    out = []
-    for name in run.plain:
-        by_level = {level: dict(mine.select("delta", "residual").rows())
-                    for (level,), mine in rows.filter(name=name).group_by("level", maintain_order=True)}  # fmt: skip
-        by_level = {level: found for level, found in by_level.items() if 0 in found and len(found) > 1}
-        if not by_level:
-            continue
-        others = [value for found in by_level.values() for delta, value in found.items() if delta]
-        at = [found[0] for found in by_level.values()]
-        out.append({
-            "name": name, "untrained": run.models[name]["untrained"], "at": sum(at) / len(at),
-            "beside": sum(others) / len(others), "levels": len(by_level),
-            "peaks": sum(found[0] > max(v for d, v in found.items() if d) for found in by_level.values()),
-        })  # fmt: skip
-    return sorted(out, key=lambda told: (told["untrained"], told["beside"] - told["at"]))
-
-
-def _perturbed(run: GrammarRun) -> dict[str, Any] | None:
+def _perturbed(found: Summary) -> dict[str, Any] | None:
     """Return the best perturbed model and the clean one after corrupted prefixes, at the lowest temperature."""
-    rows = run.at_length
-    if rows is None or not figures.panels(run):
+    rows = found.rows("generation", prefix="corrupted")
+    lowest = min((row["temperature"] for row in rows), default=None)
+    rows = sorted((row for row in rows if row["temperature"] == lowest), key=lambda row: -row["accuracy"])
+    best = next((row for row in rows if row["name"] not in found.plain), None)
+    if best is None:
         return None
-    rows = rows.filter(prefix="corrupted").drop_nulls("accuracy")
-    rows = rows.filter(pl.col("temperature") == pl.col("temperature").min()).sort("accuracy", descending=True)
-    best = rows.filter(~pl.col("name").is_in(run.plain)).head(1).rows(named=True)
-    if not best:
+    own = found.models[best["name"]]["architecture"]
+    same = [name for name in found.trained if found.models[name]["architecture"] == own]
+    return {"best": best, "clean": next((row for row in rows if row["name"] in same), None)}
+
+
+def _plots(drawn: FigureList, where: str, *made: go.Figure | None) -> list[Plot]:
+    return [drawn.add(figure, where) for figure in made if figure is not None]
+
+
+def _generation(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
+    if not {"generation", "curve", "diversity"} & found.tables.keys():
         return None
-    own = run.models[best[0]["name"]]["architecture"]
-    same = [name for name in run.trained if run.models[name]["architecture"] == own]
-    return {"best": best[0], "clean": next(iter(rows.filter(pl.col("name").is_in(same)).rows(named=True)), None)}
-
-
-def _plots(drawn: Drawn, *made: Any) -> list[dict[str, Any]]:
-    return [drawn.add(figure) for figure in made if figure is not None]
-
-
-def _generation(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
-    if not {"generation", "curve", "diversity"} & run.tables.keys():
-        return None
-    order = {name: k for k, name in enumerate(run.models)}
-    rows = [] if run.tables.get("generation") is None else run.tables["generation"].rows(named=True)
-    many = [] if run.tables.get("diversity") is None else run.tables["diversity"].rows(named=True)
-    paper = run.paper
-    for row in rows:
-        known = paper is not None and row["temperature"] == 1 and not run.models[row["name"]]["perturbation"]
-        row["paper"] = paper.accuracy.get(row["prefix"], {}).get(run.who(row["name"])) if known and paper else None
-    for row in many:
-        counted = row["ended"] is not None and row["equal_pairs"] is not None
-        row["support"] = support(row["ended"], row["equal_pairs"]) if counted else None
-        known = paper is not None and not run.models[row["name"]]["perturbation"]
-        row["paper_bits"] = paper.bits.get(run.who(row["name"])) if known and paper else None
-        row["paper_kl"] = paper.kl.get(run.who(row["name"])) if known and paper else None
+    curves = [figures.curve(found, column, *words) for column, words in CURVES.items()]
+    names, prefixes = list(found.models), list(PREFIX)
+    rows = found.rows("generation")
+    rows.sort(key=lambda r: (names.index(r["name"]), prefixes.index(r["prefix"]), r["temperature"]))
     return {
-        "accuracy": _plots(drawn, figures.generation(run, "Written strings that are in the grammar")),
-        "divergence": _plots(drawn, figures.divergence(run, "Divergence from the exact next tokens")),
-        "curves": _plots(drawn, *(figures.curve(run, column, *words) for column, words in CURVES.items())),
-        "rows": sorted(rows, key=lambda r: (order[r["name"]], PREFIX_ORDER[r["prefix"]], r["temperature"])),
-        "diversity": sorted(many, key=lambda r: order[r["name"]]),
-        "paper": paper is not None,
-    }  # fmt: skip
+        "accuracy": _plots(drawn, "", figures.generation(found, "Written strings that are in the grammar")),
+        "divergence": _plots(drawn, "", figures.divergence(found, "Divergence from the exact next tokens")),
+        "curves": _plots(drawn, "", *curves),
+        "rows": rows,
+        "diversity": found.rows("diversity"),
+    }
 
 
-def _lines(run: GrammarRun, reach: str, target: str, where: str) -> list[dict[str, Any]]:
-    """Return the rows of a figure of probes: each model, under it the paper's of its kind; shuffled labels; chance."""
-    assert run.probed is not None
-    rows = run.probed.filter(reach=reach, target=target, where=where).sort("level")
+def _lines(found: Summary, reach: str, target: str, where: str) -> list[dict[str, Any]]:
+    """Return the rows of a figure of probes: models with the paper's numbers below, shuffled labels, chance."""
+    probe = {"reach": reach, "target": target, "where": where}
+    rows = found.rows("probes", deepest=True, **probe)
     out: list[dict[str, Any]] = []
-    paper = {} if run.paper is None or target != "ancestor" else run.paper.probes.get((reach, where), {})
+    paper = {} if found.paper is None or target != "ancestor" else found.paper.probes.get((reach, where), {})
     for shuffled in (False, True):
-        for name in run.models:
-            mine = rows.filter(name=name, shuffled=shuffled).rows(named=True)
+        for name, model in found.models.items():
+            mine = [row for row in rows if (row["name"], row["shuffled"]) == (name, shuffled)]
             if not mine:
                 continue
-            label = f"{name}, shuffled" if shuffled else name
-            out.append({"label": label, "values": {r["level"]: r["accuracy"] for r in mine},
-                        "told": {r["level"]: _told(r) for r in mine}})  # fmt: skip
-            theirs = {} if shuffled or run.models[name]["perturbation"] else paper.get(run.who(name), {})
+            out.append({"label": f"{name}, shuffled" if shuffled else name,
+                        "values": {r["level"]: r["accuracy"] for r in mine},
+                        "told": {r["level"]: _interval(r) for r in mine}})  # fmt: skip
+            theirs = {} if shuffled or model["perturbation"] else paper.get(kind_of(model), {})
             if theirs:
-                out.append(
-                    {"label": f"{run.who(name)}, paper", "values": theirs, "told": dict.fromkeys(theirs, SOURCE)}
-                )
+                label = f"{kind_of(model)}, paper"
+                out.append({"label": label, "values": theirs, "told": dict.fromkeys(theirs, SOURCE)})
     if out:
-        chance = dict(rows.drop_nulls("chance").group_by("level").agg(pl.col("chance").mean()).rows())
+        chance = {row["level"]: row["chance"] for row in found.rows("chance", **probe)}
         out.append({"label": "chance", "values": chance, "told": dict.fromkeys(chance, "the commonest symbol")})
     return out
 
 
-def _told(row: dict[str, Any]) -> str:
+def _interval(row: dict[str, Any]) -> str:
+    layer = "last layer" if row["layer"] == -1 else f"layer {row['layer']}"
     return (
-        f"{_percents(row['accuracy'])} ({_percents(row['low'])} to {_percents(row['high'])}), "
-        f"{_layer(row['layer'])}, n {row['tokens']:,} tokens of {row['strings']:,} strings"
+        f"{percents(row['accuracy'])} ({percents(row['low'])} to {percents(row['high'])}), "
+        f"{layer}, n {row['tokens']:,} tokens of {row['strings']:,} strings"
     )
 
 
-def _layer(layer: int) -> str:
-    return "last layer" if layer == -1 else f"layer {layer}"
-
-
-def _probe_figures(run: GrammarRun) -> dict[tuple[str, str, str], Any]:
-    if run.probed is None:
-        return {}
-    deepest = max(len(run.sizes) - 1, int(run.probed["level"].max()))  # type: ignore[arg-type]
-    out = {}
-    for target, where in TARGETS:
-        for reach in REACHES:
-            lines = _lines(run, reach, target, where)
-            if lines:
-                out[target, where, reach] = heatmaps.levels(lines, deepest, f"From {SEEN[reach]} (%)")
-    return out
-
-
-def _probes(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
-    made = _probe_figures(run)
-    if not made:
+def _probes(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
+    if "probes" not in found.tables:
         return None
     parts = []
-    for (target, where), keys in groupby(made, lambda key: key[:2]):
-        title, words = WORDS[target, where]
-        parts.append({"title": title, "words": words, "figures": _plots(drawn, *(made[key] for key in keys))})
-    whose = pl.col("name").cast(pl.Enum(list(run.models)))
-    rows = run.tables["probes"].sort(
-        whose, "shuffled", "target", "where", pl.col("reach").cast(pl.Enum(REACHES)), "layer", "level"
-    )
-    return {"parts": parts, "rows": rows.rows(named=True), "paper": run.paper is not None}
+    for (target, where), (title, words) in WORDS.items():
+        lines = {reach: _lines(found, reach, target, where) for reach in REACHES}
+        deepest = len(found.grammar["levels"]) - 1
+        made = [heatmaps.levels(x, deepest, f"From {SEEN[reach]} (%)") for reach, x in lines.items() if x]
+        parts.append({"title": title, "words": words, "figures": _plots(drawn, title, *made)})
+    whose = pl.col("name").cast(pl.Enum(list(found.models)))
+    reach = pl.col("reach").cast(pl.Enum(list(REACHES)))
+    rows = found.tables["probes"].sort(whose, "shuffled", "target", "where", reach, "layer", "level")
+    return {"parts": [part for part in parts if part["figures"]], "rows": rows.rows(named=True)}
 
 
-def _reach(values: Sequence[float | None]) -> float:
-    return max([1e-4, *(abs(v) for v in values if v is not None)])
-
-
-def _attention_figures(run: GrammarRun) -> dict[str, dict[str, Any]]:
-    """Return the figures of attention by what they show, then by model; colours are of one scale within each."""
-    out: dict[str, dict[str, Any]] = {}
-    if "attention-profile" in run.tables:
-        by_name = {name: run.tables["attention-profile"].filter(name=name) for name in run.of("attention-profile")}
-        out["profile"] = {
-            name: heatmaps.profile(rows, plain(name)) for name, rows in by_name.items() if rows["weight"].count()
-        }
-    at_ends = run.averaged("attention-ends", "level", "delta")
-    if at_ends is not None:
-        out["ends"] = _each(run, at_ends, heatmaps.ends)
-        by_layer = run.averaged("attention-ends", "layer", "level", "delta")
-        assert by_layer is not None
-        out["depth"] = _each(run, by_layer.filter(delta=0), heatmaps.depth)
-    between = run.averaged("attention-pairs", "level", "delta_query", "delta_key")
-    if between is not None:
-        out["pairs"] = _each(run, between, heatmaps.pairs)
-    if "attention-adjacent" in run.tables:
-        out["adjacent"] = _each(run, run.tables["attention-adjacent"], heatmaps.adjacent)
-    return out
-
-
-def _each(run: GrammarRun, rows: pl.DataFrame, draw: Any) -> dict[str, Any]:
-    reach, seen = _reach(rows["residual"].to_list()), set(rows["name"])
-    return {name: draw(rows.filter(name=name), plain(name), reach) for name in run.models if name in seen}
-
-
-def _attention(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
-    made = _attention_figures(run)
-    out = {what: _plots(drawn, *by_name.values()) for what, by_name in made.items() if by_name}
-    if not out:
+def _attention(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
+    """Return the figures of attention by what they show, one a model; within each, colours are on one scale."""
+    profiles = [found.tables["profile"].filter(name=name) for name in found.of("profile")]
+    out = {"profile": _plots(drawn, "attention by distance", *(
+        heatmaps.profile(rows, plain(rows["name"][0])) for rows in profiles
+    ))}  # fmt: skip
+    scales = {}
+    for what, draw in (("ends", heatmaps.ends), ("depth", heatmaps.depth), ("pairs", heatmaps.pairs),
+                       ("adjacent", heatmaps.adjacent)):  # fmt: skip
+        names = found.of(what)
+        scale = max([1e-4, *(abs(row["residual"]) for row in found.rows(what) if row["residual"] is not None)])
+        made = (draw(found.tables[what].filter(name=name), plain(name), scale) for name in names)
+        out[what], scales[what] = _plots(drawn, f"attention {what}", *made), scale
+    if not any(out.values()):
         return None
-    strongest = None
-    if "attention-ends" in run.tables:
-        own = pl.col("name").is_in([name for name, model in run.models.items() if not model["untrained"]])
-        single = run.tables["attention-ends"].drop_nulls("residual").filter(own, delta=0)
-        strongest = next(single.sort("residual", descending=True).head(1).iter_rows(named=True), None)
-    scales = {
-        what: _reach([v for figure in made[what].values() for line in figure.data[0].z for v in line])
-        for what in out if what != "profile"
-    }  # fmt: skip
-    peaks = run.tables.get("attention-peaks")
-    above = [] if peaks is None else [
-        {"name": name, "levels": peaks.filter(name=name).sort("level").rows(named=True)}
-        for name in run.models if name in set(peaks["name"])
-    ]  # fmt: skip
-    return {"figures": out, "strongest": strongest, "scales": scales, "floor": heatmaps.FLOOR, "above": above}
+    above = [{"name": name, "levels": found.rows("peaks", name=name)} for name in found.of("peaks")]
+    strongest = next(iter(found.rows("strongest")), None)
+    return {"figures": {what: some for what, some in out.items() if some}, "strongest": strongest, "scales": scales,
+            "floor": heatmaps.FLOOR, "above": above}  # fmt: skip
 
 
-def _robustness(run: GrammarRun, drawn: Drawn) -> dict[str, Any] | None:
+def _robustness(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
     parts = []
-    for prefix, keys in groupby(figures.panels(run), lambda key: key[0]):
-        made = [figures.robustness(run, prefix, t, f"Temperature {t:g}") for _, t in keys]
-        parts.append({"title": PREFIX[prefix], "figures": _plots(drawn, *made)})
+    for prefix, keys in groupby(figures.panels(found), lambda key: key[0]):
+        made = [figures.robustness(found, prefix, t, f"Temperature {t:g}") for _, t in keys]
+        parts.append({"title": PREFIX[prefix], "figures": _plots(drawn, PREFIX[prefix], *made)})
     if not parts:
         return None
-    own = {m["architecture"] for m in run.models.values() if m["perturbation"]}
-    clean = [name for name in run.trained if run.models[name]["architecture"] in own]
-    return {"parts": parts, "clean": clean, "paper": run.grammar["name"] == "cfg3b"}
-
-
-def mirrored(run: GrammarRun) -> dict[str, Any]:
-    """Return what W&B is given at the end: summary numbers by model, and the figures."""
-    told, out = headline(run), dict[str, Any]()
-    rows = run.written
-    for row in [] if rows is None else rows.drop_nulls("accuracy").iter_rows(named=True):
-        out[f"summary/{slug(row['name'])}/accuracy_{row['prefix']}"] = row["accuracy"]
-    if "diversity" in run.tables:
-        for row in run.tables["diversity"].iter_rows(named=True):
-            out |= {f"summary/{slug(row['name'])}/{k}": row[k]
-                    for k in ("kl", "bits", "distinct", "equal_pairs") if row[k] is not None}  # fmt: skip
-    if told["probes"] is not None:
-        for one in [*told["probes"]["models"], *filter(None, [told["probes"]["random"]])]:
-            out |= {f"summary/{slug(one['name'])}/ancestor_{level}": v for level, v in one["levels"].items()}
-    for one in told["ends"]:
-        out |= {f"summary/{slug(one['name'])}/attention_{k}": one[k] for k in ("at", "beside")}
-    drawn = {
-        "generation": figures.generation(run, "Written strings that are in the grammar"),
-        "divergence": figures.divergence(run, "Divergence from the exact next tokens"),
-    }
-    drawn |= {f"curve_{column}": figures.curve(run, column, *words) for column, words in CURVES.items()}
-    for (target, where, reach), figure in _probe_figures(run).items():
-        drawn[f"probes_{target}_{where}_{reach}"] = figure.update_layout(
-            title_text=f"{WORDS[target, where][0]}, {reach}"
-        )
-    for what, by_name in _attention_figures(run).items():
-        drawn |= {f"attention_{what}_{slug(name)}": figure for name, figure in by_name.items()}
-    for prefix, temperature in figures.panels(run):
-        title = f"{PREFIX[prefix]}, temperature {temperature:g}"
-        drawn[f"robustness_{prefix}_{temperature:g}"] = figures.robustness(run, prefix, temperature, title)
-    return out | {f"figures/{key}": figure for key, figure in drawn.items() if figure is not None}
+    own = {m["architecture"] for m in found.models.values() if m["perturbation"]}
+    clean = [name for name in found.trained if found.models[name]["architecture"] in own]
+    return {"parts": parts, "clean": clean, "paper": found.grammar["name"] == "cfg3b"}

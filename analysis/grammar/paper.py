@@ -1,4 +1,4 @@
-"""What "Physics of Language Models: Part 1" (arXiv 2305.13673) reports of its grammars, to be shown beside our numbers."""
+"""What "Physics of Language Models: Part 1" (arXiv 2305.13673) reports of its grammars, shown beside our numbers."""
 
 from __future__ import annotations
 

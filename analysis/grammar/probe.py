@@ -15,13 +15,12 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nextstate.agents.config import Strict
 from nextstate.agents.generation import Codes, Strings
 from nextstate.analysis import stats
+from nextstate.analysis.grammar.config import ProbeConfig
 from nextstate.envs.game import GameError, require, require_whole
 from nextstate.envs.grammar.derivation import Derivation, sample
 from nextstate.envs.grammar.grammar import Grammar
@@ -29,21 +28,6 @@ from nextstate.envs.grammar.sizes import bounds
 
 BETAS = (0.9, 0.98)
 _OUT = -100  # what functional.cross_entropy leaves out
-
-
-class ProbeConfig(Strict):
-    """How probes are trained and tested; the defaults are the paper's, without its number of held-out strings.
-
-    The optimiser is AdamW with betas (0.9, 0.98) and a constant learning rate.
-    """
-
-    heads: int = Field(16, ge=1)
-    dim: int = Field(1024, ge=1)  # of a position's vector in each head
-    steps: int = Field(30_000, ge=1)
-    rows: int = Field(60, ge=2)  # strings a step
-    learning_rate: float = Field(0.003, gt=0)
-    weight_decay: float = Field(0.001, ge=0)
-    strings: int = Field(200, ge=2)  # held out, to test on
 
 
 @dataclass(frozen=True)

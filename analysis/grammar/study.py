@@ -1,7 +1,7 @@
 """The study of grammars: models are trained on strings of a grammar; what do they write, hold and attend to?
 
-Tables, one for each MODEL: `training/MODEL` (size, steps, digest of the weights), `speed/MODEL`, `curve/MODEL` (learning
-curve), `generation/MODEL` and `diversity/MODEL` (what it writes), `probes/MODEL`, and `attention-profile/MODEL`,
+Tables, one for each MODEL: `training/MODEL` (size, steps, digest of the weights), `speed/MODEL`, `curve/MODEL` (of
+learning), `generation/MODEL` and `diversity/MODEL` (what it writes), `probes/MODEL`, and `attention-profile/MODEL`,
 `attention-ends/MODEL`, `attention-peaks/MODEL`, `attention-pairs/MODEL`, `attention-adjacent/MODEL`. The models
 themselves are in `models/MODEL`.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from nextstate.agents.config import AgentConfig
 from nextstate.agents.identity import device_kind, files_digest
 from nextstate.agents.training_config import ModelSpec, check_training
 from nextstate.analysis.grammar.config import REACHES, GrammarConfig, ProbeConfig
@@ -59,7 +60,7 @@ class GrammarStudy(Study[GrammarConfig]):
         return out
 
     def identity(self, job: Job, run: Run[GrammarConfig]) -> dict[str, Any]:
-        return {"device": device_kind()}
+        return {"device": device_kind(AgentConfig(name="trained"))}
 
     def stale(self, job: Job, run: Run[GrammarConfig]) -> str:
         return changed(run, job.given) if job.key.startswith("training/") else ""

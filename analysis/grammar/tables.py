@@ -152,9 +152,11 @@ def describe(game: CFG) -> pl.DataFrame:
 
 
 def _models(specs: Sequence[ModelSpec]) -> pl.DataFrame:
-    given = [(s, s.perturbation) for s in specs]
-    rows = [(s.title, s.architecture, s.untrained, p.kind if p else "", p.fraction if p else None, p.rate if p else None)
-            for s, p in given]  # fmt: skip
+    rows = []
+    for spec in specs:
+        given = spec.perturbation
+        perturbed = (given.kind, given.fraction, given.rate) if given else ("", None, None)
+        rows.append((spec.title, spec.architecture, spec.untrained, *perturbed))
     schema = {"name": _T, "architecture": _T, "untrained": _B, "perturbation": _T, "fraction": _F, "rate": _F}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
@@ -169,9 +171,12 @@ def _judged(rows: pl.DataFrame, models: pl.DataFrame, paper: Published | None) -
         for name, prefix, temperature in rows.select("name", "prefix", "temperature").iter_rows()
     ]
     return rows.with_columns(
-        accuracy=pl.col("right") / pl.col("strings"), low=pl.Series(low), high=pl.Series(high), nearest=off == off.min(),
+        accuracy=pl.col("right") / pl.col("strings"),
+        low=pl.Series(low, dtype=_F),
+        high=pl.Series(high, dtype=_F),
+        nearest=off == off.min(),
         paper=pl.Series(theirs, dtype=_F),
-    )  # fmt: skip
+    )
 
 
 def _compared(rows: pl.DataFrame, models: pl.DataFrame, paper: Published | None) -> pl.DataFrame:
@@ -225,9 +230,8 @@ def _ancestors(probes: pl.DataFrame, models: pl.DataFrame) -> pl.DataFrame:
     """Return the mean and least accuracy over levels, of probes that see the whole string, a row a model and labels.
 
     `beyond` counts the levels at which a trained model's interval is above those of all controls; null without any.
-    Models that were trained on perturbed strings are left out.
     """
-    rows = models.filter(perturbation="").select("name", "untrained").join(
+    rows = models.select("name", "untrained").join(
         probes.filter("deepest", reach="full", target="ancestor", where="all").drop_nulls("accuracy"), on="name",
         maintain_order="left_right",
     )  # fmt: skip
