@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextstate.analysis import heads_figures as figures
-from nextstate.analysis.heads import LEAST, Routing, carriers, head_table
-from nextstate.analysis.heads_tables import HeadsRun, load
+from nextstate.analysis.heads import figures
+from nextstate.analysis.heads.recovery import rank_agreement
+from nextstate.analysis.heads.routing import LEAST, Routing, carriers, head_table
+from nextstate.analysis.heads.tables import HeadsRun, load
 from nextstate.analysis.log import proved
 from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
-from nextstate.analysis.recovery import rank_agreement
 
 FEW = 20  # pairs, under which intervals are too narrow to lean on
 ROWS = 3000  # of the table of heads

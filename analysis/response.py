@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 
 from nextstate.agents.language import LanguageModel
+from nextstate.analysis.heads.sweep import fast
 from nextstate.analysis.response_branches import (
     LIMIT,
     ResponseError,
@@ -33,7 +34,6 @@ from nextstate.analysis.response_branches import (
     whole_rows,
     wide,
 )
-from nextstate.analysis.sweep import fast
 
 __all__ = ["ALONG", "STRENGTHS", "Response", "ResponseError", "exact", "responses", "unit_directions"]
 

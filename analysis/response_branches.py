@@ -28,7 +28,7 @@ from nextstate.agents.forward import out_of_memory, read_out, skipping
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import Places
 from nextstate.agents.sites import ATTENTIONS, Activation
-from nextstate.analysis.sweep import Held
+from nextstate.analysis.heads.sweep import Held
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 LIMIT = (0.0,)  # the strengths of the exact product

@@ -19,10 +19,10 @@ from jaxtyping import Float
 from nextstate.agents.agent import Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.text import Encoder
-from nextstate.analysis.pairs import tokens_of
+from nextstate.analysis.heads.pairs import tokens_of
+from nextstate.analysis.heads.sweep import site_values
 from nextstate.analysis.response import Response, responses
 from nextstate.analysis.response_induction import Ablation, averaged, without
-from nextstate.analysis.sweep import site_values
 from nextstate.envs.contrast import Pair, pieces
 
 OTHERS = "others"

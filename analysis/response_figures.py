@@ -18,7 +18,7 @@ from plotly.colors import sample_colorscale
 
 from nextstate.analysis import stats
 from nextstate.analysis.figures import SCALE, layout, plain, rgba
-from nextstate.analysis.heads_figures import LIGHT, rounded
+from nextstate.analysis.heads.figures import LIGHT, rounded
 from nextstate.analysis.response_tables import Signature
 from nextstate.analysis.response_window import Window
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation
 from nextstate.analysis import stats
+from nextstate.analysis.heads.sweep import site_values
 from nextstate.analysis.response import Response, ResponseError, responses
 from nextstate.analysis.response_window import of_kind
-from nextstate.analysis.sweep import site_values
 
 Ablation = Literal["zero", "mean"]
 

@@ -15,7 +15,7 @@ import polars as pl
 from jaxtyping import Float
 
 from nextstate.analysis import stats
-from nextstate.analysis.heads import carriers
+from nextstate.analysis.heads.routing import carriers
 from nextstate.analysis.response import Response
 from nextstate.analysis.response_induction import excess, lost, means
 from nextstate.analysis.response_window import Window, of_kind, restored

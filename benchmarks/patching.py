@@ -32,7 +32,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.common import Result, compare, finish, parse
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.training import TrainConfig, train_tokenizer
-from nextstate.analysis.patch import Readout, TokenPair, sweep
+from nextstate.analysis.heads.patch import Readout, TokenPair, sweep
 
 TOKENS, SHARED = 96, 64
 

@@ -106,8 +106,8 @@ def _rng(seed: int, *names: str) -> np.random.Generator:
 
 def jobs_of(config: PatchConfig, kinds: list[tuple[str, str]]) -> Iterator[Any]:
     """Yield every sweep of a run, the telling ones first."""
-    from nextstate.analysis.heads_tables import Job
-    from nextstate.analysis.pairs import PATCHES
+    from nextstate.analysis.heads.pairs import PATCHES
+    from nextstate.analysis.heads.tables import Job
 
     patches = [d for d in config.directions if d in PATCHES]
     for site in config.sites:
@@ -140,7 +140,7 @@ def run(config: PatchConfig, out: Path, progress: Progress | None = None, comman
         GameError: something asked for cannot be.
     """
     from nextstate.agents.sites import SiteError
-    from nextstate.analysis.pairs import PatchError
+    from nextstate.analysis.heads.pairs import PatchError
 
     game = make_game(config.game, **config.settings)
     kinds = kinds_of(config, game)
@@ -160,8 +160,8 @@ def _run(
     model: Any,
 ) -> Path:
     from nextstate.analysis import heads_report, log
-    from nextstate.analysis.heads import layout
-    from nextstate.analysis.heads_tables import PAIRS, load, sweep_rows
+    from nextstate.analysis.heads.routing import layout
+    from nextstate.analysis.heads.tables import PAIRS, load, sweep_rows
 
     began, before = time.monotonic(), float(record["seconds"])
 
@@ -240,9 +240,9 @@ class _NoScale(Exception):
 
 def _measure(model: Any, design: str, kind: str, pairs: list[Pair]) -> tuple[list[dict[str, Any]], list[Any]]:
     """Write pairs as tokens and ask the model about them, unpatched; return their rows, and those that count."""
-    from nextstate.analysis.heads import baseline, prefers, token_pairs
-    from nextstate.analysis.heads_tables import pair_rows
-    from nextstate.analysis.recovery import Readout
+    from nextstate.analysis.heads.recovery import Readout
+    from nextstate.analysis.heads.routing import baseline, prefers, token_pairs
+    from nextstate.analysis.heads.tables import pair_rows
 
     found, excluded = token_pairs(model.encoder, pairs)
     reasons = {x.pair: x.reason for x in excluded}
@@ -259,8 +259,8 @@ def _remarks(model: Any, drawn: dict[tuple[str, str], list[Pair]]) -> list[str]:
 
 
 def _sweep(config: PatchConfig, model: Any, job: Any, pairs: list[Any], where: Any) -> tuple[Any, Any]:
-    from nextstate.analysis.pairs import PatchError
-    from nextstate.analysis.patch import attribution, recovery, sweep
+    from nextstate.analysis.heads.pairs import PatchError
+    from nextstate.analysis.heads.patch import attribution, recovery, sweep
 
     lengths = {len(p.clean) for p in pairs}
     if job.direction in ("mean", "resample") and len(lengths) > 1:
@@ -296,7 +296,7 @@ def _size(model: Any, job: Any, pairs: list[Any], where: Any) -> int:
 
 def _conclude(run: Any, model: Any, out: Path) -> None:
     """Write the tables of heads and of layers, and the attention of the top ones over an example."""
-    from nextstate.analysis.heads import attention_of, head_table, top_heads
+    from nextstate.analysis.heads.routing import attention_of, head_table, top_heads
     from nextstate.analysis.heads_report import by_layer
 
     design = next((d for d in ("balanced", "paper") if run.routing(d, "head") is not None), None)

@@ -122,7 +122,7 @@ def run(
         GameError, RunError: something asked for cannot be.
     """
     from nextstate.agents.sites import SiteError
-    from nextstate.analysis.heads_tables import load
+    from nextstate.analysis.heads.tables import load
     from nextstate.analysis.response import ResponseError
 
     drawn = draw(config)  # before anything is written

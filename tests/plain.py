@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from nextstate.agents.identity import BUILT_IN
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis.pairs import TokenPair
+from nextstate.analysis.heads.pairs import TokenPair
 from tests.zoo import build
 
 HEADS, WIDTH = 4, 16  # of every attention layer of the zoo

@@ -12,7 +12,7 @@ import polars as pl
 from nextstate.analysis.figures import DARK, SCALE, TURN, layout, plain
 from nextstate.analysis.figures import LIGHT as PALE
 from nextstate.analysis.grammar.figures import brief, significant
-from nextstate.analysis.heads_figures import LIGHT
+from nextstate.analysis.heads.figures import LIGHT
 from nextstate.analysis.page.formats import thousandths
 
 DEEPEST = 0.5  # share of a diverging scale that is used, so that the page's ink can be read on all of it

@@ -235,24 +235,17 @@ def _ancestors(probes: pl.DataFrame, models: pl.DataFrame) -> pl.DataFrame:
         probes.filter("deepest", reach="full", target="ancestor", where="all").drop_nulls("accuracy"), on="name",
         maintain_order="left_right",
     )  # fmt: skip
-    by_level = rows.sort("level", maintain_order=True).group_by("name", "untrained", "shuffled", maintain_order=True)
-    out = by_level.agg(
+    controls = [rows.filter(untrained=True, shuffled=False), rows.filter(untrained=False, shuffled=True)]
+    first = pl.concat([control.filter(pl.col("name") == control["name"].first()) for control in controls])
+    bound = first.group_by("level").agg(bound=pl.col("high").max())
+    above = (pl.col("low") > pl.col("bound").fill_null(0.0)).sum().cast(_N)
+    known = pl.lit(len(bound) > 0) & ~pl.col("untrained") & ~pl.col("shuffled")
+    rows = rows.join(bound, on="level", how="left", maintain_order="left")
+    return rows.group_by("name", "untrained", "shuffled", maintain_order=True).agg(
         mean=pl.col("accuracy").mean(), least=pl.col("accuracy").min(),
         hardest=pl.col("level").get(pl.col("accuracy").arg_min()), levels=pl.len().cast(_N),
+        beyond=pl.when(known.first()).then(above),
     )  # fmt: skip
-    order = {name: k for k, name in enumerate(models["name"])}
-    out = out.sort(pl.col("name").replace_strict(order, return_dtype=_N), "shuffled")
-    controls = [
-        dict(rows.filter(name=name, shuffled=shuffled).select("level", "high").rows())
-        for untrained, shuffled in ((True, False), (False, True))
-        for name in out.filter(untrained=untrained, shuffled=shuffled)["name"].head(1)
-    ]
-    beyond: list[int | None] = []
-    for name, untrained, shuffled in out.select("name", "untrained", "shuffled").iter_rows():
-        own = rows.filter(name=name, shuffled=shuffled).select("level", "low").iter_rows()
-        above = [all(low is not None and low > (highs.get(level) or 0.0) for highs in controls) for level, low in own]
-        beyond.append(sum(above) if controls and not untrained and not shuffled else None)
-    return out.with_columns(beyond=pl.Series(beyond, dtype=_N))
 
 
 # --- attention

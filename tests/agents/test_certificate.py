@@ -23,7 +23,7 @@ from nextstate.agents.certificate import _Ladder
 from nextstate.agents.forward import Forward
 from nextstate.agents.intervene import Intervened, Intervention
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis.patch import sweep
+from nextstate.analysis.heads.patch import sweep
 from tests.exactness import ROADS, Job, lived, measure, noise, replayed, sample, tokens_of, tolerance, truth, truths
 from tests.plain import PATHS, Plain, agent_of, made_pairs, tokenizer
 from tests.zoo import ENDS, ODD, HiddenWindow, build, build_odd, widen

@@ -29,8 +29,8 @@ from nextstate.agents.agent import Prompt
 from nextstate.agents.config import read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import Grid, episodes_of, prompts_of, replay
-from nextstate.analysis.pairs import TokenPair
-from nextstate.analysis.patch import sweep
+from nextstate.analysis.heads.pairs import TokenPair
+from nextstate.analysis.heads.patch import sweep
 from nextstate.envs.games import make_game
 from nextstate.grid import Setting
 from tests.exactness import BOX, noise, tokens_of, tolerance, truth

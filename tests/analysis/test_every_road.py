@@ -21,7 +21,7 @@ from nextstate.agents.agent import Prompt
 from nextstate.agents.intervene import _REFERENCE_SEED, Intervened, Intervention, drawn
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.sites import SiteError
-from nextstate.analysis.patch import TokenPair, sweep
+from nextstate.analysis.heads.patch import TokenPair, sweep
 from nextstate.analysis.record import load, record
 from nextstate.analysis.response import ALONG, ResponseError, exact, responses, unit_directions
 from nextstate.envs.games import make_game

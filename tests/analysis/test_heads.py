@@ -23,7 +23,9 @@ from nextstate.agents.agent import Prompt
 from nextstate.agents.config import ConfigError, read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis import heads_report
-from nextstate.analysis.heads import (
+from nextstate.analysis.heads.pairs import PatchError, TokenPair
+from nextstate.analysis.heads.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
+from nextstate.analysis.heads.routing import (
     Routing,
     attention_of,
     baseline,
@@ -35,9 +37,7 @@ from nextstate.analysis.heads import (
     token_pairs,
     top_heads,
 )
-from nextstate.analysis.heads_tables import load, restored
-from nextstate.analysis.pairs import PatchError, TokenPair
-from nextstate.analysis.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
+from nextstate.analysis.heads.tables import load, restored
 from nextstate.envs.contrast import Pair, Role, Span
 from nextstate.envs.games import make_game
 from nextstate.folder import ExperimentError

@@ -20,7 +20,7 @@ from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.sites import SITES, SiteError
 from nextstate.analysis import patch as patching
 from nextstate.analysis import sweep as engine
-from nextstate.analysis.patch import (
+from nextstate.analysis.heads.patch import (
     PatchError,
     Readout,
     Sweep,
@@ -31,7 +31,7 @@ from nextstate.analysis.patch import (
     sweep,
     tokens_of,
 )
-from nextstate.analysis.recovery import table
+from nextstate.analysis.heads.recovery import table
 from nextstate.envs.games import make_game
 
 EXACT = 1e-4  # of a logit, in float32

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-from nextstate.agents.identity import device_kind, model_identity
 
-from nextstate.analysis.heads_config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
+from nextstate.agents.identity import device_kind, model_identity
+from nextstate.analysis.heads.config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Skip, Study
 from nextstate.envs.contrast import Pair
@@ -65,7 +65,7 @@ class Heads(Study[PatchConfig]):
         return {f"{job.given.key}/{name}": value for name, value in numbers.items()}
 
     def summarise(self, run: Run[PatchConfig]) -> dict[str, pl.DataFrame]:
-        from nextstate.analysis.heads_tables import summaries
+        from nextstate.analysis.heads.tables import summaries
 
         return summaries(run)
 
@@ -76,7 +76,7 @@ class Heads(Study[PatchConfig]):
         return found.select(pl.format("{}.{}", "layer", "head").alias("head"), *ends, "routing", "carries")
 
     def page(self, run: Run[PatchConfig]) -> Page:
-        from nextstate.analysis.heads_page import page
+        from nextstate.analysis.heads.page import page
 
         return page(run)
 
@@ -88,9 +88,9 @@ def _drawn(run: Run[PatchConfig], design: str, kind: str) -> list[Pair]:
 
 def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     """Write pairs as tokens and ask the model about them, unpatched; a row a pair."""
-    from nextstate.analysis.heads import baseline, token_pairs
-    from nextstate.analysis.heads_tables import PAIRS, pair_rows
-    from nextstate.analysis.recovery import Readout
+    from nextstate.analysis.heads.recovery import Readout
+    from nextstate.analysis.heads.routing import baseline, token_pairs
+    from nextstate.analysis.heads.tables import PAIRS, pair_rows
 
     pairs, model = _drawn(run, design, kind), run.model(run.config.model)
     run.warn(model.remark(pairs[0].clean))
@@ -112,10 +112,10 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
 
 
 def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
-    from nextstate.analysis.heads import layout, token_pairs
-    from nextstate.analysis.heads_tables import SWEEP, sweep_rows
-    from nextstate.analysis.pairs import PatchError
-    from nextstate.analysis.patch import attribution, recovery, sweep
+    from nextstate.analysis.heads.pairs import PatchError
+    from nextstate.analysis.heads.patch import attribution, recovery, sweep
+    from nextstate.analysis.heads.routing import layout, token_pairs
+    from nextstate.analysis.heads.tables import SWEEP, sweep_rows
 
     rows = run.table(job.pairs)
     kept = rows.filter("kept")
@@ -147,8 +147,8 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
 
 def _attend(run: Run[PatchConfig], design: str) -> pl.DataFrame:
     """Keep the attention of the top heads from the answering token, over an example of a state and an action pair."""
-    from nextstate.analysis.heads import attention_of, head_table, top_heads
-    from nextstate.analysis.heads_tables import ATTENTION, routing_of
+    from nextstate.analysis.heads.routing import attention_of, head_table, top_heads
+    from nextstate.analysis.heads.tables import ATTENTION, routing_of
 
     found, rows = routing_of(run, design, "head"), []
     model = run.model(run.config.model) if found is not None else None

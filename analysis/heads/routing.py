@@ -1,6 +1,6 @@
 """Heads that carry state and heads that carry action: pairs as tokens, what a model says of them, the routing score.
 
-A game's minimal pairs (`Game.contrast`) become `TokenPair`s by `token_pairs`; `nextstate.analysis.patch` sweeps them;
+A game's minimal pairs (`Game.contrast`) become `TokenPair`s by `token_pairs`; `nextstate.analysis.heads.patch` sweeps them;
 `routing` puts what state pairs find beside what action pairs find, head by head.
 """
 
@@ -21,8 +21,8 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.text import Encoder
 from nextstate.analysis import stats
 from nextstate.analysis.attention import Look, attention_hooks
-from nextstate.analysis.pairs import PatchError, TokenPair, tokens_of
-from nextstate.analysis.recovery import Readout, Recovery, Sweep, changes, read
+from nextstate.analysis.heads.pairs import PatchError, TokenPair, tokens_of
+from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, changes, read
 from nextstate.envs.contrast import Pair, flaws, pieces
 
 LEAST = 0.02  # a recovery below it is no finding, however narrow its band

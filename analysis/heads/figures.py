@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from nextstate.analysis.figures import layout, plain, rgba
-from nextstate.analysis.heads import LEAST
+from nextstate.analysis.heads.routing import LEAST
 
 COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
 LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: apart for every kind of sight
@@ -40,7 +40,7 @@ def head_map(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     """Draw the recovery of each head (right) of each layer (up); rows of a sweep with one column.
 
     Args:
-        rows: as `nextstate.analysis.heads_tables.sweep_rows` makes them.
+        rows: as `nextstate.analysis.heads.tables.sweep_rows` makes them.
         title: of the figure.
         reach: the colours run from -reach to reach. A dot marks what the simultaneous band holds apart from 0.
     """
@@ -107,7 +107,7 @@ def arrival(table: pl.DataFrame, title: str) -> go.Figure:
     """Draw the recovery by state pairs and by action pairs against the layer, with simultaneous bands.
 
     Args:
-        table: a row a layer, as `nextstate.analysis.heads.head_table` makes it.
+        table: a row a layer, as `nextstate.analysis.heads.routing.head_table` makes it.
         title: of the figure.
     """
     traces: list[Any] = []
@@ -140,7 +140,7 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
     """Draw the recovery by action pairs (up) against that by state pairs (right), a point a head, with intervals.
 
     Args:
-        table: as `nextstate.analysis.heads.head_table` makes it.
+        table: as `nextstate.analysis.heads.routing.head_table` makes it.
         title: of the figure.
         name: heads that carry something, by their layer and number.
     """
@@ -198,7 +198,7 @@ def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
     """Draw the gradient's estimate (up) against the exact mean effect (right), in logits, a point a head.
 
     Args:
-        effects: a row a head, as `nextstate.analysis.heads_tables.effect_rows` makes it.
+        effects: a row a head, as `nextstate.analysis.heads.tables.effect_rows` makes it.
         title: of the figure.
         colour: of the points.
     """

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 
 from nextstate.agents.sites import Site
-from nextstate.analysis.heads import Routing, head_table, routing
-from nextstate.analysis.heads_config import EXAMPLES, SITES, Sweeping, main_first
-from nextstate.analysis.pairs import Direction, PatchError, TokenPair
-from nextstate.analysis.recovery import Readout, Recovery, Sweep, rank_agreement, table
+from nextstate.analysis.heads.config import EXAMPLES, SITES, Sweeping, main_first
+from nextstate.analysis.heads.pairs import Direction, PatchError, TokenPair
+from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, rank_agreement, table
+from nextstate.analysis.heads.routing import Routing, head_table, routing
 from nextstate.analysis.run import Run
 from nextstate.envs.contrast import Pair
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import polars as pl
 from nextstate.analysis.page.page import FigureList, Page, Plot
-from nextstate.analysis.stats import MIN_EFFECT
 
-from nextstate.analysis import heads_figures as figures
-from nextstate.analysis.heads_config import PatchConfig, main_first
+from nextstate.analysis.heads import figures
+from nextstate.analysis.heads.config import PatchConfig, main_first
 from nextstate.analysis.run import Run
+from nextstate.analysis.stats import MIN_EFFECT
 
 MIN_PAIRS = 20  # with fewer, intervals are too narrow to rely on
 ROWS = 3000  # of the table of heads

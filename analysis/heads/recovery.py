@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextstate.agents.sites import Site
 from nextstate.analysis import stats
-from nextstate.analysis.pairs import Direction, PatchError
+from nextstate.analysis.heads.pairs import Direction, PatchError
 
 
 @dataclass(frozen=True)

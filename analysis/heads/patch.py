@@ -1,7 +1,7 @@
 """Activation patching on minimal pairs: exact sweeps over heads, residual stream, attention and MLP outputs.
 
 `sweep` patches every head (or layer) of a model at chosen positions, one at a time and exactly; `attribution` estimates
-the same from one gradient. Both return a `Sweep`, which `nextstate.analysis.recovery` turns into recoveries.
+the same from one gradient. Both return a `Sweep`, which `nextstate.analysis.heads.recovery` turns into recoveries.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from nextstate.agents.forward import out_of_memory
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import ATTENTIONS, Activation, Site
-from nextstate.analysis.pairs import DIRECTIONS, PATCHES, Direction, Group, PatchError, TokenPair, plan, tokens_of
-from nextstate.analysis.recovery import Readout, Recovery, Sweep, rank_agreement, read, recovery
-from nextstate.analysis.sweep import ROW_TOKENS, Copy, Runs, run_copies, run_pairs, site_values
+from nextstate.analysis.heads.pairs import DIRECTIONS, PATCHES, Direction, Group, PatchError, TokenPair, plan, tokens_of
+from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, rank_agreement, read, recovery
+from nextstate.analysis.heads.sweep import ROW_TOKENS, Copy, Runs, run_copies, run_pairs, site_values
 
 __all__ = [
     "DIRECTIONS", "Direction", "PatchError", "Readout", "Recovery", "Sweep", "TokenPair", "attribution",

@@ -31,7 +31,7 @@ from nextstate.agents.forward import out_of_memory, read_out, skipping
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import Places
 from nextstate.agents.sites import Activation, Site
-from nextstate.analysis.pairs import PatchError
+from nextstate.analysis.heads.pairs import PatchError
 
 ROW_TOKENS = 1024  # most tokens of copies side by side in one row: each looks past all others, which costs their square
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -1,0 +1,1 @@
+"""Which heads carry state: minimal pairs, patching sweeps, and the study that runs them."""
