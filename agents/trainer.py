@@ -86,8 +86,7 @@ def fit(
             logging_steps=min(50, settings.steps),
             remove_unused_columns=False,
             bf16=gpu and torch.cuda.is_bf16_supported(),
-            report_to=["wandb"] if mirrored else [],
-            run_name=name,
+            report_to=[],
             seed=seed,
             dataloader_num_workers=0,
             dataloader_pin_memory=gpu,
@@ -95,7 +94,7 @@ def fit(
             disable_tqdm=quiet,
             ddp_backend=None if gpu or processes == 1 else "gloo",
         ),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([_Logger(mirrored)] if mirrored else [])],
         **given,
     )
     if quiet:
@@ -106,8 +105,19 @@ def fit(
     saved = out / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
     if mirrored is not None:
-        mirrored.finish()  # or the next model's training goes on in the same run
+        mirrored.finish()
     return trainer
+
+
+class _Logger(TrainerCallback):  # type: ignore[misc]
+    """Logs the trainer's numbers to a W&B run of its own; that of transformers would use any run that is active."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        numbers = {f"train/{key}": value for key, value in logs.items()}
+        self.run.log(numbers | {"train/global_step": state.global_step})
 
 
 def _mirror(out: Path, name: str, mode: str, quiet: bool) -> Any:
@@ -120,7 +130,7 @@ def _mirror(out: Path, name: str, mode: str, quiet: bool) -> Any:
     settings = wandb.Settings(silent=quiet, console="off", disable_git=True, save_code=False, init_timeout=20)
     project = os.environ.get("WANDB_PROJECT", "nextstate")
     try:
-        return wandb.init(mode=wanted, dir=str(out), project=project, name=name, settings=settings)
+        return wandb.init(mode=wanted, dir=str(out), project=project, name=name, settings=settings, reinit="create_new")
     except (wandb.errors.Error, OSError) as error:
         _log.warning("W&B cannot start %s (%s); the files of %s are not affected", wanted, error, out)
         return None

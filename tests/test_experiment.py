@@ -23,7 +23,7 @@ from nextstate.agents.training import TrainConfig
 from nextstate.envs.game import GameError
 from nextstate.experiment import Config
 from nextstate.folder import ExperimentError, answered, left_out, remembered, slugify
-from nextstate.grammars import GrammarConfig
+from nextstate.analysis.grammar.config import GrammarConfig
 from nextstate.patching import PatchConfig
 from nextstate.responding import ResponseConfig
 

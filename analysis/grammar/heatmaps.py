@@ -92,6 +92,7 @@ def profile(rows: pl.DataFrame, title: str) -> go.Figure:
         x=[str(b).replace("-", "−") for b in at], y=names, customdata=hover, hoverongaps=False,
         z=[[None if w is None else significant(np.log10(max(w, FLOOR)), 4) for w in line] for line in grid],
         zmin=float(np.log10(FLOOR)), zmax=0, colorscale=SCALE, showscale=False, xgap=1 if pitch > 8 else 0,
+        colorbar={"title": {"text": "log₁₀"}},
         ygap=1 if pitch > 8 else 0, hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
     first: dict[int, str] = {}

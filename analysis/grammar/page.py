@@ -74,7 +74,8 @@ def headline(found: Summary) -> dict[str, Any]:
     Probes are those of the whole string; attention is the mean over layers and heads.
     """
     at_ends = sorted(found.rows("at_ends"), key=lambda row: (row["untrained"], row["beside"] - row["at"]))
-    kl = sorted((r for r in found.rows("diversity") if r["name"] in found.trained), key=lambda row: row["kl"])
+    known = [r for r in found.rows("diversity") if r["name"] in found.trained and r["kl"] is not None]
+    kl = sorted(known, key=lambda row: row["kl"])
     return {"written": _written(found), "kl": kl, "probes": _ancestors(found), "ends": at_ends,
             "perturbed": _perturbed(found)}  # fmt: skip
 

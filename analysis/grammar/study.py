@@ -245,12 +245,12 @@ def _diversity(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
 
 
 def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
-    """Return the mean of values of strings under `name`, with its interval; null where there are too few."""
+    """Return the mean of values of strings under `name`, with its interval; null where there is none."""
     from nextstate.analysis.stats import student
 
-    ends = [None if np.isnan(x) else float(x) for x in student(values)]
-    mean = float(values.mean()) if len(values) else None
-    return {name: mean, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    found = (float(values.mean()) if len(values) else math.nan, *student(values).tolist())
+    names = (name, f"{name}_low", f"{name}_high")
+    return {column: x if math.isfinite(x) else None for column, x in zip(names, found, strict=True)}
 
 
 def _probe(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:

@@ -236,7 +236,7 @@ def _ancestors(probes: pl.DataFrame, models: pl.DataFrame) -> pl.DataFrame:
         maintain_order="left_right",
     )  # fmt: skip
     controls = [rows.filter(untrained=True, shuffled=False), rows.filter(untrained=False, shuffled=True)]
-    first = pl.concat([control.filter(pl.col("name") == control["name"].first()) for control in controls])
+    first = pl.concat([control.filter(pl.col("name") == pl.col("name").first()) for control in controls])
     bound = first.group_by("level").agg(bound=pl.col("high").max())
     above = (pl.col("low") > pl.col("bound").fill_null(0.0)).sum().cast(_N)
     known = pl.lit(len(bound) > 0) & ~pl.col("untrained") & ~pl.col("shuffled")

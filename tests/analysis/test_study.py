@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from nextstate.analysis.page.page import Page, Section
 
 from nextstate.agents.agent import AgentError
 from nextstate.analysis import run as folder
+from nextstate.analysis.page.page import Page, Section
 from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import Damaged, ModelFailed, Run, RunConfig, RunError, read_about, read_record
 from nextstate.analysis.study import Job, Skip, Study, go, open_run, verify, write_page
