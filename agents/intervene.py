@@ -16,7 +16,8 @@ from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, 
 from nextstate.agents.branches import Reading
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation, Edit, Site, Sites
-from nextstate.envs.game import Episode, Game, unroll
+from nextstate.envs.game import Episode, unroll
+from nextstate.envs.rules import Rules
 
 Mode = Literal["zero", "mean", "resample"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -92,7 +93,7 @@ class Intervention:
 class _Setting(NamedTuple):
     """What reference episodes are drawn for."""
 
-    game: Game
+    game: Rules
     steps: int
 
     @classmethod

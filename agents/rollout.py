@@ -9,6 +9,7 @@ import numpy as np
 
 from nextstate.agents.agent import Agent, ContextError, Prompt, row
 from nextstate.envs.game import Distribution, Episode, Game, unroll
+from nextstate.envs.vector import PredictionVectorEnv
 
 Road = Literal["replay", "live"]
 Grid = Literal["episodes", "cells"]
@@ -53,16 +54,12 @@ def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -
 
 def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
     """Play through the vector environment, the agent's greedy answer being the action of each step."""
-    import gymnasium as gym
-
     # Answers go in as choices: a greedy answer that is none of them exactly, " C" against "C" say, stays wrong.
-    envs: Any = gym.make_vec(
-        f"nextstate/{game.name}-v0", num_envs=len(seeds), steps=steps, answer="choice", **game.settings
-    )
+    envs = PredictionVectorEnv(game, num_envs=len(seeds), steps=steps, answer="choice")
     reader = agent.live()
     try:
         envs.reset(seed=seeds.start)
-        episodes: Sequence[Episode] = envs.unwrapped.episodes
+        episodes = envs.episodes
         ideal = _ideal(episodes)
         rows = []
         for t in range(steps):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -31,11 +32,12 @@ from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
 from nextstate.agents.text import Encoder, begins_with
 from nextstate.agents.trainer import TRAINING_STREAM, claim, fit
 from nextstate.agents.training_config import Optimisation
-from nextstate.envs.game import Episode, Game, score, unroll
-from nextstate.envs.games import make_game
+from nextstate.envs.game import Episode, GameError, Sample, score, unroll
+from nextstate.envs.games import game_class, make_game
 
 BOS, PAD = "<|bos|>", "<|pad|>"
-TRAINING_GAMES = 777  # game_seed of the adventures trained on; experiments use others
+EVALUATION_SIZES = (2, 4, 6, 8, 10)
+EVALUATION_STEPS = 16
 
 
 class ModelConfig(Strict):
@@ -75,19 +77,17 @@ class Stage(Strict):
 
     Args:
         until: the step at which the next stage begins; None for the last stage.
-        mixture: share of episodes of each game.
+        mixture: share of episodes of each game, given by name or as "package.module:Class".
         largest: the largest size of a game, where it is to be smaller than the curriculum's.
-        densities: those that automata are drawn with.
-        few_actions: share of automata that list a few actions only, so that the action alone does not tell the answer.
-        resist: shortcuts; determined questions that any of them gets wrong (as far as the game has them) weigh
-            `resist_weight` times as much. A model that has settled on such a shortcut learns little from all others.
+        options: for each game, keyword arguments of its `sample` method.
+        resist: shortcuts; determined questions that any of them gets wrong (if the game has it) weigh `resist_weight`
+            times as much. A model that has settled on such a shortcut learns little from all others.
     """
 
     until: int | None = None
     mixture: dict[str, float] = {"DFA": 3, "Box": 3, "Cycle": 1, "FruitStore": 1}
     largest: dict[str, int] = {}
-    densities: list[str] = ["min", "middle", "max"]
-    few_actions: float = 0.5
+    options: dict[str, dict[str, Any]] = {}
     resist: list[str] = []
     resist_weight: float = 1.0
 
@@ -107,52 +107,38 @@ class TrainConfig(Optimisation):
     stages: list[Stage] = Field(default=[Stage()], min_length=1)
     evaluation_episodes: int = 48
 
+    @model_validator(mode="after")
+    def _known_options(self) -> TrainConfig:
+        for stage in self.stages:
+            for name, options in stage.options.items():
+                if name not in stage.mixture:
+                    raise ValueError(f"options of {name!r}, which is not in the mixture: {', '.join(stage.mixture)}")
+                known = [*signature(game_class(name).sample).parameters][3:]
+                unknown = [key for key in options if key not in known]
+                if unknown:
+                    expected = f"one of {', '.join(known)}" if known else "none"
+                    raise ValueError(f"unknown option {unknown[0]!r} of {name}: expected {expected}")
+        return self
+
     def stage(self, step: int) -> Stage:
         """Return what rows are made of at an optimiser step."""
         return next((s for s in self.stages if s.until is None or step < s.until), self.stages[-1])
 
 
-class Draw(NamedTuple):
-    """A game, how long to play it, and how many questions to ask after each step."""
+def draw_sample(stage: Stage, level: int, rng: np.random.Generator) -> Sample:
+    """Draw the game of one training episode, its length, and the questions per step, at a curriculum level.
 
-    game: Game
-    steps: int
-    ask: int
-
-
-def draw_game(stage: Stage, level: int, rng: np.random.Generator) -> Draw:
-    """Draw what one training episode plays, at a curriculum level."""
+    Raises:
+        ConfigError: the mixture names a game that there is not, or `options` an option that its game does not have.
+    """
     names = list(stage.mixture)
     shares = np.array([stage.mixture[n] for n in names])
     name = names[int(rng.choice(len(names), p=shares / shares.sum()))]
     size = int(rng.integers(2, min(level, stage.largest.get(name, level)) + 1))
-    if name == "DFA":
-        kind = "state-state" if rng.random() < 0.1 else "state-action"
-        density = stage.densities[int(rng.integers(len(stage.densities)))]
-        few = max(int(rng.integers(2, 7)), size // 2 + 1)
-        listed = few if rng.random() < stage.few_actions else 26
-        symbols = "pairs" if rng.random() < 0.03 else "letters"
-        game = make_game(name, states=size, density=density, actions_listed=listed, kind=kind, symbols=symbols)
-        return Draw(game, int(rng.integers(4, 25)), 1)
-    if name == "Box":
-        objects = min(size, 10) if rng.random() < 0.5 else int(rng.integers(1, min(level, 10) + 1))
-        style = "paper" if rng.random() < 0.8 else "plain"
-        feedback = "branch" if rng.random() < 0.8 else "inline"
-        game = make_game(name, boxes=size, objects=objects, style=style, feedback=feedback)
-        return Draw(game, int(rng.integers(1, 13)), 2)
-    if name == "Cycle":
-        period = int(rng.integers(2, level + 5))
-        return Draw(make_game(name, period=period), period * int(rng.integers(2, 5)), 1)
-    if name == "FruitStore":
-        return Draw(make_game(name, people=size), int(rng.integers(1, size)), 2)
-    if name == "TextWorld":
-        rooms, objects = int(rng.integers(1, min(level, 4) + 1)), int(rng.integers(1, min(level, 8) + 1))
-        quest = min(4, 1 + objects // 2)
-        game = make_game(name, rooms=rooms, objects=objects, quest=quest, games=40, game_seed=TRAINING_GAMES)
-        return Draw(game, int(rng.integers(4, 15)), 3)
-    raise ConfigError(
-        f"mixture: no training recipe for game {name!r}; known are DFA, Box, Cycle, FruitStore, TextWorld"
-    )
+    try:
+        return game_class(name).sample(rng, size, level, **stage.options.get(name, {}))
+    except GameError as error:
+        raise ConfigError(f"mixture: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -219,8 +205,8 @@ class FreshRows(torch.utils.data.Dataset[Row]):
         level, stage = config.curriculum.level(i // config.rows), config.stage(i // config.rows)
         row = Row(Tree(), [], [], [])
         while len(row.tree) < config.row_tokens:
-            drawn = draw_game(stage, level, rng)
-            episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.ask, rng=rng)
+            drawn = draw_sample(stage, level, rng)
+            episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.questions, rng=rng)
             plant_episode(row, self.encoder, episode, config.weights, stage, rng)
         return finish(row, config.row_tokens, config.weights)
 
@@ -282,39 +268,33 @@ class CellAccuracy(TrainerCallback):  # type: ignore[misc]
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
         agent = LanguageModel("in training", loaded=(model, self.tokenizer))
-        self.trainer.log(
-            {f"accuracy/{name}": self._determined(agent, episodes) for name, episodes in self.cells.items()}
-        )
+        determined = {
+            name: [row for row in replay(agent, episodes).rows if row["determined"]]
+            for name, episodes in self.cells.items()
+        }
+        self.trainer.log({f"accuracy/{name}": accuracy(rows) for name, rows in determined.items() if rows})
         model.train()
-
-    @staticmethod
-    def _determined(agent: LanguageModel, episodes: list[Episode]) -> float:
-        return accuracy([r for r in replay(agent, episodes).rows if r["determined"]])
 
 
 def evaluation_cells(config: TrainConfig) -> dict[str, list[Episode]]:
-    """Return unseen episodes by difficulty, from seeds that training never draws."""
-    cells: dict[str, tuple[str, dict[str, Any], int]] = {}
-    for n in (2, 4, 6, 8, 10):
-        cells[f"Box {n} boxes"] = ("Box", {"boxes": n}, 6)
-        cells[f"DFA {n} states"] = ("DFA", {"states": n}, 20)
-        cells[f"DFA {n} states few actions"] = ("DFA", {"states": n, "actions_listed": n // 2 + 1}, 20)
-    cells["Cycle 6"] = ("Cycle", {"period": 6}, 18)
-    cells["FruitStore 5"] = ("FruitStore", {"people": 5}, 4)
-    for rooms, objects in ((1, 2), (2, 3), (3, 5), (4, 8)):
-        cells[f"TextWorld {rooms} rooms {objects} objects"] = ("TextWorld", {"rooms": rooms, "objects": objects}, 10)
-    played = {game for stage in config.stages for game in stage.mixture}
-    cells = {name: cell for name, cell in cells.items() if cell[0] in played}
+    """Return unseen episodes of each game in the mixtures, by size, from seeds that training never draws."""
     seeds = seeds_for(config.seed, config.evaluation_episodes, cell=999)
-    return {name: episodes_of(make_game(game, **given), seeds, steps) for name, (game, given, steps) in cells.items()}
+    cells: dict[str, list[Episode]] = {}
+    for name in dict.fromkeys(name for stage in config.stages for name in stage.mixture):
+        cls = game_class(name)
+        for size in (n for n in EVALUATION_SIZES if n in cls.sizes):
+            game = make_game(name, **{cls.size: size})
+            steps = min(EVALUATION_STEPS, game.max_steps or EVALUATION_STEPS)
+            cells[f"{cls.name} {cls.size} {size}"] = episodes_of(game, seeds, steps)
+    return cells
 
 
 def corpus(config: TrainConfig, episodes: int = 4000) -> Iterator[str]:
     """Yield transcripts of all games and sizes, for the tokenizer."""
     rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(TRAINING_STREAM + 1,)))
     for _ in range(episodes):
-        drawn = draw_game(config.stages[0], 12, rng)
-        episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.ask, rng=rng)
+        drawn = draw_sample(config.stages[0], 12, rng)
+        episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.questions, rng=rng)
         yield episode.prompt(len(episode.steps) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases mirrors a run: the files are the truth, and no trouble with W&B ever costs one."""
+"""Weights & Biases mirrors a run: the run's own files are complete without it, and no failure of W&B ever stops a run."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any, Literal, Protocol
 
 import polars as pl
 
-from nextstate.analysis import figures, page, plays, tables
-from nextstate.analysis.tables import Run
+from nextstate.analysis.page.page import Page, certificates
 
 Mode = Literal["offline", "online", "disabled"]
 FALLBACKS: dict[Mode, tuple[Literal["offline", "online"], ...]] = {
@@ -19,13 +18,12 @@ FALLBACKS: dict[Mode, tuple[Literal["offline", "online"], ...]] = {
     "offline": ("offline",),
     "disabled": (),
 }
-QUESTIONS = 2000  # rows of the questions table
-CELLS = 10_000  # rows of the cells table
+ROWS = 10_000  # of a table that is sent, at most
 _log = logging.getLogger(__name__)
 
 
 class _Sink(Protocol):
-    """What is used of a W&B run."""
+    """The methods that are used of a W&B run."""
 
     def log(self, data: dict[str, Any]) -> None: ...
     def define_metric(self, name: str, *, step_metric: str) -> Any: ...
@@ -33,23 +31,23 @@ class _Sink(Protocol):
 
 
 class _Nowhere:
-    """The null twin of a W&B run."""
+    """Takes the place of a W&B run where there is none."""
 
     def log(self, data: dict[str, Any]) -> None:
-        """Forget `data`."""
+        """Ignore `data`."""
 
     def define_metric(self, name: str, *, step_metric: str) -> None:
-        """Forget the metric."""
+        """Ignore the metric."""
 
     def finish(self) -> None:
         """Do nothing."""
 
 
 class Log:
-    """Mirrors a run to W&B: `start`, `cell` as each cell is done, `finish` with tables and figures.
+    """Mirrors a run to W&B: `start`, `job` as each job is done, `finish` with headline, figures and tables, `close`.
 
-    Everything lands in the run folder's `wandb/`. What W&B cannot do is warned of through `logging`, never raised:
-    online falls back to offline, and offline to nothing.
+    Everything is written below the run folder's `wandb/`. Errors of W&B become warnings of `logging` and are never
+    raised: online falls back to offline, and offline to nothing.
 
     Args:
         mode: "offline" (`wandb sync` sends it later), "online", or "disabled" (W&B is not even imported).
@@ -63,67 +61,44 @@ class Log:
         self._sink: _Sink = _Nowhere()
         self._done = 0
 
-    def start(self, run_dir: Path, name: str, config: Mapping[str, Any]) -> None:
+    def start(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
         """Open the W&B run `name`; `config` must be JSON."""
         for mode in FALLBACKS[self.mode]:
             try:
-                self._sink = _open(mode, run_dir, self.project, name, config)
+                self._sink = _open(mode, folder, self.project, name, config)
             except _troubles() as error:
-                _log.warning("W&B cannot start %s (%s); the files of %s are not affected", mode, error, run_dir)
+                _log.warning("W&B cannot start %s (%s); the files of %s are not affected", mode, error, folder)
             else:
                 break
-        self._try(lambda: self._sink.define_metric("cells_done", step_metric="cells_done"))
-        self._try(lambda: self._sink.define_metric("*", step_metric="cells_done"))
+        self._try(lambda: self._sink.define_metric("jobs_done", step_metric="jobs_done"))
+        self._try(lambda: self._sink.define_metric("*", step_metric="jobs_done"))
 
-    def cell(self, metrics: Mapping[str, float | int | None]) -> None:
-        """Log the metrics of a cell that is done, named as `cell_metrics` names them; null ones are left out."""
+    def job(self, metrics: Mapping[str, float | int | None]) -> None:
+        """Log the metrics of a job that is done; those that are None are left out."""
         self._done += 1
         data = {key: value for key, value in metrics.items() if value is not None}
-        self._send({**data, "cells_done": self._done})
+        self._send({**data, "jobs_done": self._done})
 
-    def finish(self, run: Run | Path) -> None:
-        """Log summary metrics, curves, figures, the cells table and a sample of the questions, and close the run.
-
-        Raises:
-            RunError: where the run's files cannot be read; W&B is closed all the same.
-        """
+    def finish(self, headline: pl.DataFrame, page: Page, record: Mapping[str, Any]) -> None:
+        """Log the headline as summary metrics and as a table, every figure and table of the page, and certificates."""
         if isinstance(self._sink, _Nowhere):
             return
-        try:
-            loaded = run if isinstance(run, Run) else tables.load(run)
-            self._send(proved(loaded.info))
-            answers, played = tables.narrow(loaded.rows), plays.load(loaded)
-            drawn = plays.every(loaded, played)
-            if len(answers):
-                cells = tables.cells(answers)
-                totals = tables.pooled(answers, ("agent", "game", "variant"))
-                self._send(_summary(totals))
-                self._steps(cells)
-                self._send(_tables(loaded, cells))
-                drawn |= figures.every(loaded, answers, cells, totals)
-            self._send({f"figures/{slug(key)}": figure for key, figure in drawn.items()})
-        finally:
-            self._try(self._sink.finish)
-            self._sink = _Nowhere()
+        self._send(proved(record))
+        self._send(summary(headline))
+        self._try(lambda: self._sink.log({"headline": table(headline)}))
+        for section in page.sections:
+            if section.table is not None:
+                self._try(lambda s=section: self._sink.log({f"tables/{part(s.title)}": table(s.table)}))  # type: ignore[misc]
+        self._send({f"figures/{name}": figure for name, figure in page.figures.figures.items()})
 
-    def close(self, data: Mapping[str, Any]) -> None:
-        """Log metrics and plotly figures, and close the run; for runs that are not made of questions."""
-        self._send(dict(data))
+    def close(self) -> None:
+        """Close the W&B run."""
         self._try(self._sink.finish)
         self._sink = _Nowhere()
 
-    def _steps(self, cells: pl.DataFrame) -> None:
-        # Their own axis: the game's steps, where everything else goes by the cells that are done.
-        self._try(lambda: self._sink.define_metric("by_step/*", step_metric="step"))
-        for step, rows in cells.filter(pl.col("subset") == "all").sort("step").group_by("step", maintain_order=True):
-            data: dict[str, Any] = {"step": step[0]}
-            for row in rows.iter_rows(named=True):
-                where = [row["game"], f"size={row['size']}", row["variant"], row["agent"], "accuracy"]
-                data["/".join(["by_step", *filter(None, map(slug, where))])] = row["accuracy"]
-            self._send(data)
-
     def _send(self, data: dict[str, Any]) -> None:
-        self._try(lambda: self._sink.log(data))
+        if data:
+            self._try(lambda: self._sink.log(data))
 
     def _try(self, act: Callable[[], Any]) -> None:
         try:
@@ -132,54 +107,41 @@ class Log:
             _log.warning("W&B failed (%s); the run's own files are not affected", error)
 
 
-def cell_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> dict[str, float | None]:
-    """Return the metrics of one agent on one setting (an entry of run.json's `settings`) from its rows.
-
-    Names are like `DFA/states=6/density=min/nextstate-tiny/accuracy`; also determined_accuracy, ceiling, chance.
-    """
-    means = {
-        "accuracy": rows["greedy_correct"].mean(),
-        "choice_accuracy": rows["choice_correct"].mean(),
-        "determined_accuracy": rows.filter("determined")["greedy_correct"].mean(),
-        "ceiling": rows["ceiling"].mean(),
-        "chance": rows["chance"].mean(),
-    }
-    named = head(setting, agent)
-    return {f"{named}/{key}": None if value is None else float(value) for key, value in means.items()}  # type: ignore[arg-type]
+def summary(headline: pl.DataFrame) -> dict[str, float | int]:
+    """Return the numbers of a headline by name: `summary/`, the row's texts, then the column, joined by `/`."""
+    names = [c for c, kind in headline.schema.items() if kind == pl.String]
+    out: dict[str, float | int] = {}
+    for row in headline.iter_rows(named=True):
+        where = [part(row[c]) for c in names if row[c]]
+        numbers = {c: row[c] for c in headline.columns if c not in names and row[c] is not None}
+        out |= {"/".join(["summary", *where, column]): value for column, value in numbers.items()}
+    return out
 
 
-def play_metrics(setting: Mapping[str, Any], agent: str, rows: pl.DataFrame) -> dict[str, float | None]:
-    """Return the metrics of one player on one setting (an entry of run.json's `plays`) from its rows.
+def proved(record: Mapping[str, Any]) -> dict[str, float | int | str]:
+    """Return the certificates of `run.json` as metrics, with names like `certificate/nextstate-tiny/replay/road`.
 
-    Names are like `play/DFA/states=6/random/success`; also score (share of the maximum), steps_over and illegal.
-    """
-    (row,) = plays.table(rows.select(plays.PLAYS.keys()).with_columns(agent=pl.lit(agent))).to_dicts()
-    names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
-    return {f"play/{head(setting, agent)}/{name}": row[key] for key, name in names.items()}
-
-
-def proved(info: Mapping[str, Any]) -> dict[str, float | int | str]:
-    """Return what `run.json` says of how each model was run, under names like `certificate/nextstate-tiny/replay/road`.
-
-    A copy in another precision has that in its name; of several certificates of one name the last is told.
+    The name of a certificate of a copy in another precision contains that precision. Of several with one name the last
+    counts.
     """
     out: dict[str, float | int | str] = {}
-    for found in page.certificates(info):
-        where = [slug(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
+    for found in certificates(record):
+        where = [part(found["model"]), found["dtype"], "live" if found["live"] else "replay"]
         named = "/".join(["certificate", *filter(None, where)])
         out |= {f"{named}/{key}": found[key] for key in ("road", "error", "tolerance", "depth", "columns", "seconds")}
     return out
 
 
-def head(setting: Mapping[str, Any], agent: str) -> str:
-    """Return what the names of a cell's metrics begin with."""
-    size = f"{setting.get('size_name', 'size')}={setting['size']}"
-    return "/".join(filter(None, map(slug, [setting["game"], size, setting["variant"], agent])))
-
-
-def slug(name: str) -> str:
-    """Return a name as a part of a W&B key, and of a file name."""
+def part(name: str) -> str:
+    """Return a name as one part of a W&B key."""
     return re.sub(r"[^\w=.,+-]+", "-", name)
+
+
+def table(frame: pl.DataFrame) -> Any:
+    """Return a W&B table of the first rows."""
+    import wandb
+
+    return wandb.Table(columns=frame.columns, data=[list(row) for row in frame.head(ROWS).iter_rows()])
 
 
 def _troubles() -> tuple[type[Exception], ...]:
@@ -208,31 +170,3 @@ def _open(
         reinit="create_new",
     )
     return run
-
-
-def _summary(totals: pl.DataFrame) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for row in totals.iter_rows(named=True):
-        head = "/".join(filter(None, map(slug, ["summary", row["game"], row["variant"], row["agent"], row["subset"]])))
-        found = {key: row[key] for key in ("accuracy", "choice", "over_ceiling", "ceiling", "chance", "n")}
-        out |= {f"{head}/{key}": value for key, value in found.items() if value is not None}
-    return out
-
-
-def _tables(run: Run, cells: pl.DataFrame) -> dict[str, Any]:
-    import wandb
-
-    columns = ["agent", "game", "setting", "episode", "step", "stem", "truth", "greedy", "greedy_correct"]
-    columns += ["choice", "choice_correct", "p_accepted", "ceiling", "determined", "chance"]
-    rows = (
-        run.rows.filter(pl.col("agent").is_in(run.focus))
-        .select(columns)
-        .sort("agent", "setting", "episode", "step")
-        .collect()
-    )
-    questions = rows.gather_every(max(1, -(-len(rows) // QUESTIONS)))
-    shown = cells if len(cells) <= CELLS else cells.filter(pl.col("subset") == "all").head(CELLS)
-    return {
-        "questions": wandb.Table(columns=columns, data=[list(row) for row in questions.iter_rows()]),
-        "cells": wandb.Table(columns=shown.columns, data=[list(row) for row in shown.iter_rows()]),
-    }

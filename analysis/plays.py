@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from nextstate.analysis import figures, stats, tables
 from nextstate.analysis.figures import Style
-from nextstate.analysis.page import Drawn
+from nextstate.analysis.page.page import FigureList
 from nextstate.analysis.states import PER_DECADE
 from nextstate.analysis.tables import Run
 from nextstate.envs.aims import reply
@@ -143,7 +143,7 @@ def every(run: Run, plays: pl.DataFrame) -> dict[str, go.Figure]:
     }
 
 
-def section(run: Run, plays: pl.DataFrame, asked: pl.DataFrame, drawn: Drawn) -> dict[str, Any] | None:
+def section(run: Run, plays: pl.DataFrame, asked: pl.DataFrame, drawn: FigureList) -> dict[str, Any] | None:
     """Return what the page's section about play needs; None where nothing was played.
 
     Args:

@@ -10,7 +10,8 @@ from typing import Any
 import polars as pl
 
 from nextstate.analysis import figures, plays, states, tables
-from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
+from nextstate.analysis.page import page as pages
+from nextstate.analysis.page.page import FigureList, Page, replace
 from nextstate.analysis.tables import Run, RunError
 
 ANSWERS = 6000  # agent's answers that the episode viewer holds at most
@@ -20,9 +21,9 @@ TOP = 5  # choices shown with their probability
 
 
 def write(run: Path) -> Path:
-    """Write `report.html` (and `cells.parquet`, the whole table of cells) into the folder of a finished run.
+    """Write `report.html`, `figures/` and `cells.parquet` (the whole table of cells) into the folder of a run.
 
-    The page needs no network. A page that is there is replaced; a killed call leaves it as it was.
+    An existing page is replaced; a killed call leaves it as it was.
 
     Raises:
         RunError: where the run is not complete or cannot be read.
@@ -31,48 +32,45 @@ def write(run: Path) -> Path:
     answers = tables.narrow(loaded.rows)
     cells = tables.cells(answers)
     replace(loaded.path / "cells.parquet", lambda path: cells.write_parquet(path))
-    page = render(loaded, answers, cells)
-    return replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return pages.write(make_page(loaded, answers, cells), loaded.info, loaded.path)
 
 
-def render(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> str:
-    """Return the page as text; `answers` from `tables.narrow`, `cells` from `tables.cells`."""
-    templates = environment(label=figures.label)
+def make_page(run: Run, answers: pl.DataFrame, cells: pl.DataFrame) -> Page:
+    """Return the page of a run; `answers` from `tables.narrow`, `cells` from `tables.cells`."""
     totals = tables.pooled(answers, ("agent", "game", "variant"))
     by_game = tables.pooled(answers, ("agent", "game"))
     by_size = tables.pooled(alike(run, answers), ("agent", "game", "size"))
     by_states = states.curves(run, answers)
     curves = pl.concat([tables.curves(answers), *([by_states] if len(by_states) else [])])
     hard = tables.on_hard(answers)
-    drawn, look = Drawn(), figures.styles(run)
+    drawn, look = FigureList(), figures.styles(run)
     answered = set(answers["agent"].unique())
     asked = [a for a in run.focus if a in answered]  # a model that was refused has no figures
-    return templates.get_template("report.html.jinja").render(
-        run=run,
-        info=run.info,
-        certificates=certificates(run.info),
-        left_out=left_out(run.info),
-        headline=headline(run, by_game, by_size),
-        games=[
-            _game(run, name, cells, curves, drawn) for name in dict.fromkeys(s["game"] for s in run.info["settings"])
-        ],
-        determined=[drawn.add(figures.determined(totals, a, look[a])) for a in asked],
-        hard=[drawn.add(figures.hard(hard, totals, a, look[a])) for a in asked if len(hard)],
-        plays=plays.section(run, plays.load(run), curves, drawn),
-        never_wrong=_never_wrong(hard),
-        without=without(run, answers),
-        whole=states.whole(run).rows(named=True),
-        forms=states.FORMS,
-        scale=", ".join(f"{colour} {100 * at:g}%" for at, colour in figures.SCALE),
-        cells=_cell_data(cells, run),
-        episodes=sample(run),
-        drawn=drawn.figures,
-        rows=len(answers),
-        **furniture(templates, "report.script.html.jinja"),
-    )
+    played = plays.section(run, plays.load(run), curves, drawn)
+    games = [_game(run, name, cells, curves, drawn) for name in dict.fromkeys(s["game"] for s in run.info["settings"])]
+    names = dict.fromkeys(game["name"] for game in games + (played["games"] if played else []))
+    context = {
+        "run": run,
+        "label": figures.label,
+        "headline": headline(run, by_game, by_size),
+        "games": games,
+        "determined": [drawn.add(figures.determined(totals, a, look[a])) for a in asked],
+        "hard": [drawn.add(figures.hard(hard, totals, a, look[a])) for a in asked if len(hard)],
+        "plays": played,
+        "never_wrong": _never_wrong(hard),
+        "without": without(run, answers),
+        "whole": states.whole(run).rows(named=True),
+        "forms": states.FORMS,
+        "scale": ", ".join(f"{colour} {100 * at:g}%" for at, colour in figures.SCALE),
+        "cells": _cell_data(cells, run),
+        "episodes": sample(run),
+        "rows": len(answers),
+    }
+    title = f"{run.name}: {', '.join(run.models) or 'reference agents'} in {', '.join(names)}"
+    return Page(title, template="report.html.jinja", context=context, figures=drawn)
 
 
-def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn: Drawn) -> dict[str, Any]:
+def _game(run: Run, game: str, cells: pl.DataFrame, curves: pl.DataFrame, drawn: FigureList) -> dict[str, Any]:
     mine = [s for s in run.info["settings"] if s["game"] == game]
     size_names = {s["variant"]: s.get("size_name", "size") for s in mine}
     look = figures.styles(run)

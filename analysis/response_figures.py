@@ -134,6 +134,7 @@ def matrices(
     labels = [f"{i}: {plain(word)}" for i, word in enumerate(words)]
     trace = go.Heatmap(
         x=labels, y=labels, z=shown[layers[-1]], zmin=reach[0], zmax=reach[1], colorscale=SCALE, hoverongaps=False,
+        colorbar={"title": {"text": "log₁₀"}},
         hovertemplate="push on %{x}<br>response at %{y}<br>10 to the %{z:.2f}<extra></extra>",
     )  # fmt: skip
     steps = [{"label": str(layer), "method": "restyle", "args": [{"z": [shown[layer]]}]} for layer in layers]

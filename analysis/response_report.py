@@ -11,30 +11,28 @@ import polars as pl
 from nextstate.analysis import response_figures as figures
 from nextstate.analysis.figures import SCALE
 from nextstate.analysis.log import proved
-from nextstate.analysis.page import Drawn, certificates, environment, furniture, left_out, replace
-from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, load
+from nextstate.analysis.page import page as pages
+from nextstate.analysis.page.page import FigureList, Page
+from nextstate.analysis.response_tables import LAST, ResponseRun, Signature, agreement, load
 from nextstate.analysis.response_window import KINDS, Window
-from nextstate.analysis.stats import spearman
 
 ROWS = 3000  # of the table of heads
 PRECISIONS = ("float32", "bfloat16")
 
 
 def write(run: Path) -> Path:
-    """Write `report.html` into the folder of a response run. The page needs no network.
+    """Write `report.html` and `figures/` into the folder of a response run.
 
     Raises:
         RunError: the folder is none, or cannot be read.
     """
     loaded = load(Path(run))
-    page = render(loaded)
-    return replace(loaded.path / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    return pages.write(make_page(loaded), loaded.info, loaded.path)
 
 
-def render(run: ResponseRun) -> str:
-    """Return the page as text."""
-    templates = environment(two=_two, short=_short)
-    drawn, table, told = Drawn(), run.heads, headline(run)
+def make_page(run: ResponseRun) -> Page:
+    """Return the page of a run."""
+    drawn, table, told = FigureList(), run.heads, headline(run)
     carried = table is not None and told["heads"] is not None
     shown = None if table is None else (table.sort("lost", descending=True) if carried else table).head(ROWS)
     title = "Each head, left out by itself"
@@ -47,29 +45,18 @@ def render(run: ResponseRun) -> str:
         "bridges": _bridges(run, drawn),
         "patched": _patched(run, drawn),
     }
-    return templates.get_template("response.html.jinja").render(
-        run=run,
-        info=run.info,
-        certificates=certificates(run.info),
-        left_out=left_out(run.info),
-        agent=run.info["agents"][0],
-        headline=told,
-        heads=[] if shown is None else shown.rows(named=True),
-        left=0 if table is None or shown is None else len(table) - len(shown),
-        drawn=drawn.figures,
-        roles=figures.ROLES,
-        ramp=", ".join(colour for _, colour in SCALE),
+    context = {
+        "run": run,
+        "agent": run.info["agents"][0],
+        "headline": told,
+        "heads": [] if shown is None else shown.rows(named=True),
+        "left": 0 if table is None or shown is None else len(table) - len(shown),
+        "roles": figures.ROLES,
+        "ramp": ", ".join(colour for _, colour in SCALE),
         **sections,
-        **furniture(templates, "heads.script.html.jinja"),
-    )
-
-
-def _two(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
-
-
-def _short(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.2g}"
+    }
+    title = f"{run.info['name']}: what a weak push on one token does to the rest of {run.info['agents'][0]['name']}"
+    return Page(title, template="response.html.jinja", context=context, figures=drawn)
 
 
 def headline(run: ResponseRun) -> dict[str, Any]:
@@ -104,7 +91,7 @@ def _told(found: Signature) -> dict[str, Any]:
     added = found.added
     ends = {k: float(getattr(added, k)[deepest, 0, 0]) for k in ("value", "low", "high", "band_low")}
     return {"emerges": found.emerges(), "deepest": found.layers[deepest], "lines": lines, "added": ends,
-            "prompts": found.prompts, "block": found.block}  # fmt: skip
+            "prompts": added.pairs, "block": found.block}  # fmt: skip
 
 
 def _limits(run: ResponseRun, kind: str) -> dict[int, float | None]:
@@ -115,7 +102,7 @@ def _limits(run: ResponseRun, kind: str) -> dict[int, float | None]:
     return dict(zip(rows["layer"].to_list(), rows["level"].to_list(), strict=True))
 
 
-def _scales(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
+def _scales(run: ResponseRun, drawn: FigureList) -> list[dict[str, Any]]:
     out = []
     for kind in reversed(KINDS):
         shown = {d: w for (d, k), w in run.windows.items() if k == kind}
@@ -149,7 +136,7 @@ def _edges(run: ResponseRun) -> list[dict[str, Any]]:
     return out
 
 
-def _matrices(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
+def _matrices(run: ResponseRun, drawn: FigureList) -> dict[str, Any] | None:
     layers, block, repeats = list(run.holds(LAST)), run.config["block"], run.config["repeats"]
     titles = {"repeated": "A block, repeated", "control": "Control: nothing is repeated"}
     tables = {c: t for c in titles if (t := run.tables.get(f"matrix-{c}-{LAST}")) is not None}
@@ -162,7 +149,7 @@ def _matrices(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
     return {"figures": shown, "low": 10 ** reach[0], "high": 10 ** reach[1]}
 
 
-def _signatures(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
+def _signatures(run: ResponseRun, drawn: FigureList) -> list[dict[str, Any]]:
     out = []
     for kind in reversed(KINDS):
         found = run.signature(kind)
@@ -182,12 +169,12 @@ def _signatures(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
             }  # fmt: skip
             rows.append({"layer": layer, "others": float(found.lines["repeated"].value[k, 0, 2])
                          if found.valid[k] else None} | numbers)  # fmt: skip
-        out.append({"kind": kind, "figures": plots, "rows": rows, "prompts": found.prompts,
+        out.append({"kind": kind, "figures": plots, "rows": rows, "prompts": found.added.pairs,
                     "stripes": drawn.add(figures.stripes(found, "What repetition adds, by offset"))})  # fmt: skip
     return out
 
 
-def _bridges(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
+def _bridges(run: ResponseRun, drawn: FigureList) -> list[dict[str, Any]]:
     out = []
     for name, edges in run.edges.items():
         game, kind = name.split("-")
@@ -202,7 +189,7 @@ def _bridges(run: ResponseRun, drawn: Drawn) -> list[dict[str, Any]]:
     return out
 
 
-def _patched(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
+def _patched(run: ResponseRun, drawn: FigureList) -> dict[str, Any] | None:
     """Return the heads of a patching run beside what their absence does to the response, a figure a kind."""
     found, table = run.bridge_heads, run.tables.get("patching")
     if not found or table is None:
@@ -214,8 +201,8 @@ def _patched(run: ResponseRun, drawn: Drawn) -> dict[str, Any] | None:
             continue
         both = table.join(rows.select("layer", "head", "lost", "low", "high"), on=["layer", "head"], how="inner")
         names = [f"{a}.{b}" for a, b in both.select("layer", "head").iter_rows()]
-        rank = spearman(both[kind].to_numpy(), both["lost"].to_numpy())
-        title = f"{kind.capitalize()}: Spearman {'–' if math.isnan(rank) else f'{rank:.2f}'}"
+        rank = agreement(both[kind].to_list(), both["lost"].to_list())
+        title = f"{kind.capitalize()}: Spearman {'–' if rank is None else f'{rank:.2f}'}"
         plots.append(drawn.add(figures.side_by_side(both[kind].to_list(), both["lost"].to_list(), names, title,
                                                     figures.ROLES[kind])))  # fmt: skip
         ends = rows.select("layer", "head", *(pl.col(c).alias(f"{kind}_{c}") for c in ("lost", "low", "high")))

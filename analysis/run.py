@@ -8,6 +8,7 @@ only where both fit what would be used now; any other is moved to `set-aside/`, 
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -30,7 +31,8 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from nextstate.agents.config import Strict
+from nextstate.agents.config import AgentConfig, Strict
+from nextstate.agents.identity import device_kind, model_identity
 from nextstate.analysis.progress import Progress
 from nextstate.envs.files import digest, file_digest, path_error, write_atomic, write_json
 
@@ -89,6 +91,17 @@ def code_digest() -> str:
     root = Path(__file__).resolve().parent.parent
     files = (p for room in ROOMS for p in sorted((root / room).rglob("*.py")) if "page" not in p.parts[:-1])
     return file_digest(*files)
+
+
+def weights_digest(model: Any) -> str:
+    """Return a digest of the weights of a model in memory (a `torch.nn.Module`)."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, weights in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def hardware() -> dict[str, Any]:
@@ -313,6 +326,22 @@ class Run(Generic[C]):
         if found not in self.record["agents"]:
             by_name = {a["name"]: a for a in self.record["agents"]} | {found["name"]: found}
             self.update(agents=list(by_name.values()))
+
+    def asks(self, entry: Any) -> dict[str, Any]:
+        """Return the part of an identity that a language model decides: its files, how it is loaded, the device kind.
+
+        Args:
+            entry: a name or an `AgentConfig`.
+        """
+        config = AgentConfig(name=entry) if isinstance(entry, str) else entry
+
+        def find() -> dict[str, Any]:
+            found = model_identity(config)
+            if self.given is not None:  # its weights may be other than those of the folder
+                found["files"] = weights_digest(self.given.model)
+            return {"model": found, "device": device_kind(config)}
+
+        return self.once(("asks", config.name), find)
 
     def describe_model(self, model: Any) -> None:
         """Keep the description of a language model, with its numbers of layers and heads and what was proved of it."""

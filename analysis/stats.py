@@ -217,7 +217,8 @@ def ratio_difference_band(
 
 
 def _flat(ratio: Ratio) -> Ratio:
-    return ratio[0].reshape(len(ratio[0]), -1), ratio[1]
+    # Sums round differently in another memory layout; results depend on the numbers alone.
+    return np.ascontiguousarray(ratio[0].reshape(len(ratio[0]), -1)), ratio[1]
 
 
 def _ratio_draws(

@@ -39,7 +39,6 @@ from nextstate.analysis.run import (
 )
 from nextstate.analysis.studies import GROUP, STUDIES
 from nextstate.envs import plugins
-from nextstate.envs.files import write_text
 from nextstate.envs.game import GameError
 
 if TYPE_CHECKING:
@@ -328,12 +327,10 @@ def write_page(study: Study[C], run: Run[C]) -> Page:
         RunError: the page reads a table that `summarise` did not make.
         PathError: the folder cannot be written.
     """
-    from nextstate.analysis.page.page import render
-    from nextstate.analysis.page.vector import write_figures
+    from nextstate.analysis.page.page import write
 
     page = study.page(run)
-    write_figures(page, run.path / "figures")
-    write_text(run.path / "report.html", render(page, run.record))
+    write(page, run.record, run.path)
     return page
 
 

@@ -3,7 +3,8 @@
 from nextstate.envs.automaton import Automaton
 from nextstate.envs.environments import PlayEnv, PredictionEnv
 from nextstate.envs.game import Episode, Game, GameError, Question, Reader, Step, score, unroll
-from nextstate.envs.games import GAMES, make_game
+from nextstate.envs.games import GAMES, game_class, game_names, make_game
+from nextstate.envs.laws import LawError, check_game
 from nextstate.envs.registration import register_environments
 from nextstate.envs.vector import PredictionVectorEnv
 
@@ -13,12 +14,16 @@ __all__ = [
     "Episode",
     "Game",
     "GameError",
+    "LawError",
     "PlayEnv",
     "PredictionEnv",
     "PredictionVectorEnv",
     "Question",
     "Reader",
     "Step",
+    "check_game",
+    "game_class",
+    "game_names",
     "make_game",
     "register_environments",
     "score",

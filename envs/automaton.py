@@ -12,6 +12,7 @@ from typing import Any, ClassVar, final
 import numpy as np
 
 from nextstate.envs.game import Action, Feedback, Game, GameError, Question, Reader, State, require_whole
+from nextstate.envs.games import make_game
 
 SEEDS = 10_000  # looked through for the episode that starts where an automaton does
 CHUNK = 4_000_000  # distances held at once while the diameter is sought: 32 MB
@@ -97,8 +98,6 @@ class Automaton(Game):
         Raises:
             GameError: there is no such file, or it does not fit its game.
         """
-        from nextstate.envs.games import make_game
-
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             game, rows = make_game(data["game"], **data["settings"]), data["targets"]

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from nextstate.envs.game import Action, Episode, Game, GameError, Question, State, Step, score
+from nextstate.envs.episode import Episode
+from nextstate.envs.rules import Action, GameError, Question, Rules, State, Step, score
 
 KINDS = ("state", "action", "name", "noop")
 DESIGNS = ("balanced", "paper")
@@ -195,7 +196,7 @@ def roles(clean: Mapping[str, Span], corrupted: Mapping[str, Span]) -> dict[str,
     return {name: Role(span, corrupted[name]) for name, span in clean.items() if name in corrupted}
 
 
-def tell(game: Game, start: State, actions: Sequence[Action], variable: str = "", seed: int = 0) -> Episode:
+def tell(game: Rules, start: State, actions: Sequence[Action], variable: str = "", seed: int = 0) -> Episode:
     """Return the episode of these actions.
 
     Where `variable` is given, the last step asks about it, and the steps before ask nothing; else each asks everything.

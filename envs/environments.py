@@ -18,12 +18,16 @@ DEFAULT_STEPS = 10
 MAX_ANSWER = 256  # characters
 
 
-def set_up(game: str, steps: int | None, render_mode: str | None, settings: dict[str, Any]) -> tuple[Game, int]:
-    """Return the game and the length of its episodes; `GameError` names any argument that cannot be.
+def set_up(game: str | Game, steps: int | None, render_mode: str | None, settings: dict[str, Any]) -> tuple[Game, int]:
+    """Return the game and the length of its episodes; `GameError` names any argument that is not possible.
 
-    Where `steps` is None an episode has 10 steps, or as many as the game has where those are fewer.
+    If `steps` is None, an episode has 10 steps, or as many as the game has if those are fewer.
     """
-    made = make_game(game, **settings)
+    if isinstance(game, Game):
+        require(not settings, "settings", settings, f"none, since the game {game.name} is made already")
+        made = game
+    else:
+        made = make_game(game, **settings)
     if steps is None:
         steps = min(DEFAULT_STEPS, made.max_steps or DEFAULT_STEPS)
     check_steps(made, steps)
@@ -70,7 +74,7 @@ class PredictionEnv(gym.Env[str, Any]):
     A reset without a seed draws one from `np_random`, so that `episode.seed` always names the episode.
 
     Args:
-        game: name in the registry of games.
+        game: its name, as `nextstate.envs.make_game` takes it; or a game, made already.
         steps: questions in an episode; by default 10, or as many as the game has.
         answer: "text" or "choice".
         render_mode: None or "ansi", which renders the observation.
@@ -81,7 +85,7 @@ class PredictionEnv(gym.Env[str, Any]):
 
     def __init__(
         self,
-        game: str,
+        game: str | Game,
         steps: int | None = None,
         answer: Literal["text", "choice"] = "text",
         render_mode: str | None = None,
@@ -171,7 +175,7 @@ class PlayEnv(gym.Env[str, str]):
     a goal is drawn), `won` (the aim is reached).
 
     Args:
-        game: name in the registry of games.
+        game: its name, as `nextstate.envs.make_game` takes it; or a game, made already.
         steps: commands in an episode; by default 10, or as many as the game has.
         render_mode: None or "ansi", which renders the observation.
         settings: the game's own.
@@ -179,7 +183,9 @@ class PlayEnv(gym.Env[str, str]):
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
 
-    def __init__(self, game: str, steps: int | None = None, render_mode: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self, game: str | Game, steps: int | None = None, render_mode: str | None = None, **settings: Any
+    ) -> None:
         self.game, self.steps = set_up(game, steps, render_mode, settings)
         self.render_mode = render_mode
         self.observation_space: gym.Space[str] = text_space(self.steps)

@@ -1,23 +1,25 @@
-"""Gymnasium ids for every game in the registry."""
+"""Gymnasium ids for every game."""
 
 from __future__ import annotations
 
 import gymnasium as gym
 
-from nextstate.envs.games import GAMES
+from nextstate.envs.games import game_names
 
 
 def register_environments() -> None:
-    """Register `nextstate/{game}-v0` (prediction) and `nextstate/{game}Play-v0` for every game; again is no harm."""
-    for name in GAMES:
-        if f"nextstate/{name}-v0" not in gym.registry:
+    """Register `nextstate/{game}-v0` (prediction) and `nextstate/{game}Play-v0` for every game, unless they are.
+
+    Games of other packages are imported when an environment of theirs is made.
+    """
+    for name in game_names():
+        predict, play = f"nextstate/{name}-v0", f"nextstate/{name}Play-v0"
+        if predict not in gym.registry:
             gym.register(
-                f"nextstate/{name}-v0",
+                predict,
                 entry_point="nextstate.envs.environments:PredictionEnv",
                 vector_entry_point="nextstate.envs.vector:PredictionVectorEnv",
                 kwargs={"game": name},
             )
-        if f"nextstate/{name}Play-v0" not in gym.registry:
-            gym.register(
-                f"nextstate/{name}Play-v0", entry_point="nextstate.envs.environments:PlayEnv", kwargs={"game": name}
-            )
+        if play not in gym.registry:
+            gym.register(play, entry_point="nextstate.envs.environments:PlayEnv", kwargs={"game": name})

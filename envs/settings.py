@@ -47,6 +47,8 @@ def _legal(cls: type[Game], name: str) -> str:
         expected = str(error).partition(" is not possible: expected ")[2]
         if not expected.startswith("None with "):
             return expected.removeprefix("a whole number from ").removeprefix("one of ")
+    except (TypeError, ValueError):  # a game that does not check this setting's type
+        pass
     return ""
 
 

@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 
 from nextstate.envs.aims import positions
 from nextstate.envs.environments import answer_space, ceilings, set_up, text_space
-from nextstate.envs.game import Episode, Question, State, require, require_whole, unroll
+from nextstate.envs.game import Episode, Game, Question, State, require, require_whole, unroll
 
 Arrays = dict[str, Any]  # NumPy arrays of length `num_envs`, masks under `_key`, and nested such dicts
 
@@ -30,7 +30,7 @@ class PredictionVectorEnv(gym.vector.VectorEnv[tuple[str, ...], Any, Any]):
     Info: a dict of arrays, as `gymnasium.vector.SyncVectorEnv` would make it of the single infos.
 
     Args:
-        game: name in the registry of games.
+        game: its name, as `nextstate.envs.make_game` takes it; or a game, made already.
         num_envs: how many.
         steps: questions in an episode; by default 10, or as many as the game has.
         answer: "text" or "choice".
@@ -40,7 +40,7 @@ class PredictionVectorEnv(gym.vector.VectorEnv[tuple[str, ...], Any, Any]):
 
     def __init__(
         self,
-        game: str,
+        game: str | Game,
         num_envs: int = 1,
         steps: int | None = None,
         answer: Literal["text", "choice"] = "text",

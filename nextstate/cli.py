@@ -351,14 +351,15 @@ def list_(what: Annotated[str, typer.Argument(help="games, models, studies or co
 
 
 def _games() -> None:
-    from nextstate.envs.games import GAMES
+    from nextstate.envs.games import load_games
     from nextstate.envs.settings import listed
 
-    for name, cls in GAMES.items():
+    games, problems = load_games()
+    for name, cls in games.items():
         about = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
         console.print(f"[bold]{name}[/]  predict nextstate/{name}-v0, play nextstate/{name}Play-v0", soft_wrap=True)
         console.print(Padding(Text(about), (0, 0, 0, 4), expand=False))
-        console.print(Padding(Text(f"shortcuts: {', '.join(cls.shortcuts)}"), (0, 0, 0, 4), expand=False))
+        console.print(Padding(Text(f"shortcuts: {', '.join(cls.shortcuts) or 'none'}"), (0, 0, 0, 4), expand=False))
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(no_wrap=True)
@@ -369,6 +370,8 @@ def _games() -> None:
             table.add_row(Text(x.name, style="bold"), Text(x.type + default), told)
         console.print(Padding(table, (0, 0, 1, 4), expand=False))
     console.print("After each setting: type = default, what is legal while the others are at their defaults, meaning.")
+    for problem in problems.values():
+        errors.print(Text(f"cannot be used: {problem}", style="yellow"), soft_wrap=True)
 
 
 def _traceback(error: BaseException) -> str:

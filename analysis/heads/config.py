@@ -16,6 +16,7 @@ from nextstate.envs.game import Game
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # of the published state pairs
 PAPER_DISTANCES = (1, 5, 10, 20, 40)  # and noop pairs
 SHOWN = 12  # heads whose attention is kept, at most
+MIN_EFFECT = 0.02  # a smaller recovery is no finding, however narrow its band
 EXAMPLES = 2  # pairs of a kind that the page shows
 PATCHES = ("denoise", "noise")  # the other directions ablate
 SITES = ("head", "resid_pre", "attn_out", "mlp_out")

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from nextstate.analysis.figures import layout, plain, rgba
-from nextstate.analysis.heads.routing import LEAST
+from nextstate.analysis.heads.config import MIN_EFFECT
 
 COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
 LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: apart for every kind of sight
@@ -45,7 +45,7 @@ def head_map(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
         reach: the colours run from -reach to reach. A dot marks what the simultaneous band holds apart from 0.
     """
     layers, heads = rows["layer"].n_unique(), rows["head"].n_unique()
-    marks = rows.filter(pl.col("carries") & (pl.col("recovery").abs() >= LEAST))
+    marks = rows.filter(pl.col("carries") & (pl.col("recovery").abs() >= MIN_EFFECT))
     size = 7 if heads <= 16 else 4
     traces = [
         _map(rows, "head", [str(h) for h in range(heads)], "layer %{y}, head %{x}<br>" + CELL, reach),
@@ -114,7 +114,7 @@ def arrival(table: pl.DataFrame, title: str) -> go.Figure:
     layers = table["layer"].to_list()
     for name in ("state", "action"):
         value, low, high, below, above = (
-            rounded(table[f"{name}{end}"]) for end in ("", "_low", "_high", "_band_low", "_band_high")
+            _rounded(table[f"{name}{end}"]) for end in ("", "_low", "_high", "_band_low", "_band_high")
         )
         colour = COLOURS[name]
         traces.append(
@@ -165,7 +165,7 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
         names = [t[0] if shown else "" for t, shown in zip(told, large, strict=True)]
         traces.append(
             go.Scatter(
-                x=rounded(rows["state"]), y=rounded(rows["action"]), name=label or "neither", customdata=told,
+                x=_rounded(rows["state"]), y=_rounded(rows["action"]), name=label or "neither", customdata=told,
                 mode="markers+text" if label and name else "markers", text=names,
                 textposition="top center", textfont={"size": 11},
                 error_x=_bars(rows, "state", label), error_y=_bars(rows, "action", label),
@@ -190,7 +190,7 @@ def _diagonal(ends: Sequence[float]) -> go.Scatter:
 def _bars(rows: pl.DataFrame, name: str, label: str) -> dict[str, Any]:
     up = (rows[f"{name}_high"] - rows[name]).clip(0, None)
     down = (rows[name] - rows[f"{name}_low"]).clip(0, None)
-    return {"type": "data", "array": rounded(up), "arrayminus": rounded(down), "thickness": 1, "width": 0,
+    return {"type": "data", "array": _rounded(up), "arrayminus": _rounded(down), "thickness": 1, "width": 0,
             "color": rgba(COLOURS[label], 0.55), "visible": bool(label)}  # fmt: skip
 
 
@@ -208,12 +208,12 @@ def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
     traces = [
         _diagonal(ends),
         go.Scatter(
-            x=rounded(right), y=rounded(up), mode="markers", text=names, marker={"color": colour, "size": 6},
+            x=_rounded(right), y=_rounded(up), mode="markers", text=names, marker={"color": colour, "size": 6},
             hovertemplate="head %{text}<br>exact %{x:.3f}, estimate %{y:.3f}<extra></extra>",
         ),
     ]  # fmt: skip
     return go.Figure(traces, layout(title, 320, "exact effect (logits)", "gradient's estimate"))
 
 
-def rounded(values: Any) -> list[float | None]:
+def _rounded(values: Any) -> list[float | None]:
     return [round(float(v), 4) if np.isfinite(v) else None for v in values]

@@ -6,12 +6,11 @@ import json
 from typing import Any
 
 import polars as pl
-from nextstate.analysis.page.page import FigureList, Page, Plot
 
 from nextstate.analysis.heads import figures
-from nextstate.analysis.heads.config import PatchConfig, main_first
+from nextstate.analysis.heads.config import MIN_EFFECT, PatchConfig, main_first
+from nextstate.analysis.page.page import FigureList, Page, Plot
 from nextstate.analysis.run import Run
-from nextstate.analysis.stats import MIN_EFFECT
 
 MIN_PAIRS = 20  # with fewer, intervals are too narrow to rely on
 ROWS = 3000  # of the table of heads
@@ -50,7 +49,7 @@ def page(run: Run[PatchConfig]) -> Page:
         "control": sweeps.filter("exact")["control"].drop_nans().max(),
     }
     title = f"{run.config.name}: {run.config.agent} in {run.config.game}"
-    return Page(title, template="heads.html.jinja", context=context, figures=drawn)
+    return Page(title, template="heads/page.html.jinja", context=context, figures=drawn)
 
 
 def _reasons(excluded: pl.DataFrame, row: dict[str, Any]) -> list[tuple[str, int]]:

@@ -1,7 +1,7 @@
-"""Heads that carry state and heads that carry action: pairs as tokens, what a model says of them, the routing score.
+"""Heads that carry state and heads that carry action: pairs as tokens, a model's answers to them, the routing score.
 
-A game's minimal pairs (`Game.contrast`) become `TokenPair`s by `token_pairs`; `nextstate.analysis.heads.patch` sweeps them;
-`routing` puts what state pairs find beside what action pairs find, head by head.
+A game's minimal pairs (`Game.contrast`) become `TokenPair`s by `token_pairs`; `nextstate.analysis.heads.patch` sweeps
+them; `routing` compares what state pairs and what action pairs find, head by head.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.text import Encoder
 from nextstate.analysis import stats
 from nextstate.analysis.attention import Look, attention_hooks
+from nextstate.analysis.heads.config import MIN_EFFECT
 from nextstate.analysis.heads.pairs import PatchError, TokenPair, tokens_of
 from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, changes, read
 from nextstate.envs.contrast import Pair, flaws, pieces
 
-LEAST = 0.02  # a recovery below it is no finding, however narrow its band
 _WHAT = ("state", "action", "origin", "subject")  # roles that say what a prompt tells
 _MAY = {"state": {"state"}, "noop": {"state", "origin"}, "action": {"action"}, "name": {"state", "action", "origin"}}
 
@@ -156,7 +156,7 @@ class Routing(stats.Band):
     as much of both (the head that looks up what follows needs both) or nothing.
 
     `share` is max(state, 0) / (max(state, 0) + max(action, 0)): how much of what the site brings is state. It is NaN
-    where both recoveries are below `LEAST`.
+    where both recoveries are below `MIN_EFFECT`.
     """
 
     state: Recovery
@@ -166,7 +166,7 @@ class Routing(stats.Band):
     def share(self) -> Float[np.ndarray, "layer head column"]:
         """How much of what each site brings is state."""
         state, action = np.maximum(self.state.value, 0), np.maximum(self.action.value, 0)
-        known = np.maximum(state, action) >= LEAST
+        known = np.maximum(state, action) >= MIN_EFFECT
         return np.asarray(np.divide(state, state + action, out=np.full_like(state, np.nan), where=known))
 
     @property
@@ -183,8 +183,8 @@ class Routing(stats.Band):
 
 
 def carriers(found: stats.Band) -> Bool[np.ndarray, "layer head column"]:
-    """Return where the simultaneous band leaves out 0 and the value is at least `LEAST` in size."""
-    return np.asarray(found.nonzero & (np.abs(found.value) >= LEAST))
+    """Return where the simultaneous band leaves out 0 and the value is at least `MIN_EFFECT` in size."""
+    return np.asarray(found.nonzero & (np.abs(found.value) >= MIN_EFFECT))
 
 
 def routing(

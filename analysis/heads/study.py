@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from nextstate.agents.identity import device_kind, model_identity
 from nextstate.analysis.heads.config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Skip, Study
@@ -48,7 +47,7 @@ class Heads(Study[PatchConfig]):
         return jobs
 
     def identity(self, job: Job, run: Run[PatchConfig]) -> dict[str, Any]:
-        return {"model": run.once("identity", lambda: model_identity(run.config.model)), "device": device_kind()}
+        return run.asks(run.config.model)
 
     def do(self, job: Job, run: Run[PatchConfig]) -> pl.DataFrame:
         if job.key.startswith("pairs/"):

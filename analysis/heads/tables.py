@@ -102,7 +102,7 @@ def sweep_rows(job: Any, sweep: Sweep, found: Recovery, failed: int) -> pl.DataF
         pl.Series("patched", patched, dtype=pl.List(pl.Float32)),
     )  # fmt: skip
     missing = [name for name in ("flips", "probability") if name not in rows.columns]
-    return rows.with_columns(pl.lit(None, dtype=pl.Float64).alias(name) for name in missing).select(SWEEP)
+    return rows.with_columns(pl.lit(None, dtype=pl.Float64).alias(name) for name in missing).select(list(SWEEP))
 
 
 def restored(rows: pl.DataFrame, pairs: pl.DataFrame) -> Sweep:

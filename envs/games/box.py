@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,16 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair
+from nextstate.envs.contrast import Pair, Span, fair, last, roles, spot, tell
 from nextstate.envs.game import (
     Action,
     Distribution,
+    Episode,
     Feedback,
     Game,
     Question,
     Reader,
+    Sample,
     State,
     Step,
     point,
@@ -75,6 +78,7 @@ class Box(Game):
 
     name: ClassVar[str] = "Box"
     size: ClassVar[str] = "boxes"
+    sizes: ClassVar[range] = range(2, 13)
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "most_frequent", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch", "inline")
     styles: ClassVar[tuple[str, ...]] = tuple(STYLES)
@@ -91,6 +95,14 @@ class Box(Game):
         if self.objects is None:
             object.__setattr__(self, "objects", min(self.boxes, len(OBJECTS)))
         require_whole("objects", self.objects, 1, len(OBJECTS))
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator, size: int, level: int) -> Sample:
+        objects = min(size, 10) if rng.random() < 0.5 else int(rng.integers(1, min(level, 10) + 1))
+        style = "paper" if rng.random() < 0.8 else "plain"
+        feedback = "branch" if rng.random() < 0.8 else "inline"
+        game = cls(boxes=size, objects=objects, style=style, feedback=feedback)
+        return Sample(game, int(rng.integers(1, 13)), 2)
 
     @property
     def max_choices(self) -> int:
@@ -192,9 +204,7 @@ class Box(Game):
         return BoxReader(self, _places(state))
 
     def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
-        from nextstate.envs.games.box_pairs import draw_pair  # it builds on this module
-
-        return draw_pair(self, rng, kind, design, steps, distance)
+        return _draw_pair(self, rng, kind, design, steps, distance)
 
 
 class BoxReader(Reader):
@@ -232,3 +242,110 @@ def _places(state: State) -> Places:
 def _move(action: Action) -> tuple[int, int]:
     assert isinstance(action, tuple)
     return action
+
+
+def _draw_pair(game: Box, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+    """Draw a pair about one object, the subject; see `Game.contrast`. Before the last step nothing is asked.
+
+    - "state", "noop": an earlier move puts the subject into another box; after it (for `distance` moves) only other
+      objects are moved. One letter differs.
+    - "action": the last step moves the subject into a box, or another object into the same box. One noun differs.
+    - "name": the subject's last box, which the opening does not name and another object comes into too, is called by a
+      letter that is not in the story.
+    """
+    objects = game.objects or 0
+    steps = 6 + distance if steps is None else steps
+    require_whole("objects", objects, 2, len(OBJECTS))
+    require_whole("boxes", game.boxes, {"action": 2, "name": 4}.get(kind, 3), len(LETTERS))
+    require_whole("steps", steps, {"state": 2, "action": 1, "name": 3, "noop": 1 + distance}[kind], 10_000)
+    return fair(lambda: _draw(game, rng, kind, steps, distance), ("last_mention",))
+
+
+def _draw(game: Box, rng: np.random.Generator, kind: str, steps: int, distance: int) -> Pair | None:
+    subject, other = rng.permutation(game.objects or 0)[:2].tolist()
+    here, there, *more = rng.permutation(game.boxes).tolist()
+    start, renamed = game.initial(rng), dict[int, int]()
+    if kind == "action":
+        fixed = {steps - 1: (Move(subject, here), Move(other, here))}
+    elif kind == "name":
+        start, renamed = tuple([more[b % len(more)] for b in start]), {here: there}
+        arrivals = zip(rng.permutation(steps)[:2].tolist(), (subject, other), strict=True)
+        fixed = {t: (Move(o, here), Move(o, there)) for t, o in arrivals}
+    else:
+        after = int(rng.integers(1, steps)) if kind == "state" else distance
+        fixed = {steps - 1 - after: (Move(subject, here), Move(subject, there))}
+    moves = _twin_moves(game, rng, start, steps, fixed, renamed, None if kind == "action" else subject)
+    if moves is None:
+        return None
+    seed, noun = int(rng.integers(2**31)), OBJECTS[subject]
+    clean, corrupted = (tell(game, start, side, noun, seed) for side in moves)
+    if kind == "action" and rng.random() < 0.5:  # which side has the later answer is left to chance
+        clean, corrupted = corrupted, clean
+    return Pair(kind, "balanced", clean, corrupted, roles(_spans(kind, clean), _spans(kind, corrupted)))
+
+
+def _twin_moves(
+    game: Box,
+    rng: np.random.Generator,
+    start: Places,
+    steps: int,
+    fixed: Mapping[int, tuple[Move, Move]],
+    renamed: Mapping[int, int],
+    subject: int | None,
+) -> tuple[list[Move], list[Move]] | None:
+    """Draw two stories that differ in `fixed` moves and in the names of `renamed` boxes; None where one cannot be told.
+
+    Once `subject` has made its fixed move it stays.
+    """
+    at, told = (list(start), list(start)), (list[Move](), list[Move]())
+    settled: set[int] = set()
+    for t in range(steps):
+        two = fixed.get(t)
+        if two is None:
+            free = [
+                (Move(o, b), Move(o, renamed.get(b, b)))
+                for o in range(len(start))
+                for b in range(game.boxes)
+                if o not in settled and b not in renamed.values()
+            ]
+            legal = [(m, n) for m, n in free if at[0][m.object] != m.box and at[1][n.object] != n.box]
+            if not legal:
+                return None
+            two = legal[int(rng.integers(len(legal)))]
+        elif two[0].object == subject:
+            settled.add(subject)
+        for side, move in enumerate(two):
+            if at[side][move.object] == move.box:
+                return None
+            at[side][move.object] = move.box
+            told[side].append(move)
+    return told
+
+
+def _told(episode: Episode, noun: str, steps: int) -> Span:
+    """Return the letter of the box in the last sentence about an object, in the opening and the first `steps` steps."""
+    about = re.compile(rf"[^.]*\b{noun}\b[^.]*\.")
+    texts = [episode.opening, *(step.narration for step in episode.steps[:steps])]
+    piece, found = [(i, sentence) for i, text in enumerate(texts) for sentence in about.finditer(text)][-1]
+    letter = re.search(r"Box ([A-Z])", found[0])
+    assert letter is not None
+    return Span(piece, found.start() + letter.start(1), found.start() + letter.end(1))
+
+
+def _moved(action: Action) -> str:
+    assert isinstance(action, Move)
+    return OBJECTS[action.object]
+
+
+def _spans(kind: str, side: Episode) -> dict[str, Span]:
+    now, n = side.steps[-1], len(side.steps)
+    noun = now.questions[0].variable
+    state, match, word = _told(side, noun, n - 1), _told(side, noun, n), _moved(now.action)
+    return {
+        "state": state,
+        "action": spot(side, n, word),
+        "match": match,
+        **({"distractor": state if match != state else _told(side, word, n)} if kind == "action" else {}),
+        "subject": spot(side, n + 1, noun if noun in now.questions[0].stem else noun.capitalize()),
+        "last": last(side),
+    }

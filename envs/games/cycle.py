@@ -18,6 +18,7 @@ from nextstate.envs.game import (
     Game,
     Question,
     Reader,
+    Sample,
     State,
     point,
     require,
@@ -52,6 +53,7 @@ class Cycle(Game):
 
     name: ClassVar[str] = "Cycle"
     size: ClassVar[str] = "period"
+    sizes: ClassVar[range] = range(2, 13)
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "most_frequent", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("inline",)
     contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = {"state": ("balanced",), "name": ("balanced",)}
@@ -61,6 +63,11 @@ class Cycle(Game):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_whole("period", self.period, 2, len(CHOICES))
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator, size: int, level: int) -> Sample:
+        period = int(rng.integers(2, level + 5))
+        return Sample(cls(period=period), period * int(rng.integers(2, 5)), 1)
 
     @property
     def max_choices(self) -> int:

@@ -2,115 +2,23 @@
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import product
-from typing import ClassVar, NamedTuple, final
+from functools import lru_cache
+from typing import ClassVar, final
 
 import numpy as np
 
 from nextstate.envs.contrast import Pair
-from nextstate.envs.game import (
-    Action,
-    Distribution,
-    Feedback,
-    Game,
-    Question,
-    Reader,
-    State,
-    Step,
-    point,
-    require,
-    require_whole,
-    uniform,
-)
-
-LETTERS = tuple(string.ascii_lowercase)
-LOWER = {"letters": LETTERS, "pairs": tuple(map("".join, product(LETTERS, repeat=2)))}
-UPPER = {kind: tuple(s.upper() for s in symbols) for kind, symbols in LOWER.items()}
-DENSITIES = ("min", "middle", "max")
-KINDS = ("state-action", "state-state")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """One drawn automaton: its symbols in the order in which they are listed, its table, and where walks begin."""
-
-    states: tuple[str, ...]
-    actions: tuple[str, ...]
-    table: tuple[tuple[tuple[int, int], ...], ...]  # for each state the pairs (action, target), actions ascending
-    start: int
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.states, self.actions, self.table, self.start))
-
-    @cached_property
-    def legal(self) -> tuple[tuple[int, ...], ...]:
-        """For each state the actions it has."""
-        return tuple(tuple([a for a, _ in row]) for row in self.table)
-
-    @cached_property
-    def places(self) -> tuple[Place, ...]:
-        """The states of the walk, one object each."""
-        return tuple([Place(self, at) for at in range(len(self.states))])
-
-    @cached_property
-    def after(self) -> tuple[dict[int, Place], ...]:
-        """For each state where each action leads."""
-        places = self.places
-        return tuple([{a: places[target] for a, target in row} for row in self.table])
-
-    @cached_property
-    def values(self) -> tuple[Mapping[str, str], ...]:
-        """For each state what it shows."""
-        return tuple([{"state": s} for s in self.states])
-
-    @cached_property
-    def narrations(self) -> tuple[str, ...]:
-        """For each action its words."""
-        return tuple([f" Take action {a}," for a in self.actions])
-
-    @cached_property
-    def choices(self) -> tuple[str, ...]:
-        """The states as answers."""
-        return tuple([f" {s}" for s in self.states])
-
-    @cached_property
-    def taken(self) -> dict[tuple[int, int, str], Step]:
-        """Each step taken so far, by state, index of the action, and kind of game: walks come by again and again."""
-        return {}
-
-    @cached_property
-    def whither(self) -> tuple[tuple[Question, ...], ...]:
-        """For each next state the question after a told action."""
-        return tuple([(Question("state", " go to state", self.choices, t, (t,)),) for t in range(len(self.states))])
-
-    @cached_property
-    def onward(self) -> tuple[dict[int, tuple[Question, ...]], ...]:
-        """For each state and next state the question after an action that was not told."""
-        reach = [tuple(sorted({t for _, t in row})) for row in self.table]
-        return tuple(
-            [{t: (Question("state", " Go to state", self.choices, t, targets),) for t in targets} for targets in reach]
-        )
-
-
-class Place(NamedTuple):
-    """A state: which automaton, and where in it."""
-
-    machine: Machine
-    at: int
+from nextstate.envs.game import Action, Distribution, Feedback, Question, Reader, Sample, State, Step, point, uniform
+from nextstate.envs.games.dfa_pairs import draw_pair
+from nextstate.envs.games.machine import DENSITIES, LOWER, UPPER, DFASettings, Machine, Place
 
 
 @final
 @dataclass(frozen=True)
-class DFA(Game):
+class DFA(DFASettings):
     """A walk through a random automaton whose table is not given; each transition is told after it was asked about.
 
     A new automaton is drawn for each episode. Its states are put in random order: the first is the start, the last the
@@ -137,6 +45,7 @@ class DFA(Game):
 
     name: ClassVar[str] = "DFA"
     size: ClassVar[str] = "states"
+    sizes: ClassVar[range] = range(2, 13)
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "state_only", "most_frequent", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("inline",)
     contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -146,44 +55,32 @@ class DFA(Game):
         "noop": ("balanced", "paper"),
     }
 
-    states: int = 4
-    density: str = "middle"
-    edges: int | None = None
-    actions_listed: int = 26
-    symbols: str = "letters"
-    kind: str = "state-action"
+    @classmethod
+    def sample(
+        cls,
+        rng: np.random.Generator,
+        size: int,
+        level: int,
+        densities: Sequence[str] = DENSITIES,
+        few_actions: float = 0.5,
+    ) -> Sample:
+        """Draw a training episode's automaton and length.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.symbols in LOWER, "symbols", self.symbols, f"one of {', '.join(LOWER)}")
-        require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
-        require(self.density in DENSITIES, "density", self.density, f"one of {', '.join(DENSITIES)}")
-        require_whole("states", self.states, 2, len(LOWER[self.symbols]))
-        require_whole("actions_listed", self.actions_listed, 1, len(UPPER[self.symbols]))
-        if self.edges is not None:
-            require_whole("edges", self.edges, self.states, self._most)
-        need = -(-(self.n_edges - 1) // (self.states - 1))
-        require(
-            need <= self.actions_listed,
-            "actions_listed",
-            self.actions_listed,
-            f"at least {need}, since {self.n_edges} edges give a state that many different actions",
-        )
-
-    @property
-    def _most(self) -> int:
-        return self.states * (self.states - 1) // 2 + 1
-
-    @property
-    def n_edges(self) -> int:
-        """The number of edges of each automaton drawn."""
-        if self.edges is not None:
-            return self.edges
-        return {"min": self.states, "middle": (self.states + self._most) // 2, "max": self._most}[self.density]
-
-    @property
-    def max_choices(self) -> int:
-        return self.states
+        Args:
+            rng: the generator to draw from.
+            size: the number of states.
+            level: not used.
+            densities: one of these is drawn.
+            few_actions: share of automata that list only a few actions, so that the action alone seldom determines the
+                answer.
+        """
+        kind = "state-state" if rng.random() < 0.1 else "state-action"
+        density = densities[int(rng.integers(len(densities)))]
+        few = max(int(rng.integers(2, 7)), size // 2 + 1)
+        listed = few if rng.random() < few_actions else 26
+        symbols = "pairs" if rng.random() < 0.03 else "letters"
+        game = cls(states=size, density=density, actions_listed=listed, kind=kind, symbols=symbols)
+        return Sample(game, int(rng.integers(4, 25)), 1)
 
     def initial(self, rng: np.random.Generator) -> Place:
         n = self.states
@@ -266,8 +163,6 @@ class DFA(Game):
         return DFAReader(self.kind == "state-action", _place(state).at)
 
     def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
-        from nextstate.envs.games.dfa_pairs import draw_pair  # it builds on this module
-
         return draw_pair(self, rng, kind, design, steps, distance)
 
 

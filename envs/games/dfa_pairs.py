@@ -9,13 +9,15 @@ import numpy as np
 
 from nextstate.envs.contrast import Pair, Span, answered, fair, last, piece_of, roles, spot, tell
 from nextstate.envs.game import Episode, GameError, require, require_whole
-from nextstate.envs.games.dfa import DFA, LOWER, UPPER, Machine, Place
+from nextstate.envs.games.machine import LOWER, UPPER, DFASettings, Machine, Place
 
 Edges = dict[int, dict[int, int]]  # state -> action -> target
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)
 
 
-def draw_pair(game: DFA, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
+def draw_pair(
+    game: DFASettings, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int
+) -> Pair:
     """Draw a pair; see `Game.contrast`.
 
     The walks of a balanced pair are random ones in which two or three actions lead through some of the states:
@@ -42,7 +44,7 @@ def draw_pair(game: DFA, rng: np.random.Generator, kind: str, design: str, steps
     return fair(lambda: _draw(game, rng, kind, steps, distance), hopeless)
 
 
-def _draw(game: DFA, rng: np.random.Generator, kind: str, steps: int, distance: int) -> Pair | None:
+def _draw(game: DFASettings, rng: np.random.Generator, kind: str, steps: int, distance: int) -> Pair | None:
     """Draw a walk and end it in two ways; None where this walk cannot be ended so."""
     n, names = game.states, game.actions_listed
     listed, actions = rng.permutation(n).tolist(), rng.permutation(names).tolist()
@@ -139,7 +141,7 @@ def _table(edges: Edges) -> tuple[tuple[tuple[int, int], ...], ...]:
     return tuple([tuple(sorted(edges[state].items())) for state in range(len(edges))])
 
 
-def _episode(game: DFA, machine: Machine, path: list[int], seed: int = 0) -> Episode:
+def _episode(game: DFASettings, machine: Machine, path: list[int], seed: int = 0) -> Episode:
     return tell(game, machine.places[machine.start], path, seed=seed)
 
 
@@ -172,7 +174,7 @@ def _key(episode: Episode, step: int) -> tuple[str, int]:
     return now.state.machine.states[now.state.at], now.action if now.narration else -1
 
 
-def _published_state(game: DFA, steps: int | None) -> Pair:
+def _published_state(game: DFASettings, steps: int | None) -> Pair:
     """Return the published pair of another state and the same action, after `steps` told steps.
 
     Loop 1 is x1 -A1-> x3 -A2-> x1, loop 2 is x2 -A1-> x4 -A2-> x2; A3 crosses from x1 to x4 and from x2 to x3. Each
@@ -191,7 +193,7 @@ def _published_state(game: DFA, steps: int | None) -> Pair:
     return _pair("state", "paper", sides[0], sides[1], 0)
 
 
-def _published_noop(game: DFA, steps: int | None, distance: int) -> Pair:
+def _published_noop(game: DFASettings, steps: int | None, distance: int) -> Pair:
     """Return the published noop pair: x1 -A1-> x2, `distance` times the loop A on x2, and A2 back; x1 is renamed to x3.
 
     The loop is walked once before, so that the answer is settled. (The reference does not say what comes before.)

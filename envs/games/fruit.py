@@ -18,6 +18,7 @@ from nextstate.envs.game import (
     Game,
     Question,
     Reader,
+    Sample,
     State,
     point,
     require,
@@ -69,6 +70,7 @@ class FruitStore(Game):
 
     name: ClassVar[str] = "FruitStore"
     size: ClassVar[str] = "people"
+    sizes: ClassVar[range] = range(2, 13)
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "most_frequent", "first_listed")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch", "inline")
     contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
@@ -80,6 +82,10 @@ class FruitStore(Game):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_whole("people", self.people, 2, len(NAMES))
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator, size: int, level: int) -> Sample:
+        return Sample(cls(people=size), int(rng.integers(1, size)), 2)
 
     @property
     def max_steps(self) -> int:

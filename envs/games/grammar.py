@@ -9,7 +9,18 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 
-from nextstate.envs.game import Action, Distribution, Feedback, Game, Question, Reader, State, require, require_whole
+from nextstate.envs.game import (
+    Action,
+    Distribution,
+    Feedback,
+    Game,
+    Question,
+    Reader,
+    Sample,
+    State,
+    require,
+    require_whole,
+)
 from nextstate.envs.grammar import sources
 from nextstate.envs.grammar.frequencies import frequencies
 from nextstate.envs.grammar.grammar import Grammar
@@ -76,9 +87,11 @@ class CFG(Game):
 
     name: ClassVar[str] = "CFG"
     size: ClassVar[str] = "levels"
+    sizes: ClassVar[range] = range(2, 13)
     shortcuts: ClassVar[tuple[str, ...]] = ("most_frequent", "bigram")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch",)
     styles: ClassVar[tuple[str, ...]] = ("plain", "rules")
+    contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # one other token seldom changes one answer alone
 
     style: str = "plain"
     grammar: str = ""
@@ -141,6 +154,12 @@ class CFG(Game):
                 object.__setattr__(self, name, many)
             elif name != "game_seed":
                 require(value is None, name, value, f"None with {kind}, which has no such setting")
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator, size: int, level: int) -> Sample:
+        """Draw strings of the default grammar with up to 5 levels, whose rules are given in half of the episodes."""
+        game = cls(levels=min(size, 5), style=cls.styles[int(rng.integers(2))])
+        return Sample(game, int(rng.integers(4, 25)), 2)
 
     @property
     def rules(self) -> Grammar:

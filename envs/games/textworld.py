@@ -5,38 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
 from nextstate.envs.contrast import Pair
-from nextstate.envs.game import Action, Feedback, Game, Question, Reader, State, require, require_whole, split
+from nextstate.envs.game import Action, Feedback, Game, Question, Reader, Sample, State, require, require_whole, split
+from nextstate.envs.textworld.pairs import draw_pair
 from nextstate.envs.textworld.reader import AdventureReader, Told
 from nextstate.envs.textworld.words import Sight
-from nextstate.envs.textworld.world import MOST_STATES, Command, World
+from nextstate.envs.textworld.world import MOST_STATES, Command, Situation, World
 
 if TYPE_CHECKING:
     from nextstate.envs.textworld.story import Story
 
 WORDS = ("logic", "inform7")
 MOST_GAMES = 10_000  # of a pool
+TRAINING_GAMES = 777  # game_seed of the adventures that models are trained on; experiments use others
 _STORIES = 4  # processes of compiled games that are kept
-
-
-class _Situation(NamedTuple):
-    world: World
-    facts: int
-    done: int
-
-
-class Situation(_Situation):
-    """A state: which world, the facts that hold (as bits), and the quests that are done (see `World.settle`).
-
-    `past` are the commands so far, kept where the words are those of the compiled game, which is played along. Two
-    situations are the same whatever their past.
-    """
-
-    past: tuple[str, ...] = ()
 
 
 @final
@@ -70,6 +56,7 @@ class TextWorld(Game):
     """
 
     name: ClassVar[str] = "TextWorld"
+    sizes: ClassVar[range] = range(2, 9)
     size: ClassVar[str] = "objects"  # of an instance: the first of states, transitions, objects, level that it has
     shortcuts: ClassVar[tuple[str, ...]] = ("last_mention", "action_only", "stay")
     feedbacks: ClassVar[tuple[Feedback, ...]] = ("branch",)
@@ -110,6 +97,13 @@ class TextWorld(Game):
         object.__setattr__(self, "_recipe", recipe)
         sizes = ("states", "transitions", "objects", "level", "games")
         object.__setattr__(self, "size", next(name for name in sizes if getattr(self, name) is not None))
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator, size: int, level: int) -> Sample:
+        rooms, objects = int(rng.integers(1, min(level, 4) + 1)), int(rng.integers(1, min(level, 8) + 1))
+        quest = min(4, 1 + objects // 2)
+        game = cls(rooms=rooms, objects=objects, quest=quest, games=40, game_seed=TRAINING_GAMES)
+        return Sample(game, int(rng.integers(4, 15)), 3)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -207,8 +201,7 @@ class TextWorld(Game):
         return AdventureReader(sight, start, tell)
 
     def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
-        from nextstate.envs.textworld.pairs import draw_pair  # it builds on this module
-
+        require(self.words == "logic", "words", self.words, "'logic' for pairs, which must differ in one name only")
         return draw_pair(self, rng, kind, steps)
 
     def size_of(self, state: State) -> int | None:

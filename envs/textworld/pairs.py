@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from itertools import permutations
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nextstate.envs.contrast import Pair, Span, differences, fair, last, piece_of, pieces, roles, spot, tell
-from nextstate.envs.game import Action, Episode, GameError, require, require_whole
+from nextstate.envs.episode import Episode
+from nextstate.envs.rules import Action, GameError, Rules, State, require_whole
+from nextstate.envs.textworld.world import Situation
 
-if TYPE_CHECKING:
-    from nextstate.envs.games.textworld import Situation, TextWorld
 
-
-def draw_pair(game: TextWorld, rng: np.random.Generator, kind: str, steps: int | None) -> Pair:
+def draw_pair(game: Rules, rng: np.random.Generator, kind: str, steps: int | None) -> Pair:
     """Draw a pair about one thing, the subject; see `Game.contrast`. Before the last step nothing is asked.
 
     On one side a command does something to the subject, on the other the same to another thing, which is in the same
@@ -24,17 +22,16 @@ def draw_pair(game: TextWorld, rng: np.random.Generator, kind: str, steps: int |
     """
     steps = 8 if steps is None else steps
     require_whole("steps", steps, {"action": 1, "state": 2}[kind], 10_000)
-    require(game.words == "logic", "words", game.words, "'logic' for pairs, whose stories must differ in one name only")
     # What was told last is where a thing is, and a command's own effect is its answer: no pair can defeat these.
     return fair(lambda: _draw(game, rng, kind, steps), ("last_mention", *(["action_only"] if kind == "action" else [])))
 
 
-def _draw(game: TextWorld, rng: np.random.Generator, kind: str, steps: int) -> Pair | None:
-    start = state = game.initial(rng)
-    story: list[Action] = []
+def _draw(game: Rules, rng: np.random.Generator, kind: str, steps: int) -> Pair | None:
+    start = game.initial(rng)
+    state, story = _situation(start), list[Action]()
     for u in rng.random(steps - {"action": 1, "state": 2}[kind]).tolist():
         story.append(game.policy(state, u))
-        state = game.transition(state, story[-1])
+        state = _situation(game.transition(state, story[-1]))
     twins = _twins(state)
     if not twins:
         return None
@@ -42,7 +39,7 @@ def _draw(game: TextWorld, rng: np.random.Generator, kind: str, steps: int) -> P
     tails: list[list[Action]] = [[mine], [theirs]]
     if kind == "state":
         after = [game.transition(state, tail[0]) for tail in tails]
-        idle = [[c for c in game.actions(s) if game.transition(s, c) == s] for s in after]
+        idle = [[_index(c) for c in game.actions(s) if game.transition(s, c) == s] for s in after]
         both = sorted({*idle[0]} & {*idle[1]})
         both = [
             c for c in both if not any(word in state.world.commands[c].words for word in _names(state, mine, theirs))
@@ -120,7 +117,15 @@ def _spans(kind: str, side: Episode, subject: str) -> dict[str, Span]:
 
 def _thing(side: Episode) -> str:
     """Return the name of the thing that the last command moves: the first one that it names."""
-    state, action = side.steps[-1].state, side.steps[-1].action
+    world = _situation(side.steps[-1].state).world
+    return str(world.names[world.commands[_index(side.steps[-1].action)].named[0]])
+
+
+def _situation(state: State) -> Situation:
+    assert isinstance(state, Situation)
+    return state
+
+
+def _index(action: Action) -> int:
     assert isinstance(action, int)
-    world = state.world  # type: ignore[attr-defined]
-    return str(world.names[world.commands[action].named[0]])
+    return action

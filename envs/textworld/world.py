@@ -343,6 +343,22 @@ class World:
         return len(seen), transitions
 
 
+class _Situation(NamedTuple):
+    world: World
+    facts: int
+    done: int
+
+
+class Situation(_Situation):
+    """A state: the world, the facts that hold (as bits), and the quests that are done (see `World.settle`).
+
+    `past` holds the commands so far. It is kept only where the text is that of the compiled game, which is played
+    along. Two situations are equal whatever their past.
+    """
+
+    past: tuple[str, ...] = ()
+
+
 def _mask(bits: Iterable[int]) -> int:
     out = 0
     for k in bits:

@@ -53,7 +53,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_module_entry_point_and_mapping_give_the_same_rows_in_a_run(site: Path) -> None:
     agents: list[Any] = ["ngram", "ngrams:NGram", {"kind": "ngram", "n": 2}, {"kind": "ngrams:NGram", "n": 1}, "ideal"]
-    config = {"name": "outside", "agents": agents, "games": GAMES, "wandb": "disabled"}
+    play = [{"game": "DFA", "settings": {"states": 3}, "steps": 3, "episodes": 2}]
+    config = {"name": "outside", "agents": agents, "games": GAMES, "play": play, "players": [], "wandb": "disabled"}
     (site / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "nextstate.cli", "run", str(site / "config.yaml"), "--out", str(site / "run")]
     path = os.pathsep.join([str(site), *sys.path])
@@ -65,6 +66,8 @@ def test_module_entry_point_and_mapping_give_the_same_rows_in_a_run(site: Path) 
     assert_frame_equal(by_name["ngrams:NGram"], bigram)
     assert_frame_equal(by_name["ngram(n=2)"], bigram)
     assert by_name["ngrams:NGram(n=1)"]["logprobs"].to_list() != bigram["logprobs"].to_list()
+    played = pl.concat([pl.read_parquet(f) for f in (site / "run" / "plays").glob("*/*.parquet")])
+    assert set(played["agent"]) == set(by_name) - {"ideal"}
     described = json.loads((site / "run" / "run.json").read_text())["agents"]
     assert {(a["name"], a["kind"]) for a in described} == {
         ("ngram", "ngram"), ("ngrams:NGram", "ngrams:NGram"), ("ngram(n=2)", "ngram"),

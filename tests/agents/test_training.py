@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from nextstate.agents.config import ConfigError
+from nextstate.agents.config import ConfigError, read_config
+from nextstate.agents.identity import BUILT_IN
 from nextstate.agents.text import Encoder
 from nextstate.agents.training import (
     Curriculum,
@@ -19,11 +23,14 @@ from nextstate.agents.training import (
     TrainConfig,
     Weights,
     collate,
+    draw_sample,
+    evaluation_cells,
     new_model,
     predict_targets,
     train,
     train_tokenizer,
 )
+from tests.outside import write_package
 
 SMALL: dict[str, Any] = {
     "model": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "vocabulary": 400},
@@ -96,8 +103,74 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path: Path, monke
 
 def test_an_unknown_game_in_the_mixture(fresh: FreshRows) -> None:
     config = TrainConfig(**SMALL, stages=[Stage(mixture={"Chess": 1.0})])
-    with pytest.raises(ConfigError, match="no training recipe for game 'Chess'"):
+    with pytest.raises(ConfigError, match="mixture: there is no game 'Chess'"):
         FreshRows(config, fresh.encoder)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"DFA": {"few": 1}}, "unknown option 'few' of DFA: expected one of densities, few_actions"),
+        ({"Box": {"few_actions": 1}}, "unknown option 'few_actions' of Box: expected none"),
+        ({"CFG": {}}, "options of 'CFG', which is not in the mixture: DFA, Box"),
+    ],
+)
+def test_an_option_that_a_game_does_not_have(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**SMALL, stages=[Stage(mixture={"DFA": 1, "Box": 1}, options=options)])
+
+
+def test_options_decide_what_is_drawn() -> None:
+    stage = Stage(mixture={"DFA": 1}, options={"DFA": {"densities": ["max"], "few_actions": 1.0}})
+    rng = np.random.default_rng(0)
+    drawn = [draw_sample(stage, 8, rng).game.settings for _ in range(40)]
+    assert {game["density"] for game in drawn} == {"max"}
+    assert max(game["actions_listed"] for game in drawn) < 26
+    assert {game["states"] for game in drawn} == set(range(2, 9))
+
+
+# Digests of the rows that the shipped configs gave before games drew their own training episodes.
+ROWS = {
+    "train/tiny": "d0e2ef144aa7490b",
+    "train/tiny-textworld": "c20e22fe2c2c3642",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_shipped_configs_give_the_rows_that_the_built_in_model_was_trained_on(name: str) -> None:
+    config = read_config(name, [], TrainConfig)
+    rows = FreshRows(config, Encoder(AutoTokenizer.from_pretrained(BUILT_IN["nextstate/tiny"])))
+    found = hashlib.sha256()
+    for step in (0, 2000, 4500, 6000):
+        if step < config.steps:
+            row = rows[step * config.rows]
+            found.update(repr((row.tree.tokens, row.tree.parents, row.context, row.target, row.weight)).encode())
+    assert found.hexdigest()[:16] == ROWS[name]
+
+
+def test_every_game_can_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: FreshRows) -> None:
+    """A model learns from strings of grammars, and from a game in a package of its own, at every level."""
+    monkeypatch.syspath_prepend(write_package(tmp_path))
+    for name in ("CFG", "Cups", "cups_pkg.game:Cups"):
+        config = TrainConfig(
+            **SMALL,
+            curriculum=Curriculum(start=2, every=1, most=12),
+            stages=[Stage(mixture={name: 1.0})],
+        )
+        rows = FreshRows(config, fresh.encoder)
+        assert all(len(rows[i].tree) == config.row_tokens for i in range(0, 24, 5))
+        cells = evaluation_cells(config)
+        assert len(cells) == {"CFG": 5}.get(name, 4)
+        assert all(e.game.name in name for episodes in cells.values() for e in episodes)
+
+
+def test_a_short_training_on_a_game_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.syspath_prepend(write_package(tmp_path / "package"))
+    written = tmp_path / "cups.yaml"
+    written.write_text(yaml.safe_dump({**SMALL, "stages": [{"mixture": {"cups_pkg.game:Cups": 1.0}}]}))
+    final = train(read_config(str(written), [], TrainConfig), tmp_path / "out")
+    assert (final / "model.safetensors").is_file()
 
 
 def test_training_and_evaluation_draw_from_different_streams() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from nextstate.patching import PatchConfig
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
@@ -41,8 +42,8 @@ from nextstate.analysis.heads.tables import load, restored
 from nextstate.envs.contrast import Pair, Role, Span
 from nextstate.envs.games import make_game
 from nextstate.folder import ExperimentError
-from nextstate.patching import PatchConfig
 from tests.circuits import Circuit, circuit
+from tests.pages import data, loads_nothing, markup, places
 
 SEEDS = range(10)
 NARROW: dict[str, Any] = {
@@ -317,20 +318,18 @@ def test_a_sweep_comes_back_from_its_table(folder: Path) -> None:
 
 def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
-    page = text[: text.index("data-figures")]
+    page = markup(text)
     assert text.count("</script>") == 3
     assert "</script>" not in page
-    assert "default-src 'none'" in page
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
+    assert loads_nothing(text)
     assert "url(" not in page
     assert "@import" not in page
     for words in ("heads carry state", "State against action", "Spearman", "What was run", "Positions",
                   "How each model was run"):  # fmt: skip
         assert words in text
-    figures = json.loads(re.search(r'id="data-figures">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
-    places = sorted(int(n) for n in re.findall(r'data-figure="(\d+)"', page))
-    assert places == list(range(len(figures)))
-    maps = [t for f in figures for t in f["data"] if t["type"] == "heatmap"]
+    figures = data(text, "figures")
+    assert places(text) == sorted(figures)
+    maps = [t for f in figures.values() for t in f["data"] if t["type"] == "heatmap"]
     assert len(maps) == 2 * 2 + 2
     assert all(t["zmin"] == -t["zmax"] for t in maps)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from nextstate.patching import PatchConfig
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
@@ -18,12 +18,13 @@ from nextstate import cli, patching, responding
 from nextstate.agents.config import ConfigError, packaged_configs, read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis import response_report
-from nextstate.analysis.response_tables import Signature, load
+from nextstate.analysis.page.page import render
+from nextstate.analysis.response_tables import Signature, agreement, load
 from nextstate.analysis.tables import RunError
 from nextstate.folder import ExperimentError
-from nextstate.patching import PatchConfig
 from nextstate.responding import ResponseConfig
 from tests.circuits import STATES, Circuit, circuit
+from tests.pages import data, loads_nothing, markup, places
 
 NARROW: dict[str, Any] = {
     "name": "narrow", "model": "circuit", "block": 8, "prompts": 3, "directions": 1, "window_prompts": 1,
@@ -75,17 +76,15 @@ def test_the_exact_limit_is_what_was_measured(folder: Path) -> None:
 
 def test_the_page_is_whole_loads_nothing_and_says_whose_recipe_it_is(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
-    page = text[: text.index("data-figures")]
+    page = markup(text)
     assert text.count("</script>") == 3
     assert "</script>" not in page
-    assert "default-src 'none'" in page
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", page)
+    assert loads_nothing(text)
     for words in ("The recipe is ours, not the paper's", "Bridge to the games", "scale-invariant window", "Copying",
                   "How each model was run"):  # fmt: skip
         assert words.lower() in page.lower()
-    figures = json.loads(re.search(r'id="data-figures">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
-    places = sorted(int(n) for n in re.findall(r'data-figure="(\d+)"', page))
-    assert places == list(range(len(figures)))
+    figures = data(text, "figures")
+    assert places(text) == sorted(figures)
     sliders = [f["layout"]["sliders"][0] for f in figures if "sliders" in f["layout"]]
     assert len(sliders) == 2
     valid = load(folder).holds("random")
@@ -94,12 +93,12 @@ def test_the_page_is_whole_loads_nothing_and_says_whose_recipe_it_is(folder: Pat
 
 def test_where_there_is_no_signature_no_head_carries_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = load(folder)
-    page = response_report.render(run)
+    page = render(response_report.make_page(run), run.info)
     assert "heads carry it" in page
     assert "stands out</button>" in page
     assert "figures/heads" in response_report.mirrored(run)
     monkeypatch.setattr(Signature, "emerges", lambda self, column=0: None)
-    page = response_report.render(run)
+    page = render(response_report.make_page(run), run.info)
     assert "No induction signature stands out." in page
     assert "carry it:" not in page
     assert "carries it:" not in page
@@ -152,7 +151,7 @@ def test_no_window_is_said_and_nothing_else_is_shown(tmp_path: Path, folders: di
     agent = LanguageModel(str(folders["llama"]), device="cpu")
     config = ResponseConfig(**NARROW | {"alphabet": [], "strengths": [0.3, 0.6, 1.2, 2.4], "bridge": [{"game": "DFA"}]})
     page = responding.run(config, tmp_path, model=agent).read_text(encoding="utf-8")
-    shown = page[: page.index("data-figures")]
+    shown = markup(page)
     assert "<strong>No scale-invariant window.</strong>" in shown
     for anchor in ("matrices", "signature", "heads"):
         assert f'id="{anchor}"' not in shown
@@ -234,6 +233,12 @@ def test_every_packaged_config_can_be_read() -> None:
         config = read_config(name, [], ResponseConfig)
         assert responding.draw(config.model_copy(update={"bridge": [b.model_copy(update={"pairs": 2})
                                                                     for b in config.bridge]}))  # fmt: skip
+
+
+def test_rank_agreement() -> None:
+    assert agreement([1, 2, 3], [2, 3, 9]) == pytest.approx(1)
+    assert agreement([1, 2, 3], [5, 5, 5]) is None
+    assert agreement([1, 2], [1, 2]) is None
 
 
 def test_the_command_line_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from nextstate.analysis.page.page import Page, Section
 
 from nextstate.agents.agent import AgentError
 from nextstate.analysis import run as folder
-from nextstate.analysis.page.page import Page, Section
 from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import Damaged, ModelFailed, Run, RunConfig, RunError, read_about, read_record
 from nextstate.analysis.study import Job, Skip, Study, go, open_run, verify, write_page
@@ -209,7 +209,6 @@ def test_mixed_tables_are_kept_when_asked_for_and_the_page_says_so(
     assert "made with weights one, now two" in (out / "report.html").read_text()
     again(out)  # without the flag they are made anew, and the warning goes
     assert read_record(out)["mixed"] == []
-    assert "made with weights one" not in (out / "report.html").read_text().replace("set aside", "")[:0] + ""
 
 
 def test_damaged_tables_are_never_accepted(done: tuple[Path, Any]) -> None:
@@ -251,7 +250,7 @@ def test_another_config_another_study_and_an_older_layout_are_refused(done: tupl
     path.write_text(json.dumps({"name": "old", "config_hash": "1"}))
     for p in out.rglob("*.parquet"):
         p.unlink()
-    with pytest.raises(RunError, match="another version of nextstate.*run its config again"):
+    with pytest.raises(RunError, match=r"another version of nextstate.*run its config again"):
         again(out)
 
 

@@ -1,0 +1,100 @@
+"""Episodes: a game played from a start, and the texts that a player or a reader sees of it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+import numpy as np
+
+from nextstate.envs.rules import Distribution, Rules, State, Step, require_whole, uniform
+
+
+@dataclass(frozen=True)
+class Episode:
+    """An opening and its steps: the typed record between whatever plays and whatever measures."""
+
+    game: Rules
+    seed: int
+    start: State
+    opening: str
+    steps: tuple[Step, ...]
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The words each step adds to the transcript for good: narration, inline questions with answers, outcome."""
+        if self.game.feedback == "branch":
+            return tuple([s.narration + s.outcome for s in self.steps])
+        told = []
+        for _, _, _, words, asked, outcome in self.steps:
+            for _, stem, choices, truth, _, closing in asked:
+                words = f"{words}{stem}{choices[truth]}{closing}"
+            told.append(words + outcome)
+        return tuple(told)
+
+    @property
+    def transcripts(self) -> tuple[str, ...]:
+        """The transcript before each step, and at last the whole one; T + 1 strings."""
+        return tuple(accumulate(self.told, initial=self.opening))
+
+    def prompt(self, step: int, question: int = 0) -> str:
+        """Return the text that ends where the answer to that question belongs (both counted from 0)."""
+        now = self.steps[step]
+        asked = now.questions[: question + 1]
+        head = self.opening + "".join(self.told[:step]) + now.narration
+        if self.game.feedback == "inline":
+            head += "".join(q.stem + q.choices[q.truth] + q.closing for q in asked[:-1])
+        return head + asked[-1].stem
+
+    def beliefs(self, name: str) -> list[list[Distribution]]:
+        """Return what `name` ("ideal", "chance" or a shortcut) believes, for each step and question."""
+        if name == "chance":
+            return [[uniform(len(q.choices)) for q in step.questions] for step in self.steps]
+        reader = self.game.reader(self.start)
+        hear, guess, learn = reader.hear, reader.guess, reader.learn
+        inline = self.game.feedback == "inline"
+        out: list[list[Distribution]] = []
+        for _, action, _, _, asked, _ in self.steps:
+            hear(action)
+            if not inline:
+                out.append([guess(name, question) for question in asked])
+                continue
+            row: list[Distribution] = []
+            for question in asked:
+                row.append(guess(name, question))
+                learn(question.truth)
+            out.append(row)
+        return out
+
+
+def check_steps(game: Rules, steps: int) -> None:
+    """Raise `GameError` where an episode of `steps` steps cannot be."""
+    require_whole("steps", steps, 1, game.max_steps or 1_000_000)
+
+
+def unroll(
+    game: Rules, seed: int, steps: int, ask: int | Literal["all"] = 1, rng: np.random.Generator | None = None
+) -> Episode:
+    """Play one whole episode by the game's own policy.
+
+    Args:
+        game: what is played.
+        seed: decides everything, on every machine; kept as the episode's name.
+        steps: number of transitions.
+        ask: questions after each step, drawn evenly without replacement from `game.questions`, or "all" of them.
+        rng: where to draw from; by default a fresh generator of `seed`, the one `gym.Env.reset(seed=seed)` makes.
+    """
+    check_steps(game, steps)
+    if rng is None:
+        rng = np.random.default_rng(seed)
+    state = start = game.initial(rng)
+    draws = rng.random((steps, 2)).tolist()
+    step, most = game.step, sys.maxsize if ask == "all" else ask
+    done: list[Step] = []
+    for u, v in draws:
+        now = step(state, u, v, most)
+        done.append(now)
+        state = now.next_state
+    return Episode(game, seed, start, game.opening(start), tuple(done))

@@ -1,0 +1,135 @@
+"""The automata of the DFA game, and the settings that they are drawn with."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from typing import NamedTuple
+
+from nextstate.envs.game import Game, Question, Step, require, require_whole
+
+LETTERS = tuple(string.ascii_lowercase)
+LOWER = {"letters": LETTERS, "pairs": tuple(map("".join, product(LETTERS, repeat=2)))}
+UPPER = {kind: tuple(s.upper() for s in symbols) for kind, symbols in LOWER.items()}
+DENSITIES = ("min", "middle", "max")
+KINDS = ("state-action", "state-state")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One drawn automaton: its symbols in the order in which they are listed, its table, and where walks begin."""
+
+    states: tuple[str, ...]
+    actions: tuple[str, ...]
+    table: tuple[tuple[tuple[int, int], ...], ...]  # for each state the pairs (action, target), actions ascending
+    start: int
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.states, self.actions, self.table, self.start))
+
+    @cached_property
+    def legal(self) -> tuple[tuple[int, ...], ...]:
+        """For each state the actions it has."""
+        return tuple(tuple([a for a, _ in row]) for row in self.table)
+
+    @cached_property
+    def places(self) -> tuple[Place, ...]:
+        """The states of the walk, one object each."""
+        return tuple([Place(self, at) for at in range(len(self.states))])
+
+    @cached_property
+    def after(self) -> tuple[dict[int, Place], ...]:
+        """For each state where each action leads."""
+        places = self.places
+        return tuple([{a: places[target] for a, target in row} for row in self.table])
+
+    @cached_property
+    def values(self) -> tuple[Mapping[str, str], ...]:
+        """For each state what it shows."""
+        return tuple([{"state": s} for s in self.states])
+
+    @cached_property
+    def narrations(self) -> tuple[str, ...]:
+        """For each action its words."""
+        return tuple([f" Take action {a}," for a in self.actions])
+
+    @cached_property
+    def choices(self) -> tuple[str, ...]:
+        """The states as answers."""
+        return tuple([f" {s}" for s in self.states])
+
+    @cached_property
+    def taken(self) -> dict[tuple[int, int, str], Step]:
+        """Each step taken so far, by state, index of the action, and kind of game: walks come by again and again."""
+        return {}
+
+    @cached_property
+    def whither(self) -> tuple[tuple[Question, ...], ...]:
+        """For each next state the question after a told action."""
+        return tuple([(Question("state", " go to state", self.choices, t, (t,)),) for t in range(len(self.states))])
+
+    @cached_property
+    def onward(self) -> tuple[dict[int, tuple[Question, ...]], ...]:
+        """For each state and next state the question after an action that was not told."""
+        reach = [tuple(sorted({t for _, t in row})) for row in self.table]
+        return tuple(
+            [{t: (Question("state", " Go to state", self.choices, t, targets),) for t in targets} for targets in reach]
+        )
+
+
+class Place(NamedTuple):
+    """A state: which automaton, and where in it."""
+
+    machine: Machine
+    at: int
+
+
+@dataclass(frozen=True)
+class DFASettings(Game):
+    """The settings of the DFA game, which `nextstate.envs.games.dfa.DFA` explains."""
+
+    states: int = 4
+    density: str = "middle"
+    edges: int | None = None
+    actions_listed: int = 26
+    symbols: str = "letters"
+    kind: str = "state-action"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.symbols in LOWER, "symbols", self.symbols, f"one of {', '.join(LOWER)}")
+        require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
+        require(self.density in DENSITIES, "density", self.density, f"one of {', '.join(DENSITIES)}")
+        require_whole("states", self.states, 2, len(LOWER[self.symbols]))
+        require_whole("actions_listed", self.actions_listed, 1, len(UPPER[self.symbols]))
+        if self.edges is not None:
+            require_whole("edges", self.edges, self.states, self._most)
+        need = -(-(self.n_edges - 1) // (self.states - 1))
+        require(
+            need <= self.actions_listed,
+            "actions_listed",
+            self.actions_listed,
+            f"at least {need}, since {self.n_edges} edges give a state that many different actions",
+        )
+
+    @property
+    def _most(self) -> int:
+        return self.states * (self.states - 1) // 2 + 1
+
+    @property
+    def n_edges(self) -> int:
+        """The number of edges of each automaton drawn."""
+        if self.edges is not None:
+            return self.edges
+        return {"min": self.states, "middle": (self.states + self._most) // 2, "max": self._most}[self.density]
+
+    @property
+    def max_choices(self) -> int:
+        return self.states
