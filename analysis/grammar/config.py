@@ -46,7 +46,9 @@ class Probing(ProbeConfig):
     """Probes for the ancestors of tokens and the ends of constituents."""
 
     layers: list[int] = Field(default=[-1], min_length=1, description="0 is the embedding, -1 the last one")
-    reaches: list[Literal["full", "tridiagonal", "diagonal"]] = Field(default=[*REACHES], min_length=1)
+    reaches: list[Literal["full", "tridiagonal", "diagonal"]] = Field(
+        default=["full", "tridiagonal", "diagonal"], min_length=1
+    )
     shuffled: bool = Field(default=True, description="also with labels of other strings, as a control")
 
 

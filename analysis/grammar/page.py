@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from nextstate.analysis.figures import SCALE, plain
+from nextstate.analysis.figures import SCALE, Style, plain
 from nextstate.analysis.grammar import figures, heatmaps
 from nextstate.analysis.grammar.config import REACHES, GrammarConfig
 from nextstate.analysis.grammar.paper import PERTURBATIONS, SOURCE
@@ -64,7 +64,7 @@ def page(run: Run[GrammarConfig]) -> Page:
     return Page(title, template="grammar/page.html.jinja", context=context, figures=drawn)
 
 
-def _key(name: str, style: figures.Style) -> dict[str, str]:
+def _key(name: str, style: Style) -> dict[str, str]:
     return {"name": name, "colour": style.colour, "dash": DASH[style.dash], "mark": MARKS[style.marker]}
 
 

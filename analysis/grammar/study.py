@@ -12,7 +12,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,10 +68,9 @@ class GrammarStudy(Study[GrammarConfig]):
         part = job.key.partition("/")[0]
         if part == "training":
             return _train(run, job.given, identity_of(self, job, run))
-        measure: Callable[..., pl.DataFrame | Tables] = {
-            "generation": _write, "diversity": _diversity, "probes": _probe, "attention-profile": _attend
-        }[part]  # fmt: skip
-        return measure(run, job.given)
+        if part == "attention-profile":
+            return _attend(run, job.given)
+        return {"generation": _write, "diversity": _diversity, "probes": _probe}[part](run, job.given)
 
     def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
         part = job.key.partition("/")[0]
