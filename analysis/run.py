@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -121,8 +122,12 @@ def hardware() -> dict[str, Any]:
 # --- tables
 
 
-def write_table(path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
-    """Write a table with its digest and identity in the Parquet metadata, atomically; return the digest.
+def write_table(
+    path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a table, atomically; return its metadata: `digest` (of the file), `content`, `identity` and `notes`.
+
+    `content` is a digest of the rows alone: tables with the same rows have the same, whatever made them.
 
     Args:
         path: of the file.
@@ -132,20 +137,22 @@ def write_table(path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], no
     """
 
     def write(partial: Path) -> None:
-        nonlocal found
-        about = {"digest": _NO_DIGEST, "identity": dict(identity), "notes": dict(notes)}
         try:
             frame.write_parquet(partial, compression_level=9, metadata={_KEY: json.dumps(about, sort_keys=True)})
         except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
             raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
         data = partial.read_bytes()
-        found = digest(data)
+        about["digest"] = digest(data)
         at = data.rindex(_NO_DIGEST.encode())
-        partial.write_bytes(data[:at] + found.encode() + data[at + len(found) :])
+        partial.write_bytes(data[:at] + about["digest"].encode() + data[at + len(_NO_DIGEST) :])
 
-    found = ""
+    rows = io.BytesIO()
+    frame.write_parquet(rows, compression="uncompressed")
+    about: dict[str, Any] = {
+        "digest": _NO_DIGEST, "content": digest(rows.getvalue()), "identity": dict(identity), "notes": dict(notes),
+    }  # fmt: skip
     write_atomic(path, write)
-    return found
+    return about
 
 
 class Damaged(Exception):
@@ -153,7 +160,7 @@ class Damaged(Exception):
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Check the digest of a table and return its metadata: `digest`, `identity`, `notes`.
+    """Check the digest of a table and return its metadata: `digest`, `content`, `identity`, `notes`.
 
     Raises:
         Damaged: the file cannot be read, is no table of ours, or its content does not fit its digest.
@@ -471,8 +478,9 @@ class Run(Generic[C]):
             notes: dict[str, Any] = {"agents": [a for a in self.record["agents"] if a["name"] == agent]}
             notes |= {"with": others} if others and name == key else {}
             notes = {k: v for k, v in notes.items() if v}
-            made = write_table(self.file(name), tables[name], identity, notes)
-            self.about[name] = {"digest": made, "identity": dict(identity), "notes": notes}
+            self.about[name] = write_table(self.file(name), tables[name], identity, notes)
+        if mixed := [x for x in self.record["mixed"] if x["table"] in tables]:
+            self.update(mixed=[x for x in self.record["mixed"] if x not in mixed])
 
     def check(self, key: str, identity: Mapping[str, Any], accept_mixed: bool) -> bool:
         """Look for a finished table, and return whether it may be used; set it aside where it may not.

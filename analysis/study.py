@@ -230,7 +230,7 @@ def checked(study: Study[C], config: C) -> list[Job]:
 
 def identity_of(study: Study[C], job: Job, run: Run[C]) -> dict[str, Any]:
     """Return the identity of what makes a job's table now."""
-    inputs = {key: run.about[key]["digest"] for key in job.needs}
+    inputs = {key: run.about[key]["content"] for key in job.needs}
     more = study.identity(job, run)
     return {"config": run.record["config_digest"], "code": code_digest(), "versions": versions(DECISIVE)} | (
         {"inputs": inputs} if inputs else {}) | more  # fmt: skip
@@ -300,7 +300,7 @@ def _line(error: BaseException) -> str:
 
 def _summarise(study: Study[C], run: Run[C], jobs: Sequence[Job]) -> bool:
     """Make `summary/` where it does not fit the tables; return whether it was made."""
-    inputs = {job.key: run.about[job.key]["digest"] for job in jobs if run.has(job.key)}
+    inputs = {job.key: run.about[job.key]["content"] for job in jobs if run.has(job.key)}
     identity = {
         "config": run.record["config_digest"], "code": code_digest(),
         "versions": versions(("numpy", "polars", "scipy")), "inputs": inputs,

@@ -455,7 +455,7 @@ class _Drawing:
                     step = plain.get("dtick")
                     some = step and (high - low) / step <= inches[name] / 0.2
                     axis.set_major_locator(
-                        MultipleLocator(step) if some else _locator(max(3, int(inches[name] / 0.55)))
+                        MultipleLocator(float(step or 1)) if some else _locator(max(3, int(inches[name] / 0.55)))
                     )
             if not self.maps and plain.get("showgrid") is not False:
                 axis.grid(True, color=RULE, linewidth=0.6)

@@ -85,7 +85,7 @@ def test_the_page_is_whole_loads_nothing_and_says_whose_recipe_it_is(folder: Pat
         assert words.lower() in page.lower()
     figures = data(text, "figures")
     assert places(text) == sorted(figures)
-    sliders = [f["layout"]["sliders"][0] for f in figures if "sliders" in f["layout"]]
+    sliders = [f["layout"]["sliders"][0] for f in figures.values() if "sliders" in f["layout"]]
     assert len(sliders) == 2
     valid = load(folder).holds("random")
     assert [step["label"] for step in sliders[0]["steps"]] == [str(layer) for layer in valid]

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from nextstate.analysis.page.page import Page, Section
 
 from nextstate.agents.agent import AgentError
 from nextstate.analysis import run as folder
+from nextstate.analysis.page.page import Page, Section
 from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import Damaged, ModelFailed, Run, RunConfig, RunError, read_about, read_record
 from nextstate.analysis.study import Job, Skip, Study, go, open_run, verify, write_page
@@ -36,7 +35,7 @@ class WalkConfig(RunConfig):
 class Walk(Study[WalkConfig]):
     """Random walks, and their ends: a study without a model, whose jobs are counted."""
 
-    name = "tests.analysis.test_study:Walk"
+    name = f"{__name__}:Walk"
     config = WalkConfig
     done: list[str] = []
     weights = "one"
@@ -125,7 +124,7 @@ def test_tables_know_what_made_them(done: tuple[Path, Any]) -> None:
     assert walk["identity"]["model"] == {"weights": "one"}
     assert walk["identity"]["config"] == read_record(out)["config_digest"]
     assert set(walk["identity"]["versions"]) == set(folder.DECISIVE)
-    assert end["identity"]["inputs"] == {"walks/1": walk["digest"]}
+    assert end["identity"]["inputs"] == {"walks/1": walk["content"]}
 
 
 @pytest.mark.parametrize("gone", ["walks/2", "ends/2", "turns/2", "summary/ends"])
@@ -354,29 +353,28 @@ with locked(Path(sys.argv[1]), "nextstate run long.yaml", False, Progress()):
 """
 
 
-def hold(out: Path, seconds: float) -> subprocess.Popen[str]:
-    held = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(out), str(seconds)], stdout=subprocess.PIPE, text=True, env=os.environ
-    )
-    assert held.stdout is not None
-    assert held.stdout.readline() == "held\n"
-    return held
+@contextmanager
+def hold(out: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLDER, str(out), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as held:
+        assert held.stdout is not None
+        assert held.stdout.readline() == "held\n"
+        try:
+            yield held
+        finally:
+            held.kill()
 
 
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    held = hold(tmp_path / "run", 60)
-    try:
-        with pytest.raises(RunError, match=rf"in use by process {held.pid} on host .+ since 20.+long\.yaml"):
-            again(tmp_path / "run")
-    finally:
-        held.kill()
-        held.wait()
+    said = r"in use by process {} on host .+ since 20.+long\.yaml"
+    with hold(tmp_path / "run", 60) as held, pytest.raises(RunError, match=said.format(held.pid)):
+        again(tmp_path / "run")
 
 
 def test_the_lock_of_a_process_that_was_killed_holds_nobody_up(tmp_path: Path) -> None:
-    held = hold(tmp_path / "run", 60)
-    held.send_signal(signal.SIGKILL)
-    held.wait()
+    with hold(tmp_path / "run", 60) as held:
+        held.send_signal(signal.SIGKILL)
+        held.wait()
     assert (tmp_path / "run" / "lock.json").exists()
     again(tmp_path / "run")
     assert len(Walk.done) == 8
@@ -390,10 +388,7 @@ def test_a_second_process_can_wait(tmp_path: Path) -> None:
         def on(self, what: str) -> None:
             seen.append(what)
 
-    held = hold(tmp_path / "run", 1.0)
-    began = time.monotonic()
-    again(tmp_path / "run", wait=True, progress=Listener())
-    held.wait()
-    assert time.monotonic() > began
+    with hold(tmp_path / "run", 1.0) as held:
+        again(tmp_path / "run", wait=True, progress=Listener())
     assert seen[0].startswith(f"waiting for process {held.pid}")
     assert len(Walk.done) == 8

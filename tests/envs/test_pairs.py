@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nextstate.envs import Automaton, Game, GameError, make_game
 from nextstate.envs.contrast import differences, flaws, piece_of, pieces, shortcuts
+from nextstate.envs.game import Action, State
 from nextstate.envs.pairs import KINDS, search
 
 # Games, and their shortcuts that are right on both sides of every pair.
@@ -54,13 +55,31 @@ def test_a_pair_that_is_found_differs_in_what_its_kind_says(
     assert search(game, np.random.default_rng(seed), kind, 3, hopeless) == pair
 
 
-def test_both_kinds_of_change_make_state_pairs_and_neither_side_is_the_games_own() -> None:
-    game, rng = Corridor(rooms=6), np.random.default_rng(0)
-    pairs = [search(game, rng, "state", 3) for _ in range(200)]
-    starts = np.mean([p.clean.start != p.corrupted.start for p in pairs])
-    assert 0.1 < starts < 0.9
-    east = np.mean([p.clean.steps[0].action == "east" for p in pairs])
-    assert abs(east - np.mean([p.corrupted.steps[0].action == "east" for p in pairs])) < 0.2
+class Eastward(Corridor):
+    """A corridor whose own policy always goes east."""
+
+    def policy(self, state: State, u: float) -> Action:
+        return "east"
+
+
+class Telling(Corridor):
+    """A corridor whose last narration says what the state is, so that the text differs after the last action too."""
+
+    def narrate(self, state: State, action: Action, next_state: State) -> str:
+        return f" From room {self.values(state)['player']} {action}."
+
+
+def test_neither_side_is_the_games_own() -> None:
+    pairs = [search(Eastward(rooms=6), np.random.default_rng(seed), "action", 2) for seed in range(200)]
+    east = [[side.steps[-1].action == "east" for side in pair.sides] for pair in pairs]
+    assert all(sum(sides) == 1 for sides in east)
+    assert 0.35 < np.mean(east, axis=0)[0] < 0.65
+
+
+def test_starts_and_earlier_actions_are_changed() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [search(Corridor(rooms=6), rng, "state", 3) for _ in range(100)]
+    assert 0.1 < np.mean([p.clean.start != p.corrupted.start for p in pairs]) < 0.9
 
 
 @pytest.mark.parametrize(
@@ -69,6 +88,7 @@ def test_both_kinds_of_change_make_state_pairs_and_neither_side_is_the_games_own
         (make_game("Cycle"), "action", None, "no pair that a shortcut does not solve was found in 2,000 draws"),
         (make_game("Box"), "state", None, "no pair that a shortcut does not solve was found"),
         (make_game("FruitStore"), "state", 4, "steps=4 is not possible: expected a whole number from 1 to 3"),
+        (Telling(rooms=6), "state", None, "no pair that a shortcut does not solve was found"),
         (Corridor(), "name", None, "kind='name' is not possible: expected one of state, action"),
         (Corridor(), "state", 0, "steps=0 is not possible"),
     ],
