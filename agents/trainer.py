@@ -1,6 +1,6 @@
 """What all training here has in common: `transformers.Trainer` on data that is a function of config and row number.
 
-It resumes from its last checkpoint, logs to W&B (offline unless told otherwise), and runs on several GPUs under
+It resumes from its last checkpoint, logs to W&B (offline by default), and runs on several GPUs under
 torchrun, where the rows of a step are shared out.
 """
 
@@ -49,7 +49,7 @@ def fit(
     quiet: bool = False,
     **given: Any,
 ) -> Trainer:
-    """Train, going on from the last checkpoint in `out`.
+    """Train, from the last checkpoint in `out` if there is one.
 
     Args:
         make: `transformers.Trainer`, or a kind of it.
@@ -57,9 +57,9 @@ def fit(
         out: folder of the run; checkpoints go below.
         name: of the W&B run.
         seed: of what the trainer itself draws.
-        callbacks: told what goes on; those with an attribute `trainer` get the trainer there.
+        callbacks: of the trainer; the attribute `trainer` of those that have one is set to it.
         mode: of W&B; where it is not disabled and the variable WANDB_MODE is set, that counts.
-        quiet: print nothing; callbacks tell what goes on.
+        quiet: print nothing.
         given: what the trainer is made with besides: model, train_dataset, data_collator.
     """
     if settings.threads:

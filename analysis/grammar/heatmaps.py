@@ -50,7 +50,7 @@ def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.F
     """Draw what a probe reads, a row a model or control, a column a level from the root to the terminals.
 
     Args:
-        lines: each with `label`, `told` (for the hover) and `values`, a mapping from the level to the share or null.
+        lines: each with `label`, `hover` (text by level) and `values`, a mapping from the level to the share or null.
         deepest: the last level that has constituents.
         title: of the figure.
     """
@@ -58,7 +58,7 @@ def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.F
     z = [[line["values"].get(level) for level in every] for line in lines]
     text = [["" if v is None else "100" if v == 1 else f"{100 * v:.1f}" for v in line] for line in z]
     hover = [
-        [f"{plain(line['label'])}, level {level}<br>{plain(line['told'].get(level, ''))}" for level in every]
+        [f"{plain(line['label'])}, level {level}<br>{plain(line['hover'].get(level, ''))}" for level in every]
         for line in lines
     ]
     labels = [brief(line["label"]) for line in lines]
@@ -109,8 +109,8 @@ def _thousandths(value: float | None) -> str:
     return "" if value is None else thousandths(value)
 
 
-def _residual(value: float | None, told: str) -> str:
-    return told if value is None else f"{told}<br>{_thousandths(value)} thousandths"
+def _residual(value: float | None, where: str) -> str:
+    return where if value is None else f"{where}<br>{_thousandths(value)} thousandths"
 
 
 def _signed(delta: int) -> str:
@@ -192,8 +192,8 @@ def _value(row: Mapping[str, Any] | None) -> float | None:
     return None if row is None else row["residual"]
 
 
-def _between(row: Mapping[str, Any] | None, told: str) -> str:
-    said = _residual(_value(row), told)
+def _between(row: Mapping[str, Any] | None, where: str) -> str:
+    mean = _residual(_value(row), where)
     if row is None or row["low"] is None or row["high"] is None:
-        return said
-    return f"{said} (95 %: {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"
+        return mean
+    return f"{mean} (95 %: {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"

@@ -153,14 +153,14 @@ def _lines(found: Summary, reach: str, target: str, where: str) -> list[dict[str
                 continue
             out.append({"label": f"{name}, shuffled" if shuffled else name,
                         "values": {r["level"]: r["accuracy"] for r in mine},
-                        "told": {r["level"]: _interval(r) for r in mine}})  # fmt: skip
+                        "hover": {r["level"]: _interval(r) for r in mine}})  # fmt: skip
             theirs = {} if shuffled or model["perturbation"] else paper.get(kind_of(model), {})
             if theirs:
                 label = f"{kind_of(model)}, paper"
-                out.append({"label": label, "values": theirs, "told": dict.fromkeys(theirs, SOURCE)})
+                out.append({"label": label, "values": theirs, "hover": dict.fromkeys(theirs, SOURCE)})
     if out:
         chance = {row["level"]: row["chance"] for row in found.rows("chance", **probe)}
-        out.append({"label": "chance", "values": chance, "told": dict.fromkeys(chance, "the commonest symbol")})
+        out.append({"label": "chance", "values": chance, "hover": dict.fromkeys(chance, "the commonest symbol")})
     return out
 
 

@@ -17,8 +17,8 @@ class Published(NamedTuple):
     probes: Mapping[tuple[str, str], Mapping[str, Mapping[int, float]]]  # ancestors by reach and where, then by level
 
 
-# Figures of "Physics of Language Models: Part 1" (arXiv 2305.13673): generation, with its prefix of 50 tokens, and
-# probes of seven grammars, robustness of cfg3b. Numbers alone; where the paper only says "about", nothing is here.
+# Generation, with prefixes of 50 tokens, and probes for seven grammars; robustness for cfg3b. Numbers that the paper
+# gives only approximately are left out.
 SOURCE = "arXiv 2305.13673"
 _FIVE = ("absolute", "relative", "rotary", "position", "uniform")  # its GPT, GPT_rel, GPT_rot, GPT_pos, GPT_uni
 _WRITTEN = {  # per cent: from nothing, then after 50 tokens; bits; divergence in hundred-thousandths of a nat
