@@ -541,7 +541,8 @@ def with_certificates(agents: list[dict[str, Any]], found: dict[str, Any]) -> di
     earlier = next((a for a in agents if a["name"] == found["name"]), {}).get("certificates", [])
     new = found.get("certificates", [])
     kept = [c for c in earlier if not any(_covers(other, c) for other in new)]
-    return found | {"certificates": [*kept, *new]} if kept else found
+    more = [c for c in new if not any(_covers(other, c) for other in kept)]
+    return found | {"certificates": [*kept, *more]} if kept else found
 
 
 def _covers(one: dict[str, Any], other: dict[str, Any]) -> bool:

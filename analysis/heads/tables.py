@@ -207,8 +207,8 @@ def _routed(run: Run[Any]) -> dict[str, pl.DataFrame]:
         for site in SITES[1:]:
             if (found := routing_of(run, design, site)) is not None:
                 table_ = head_table(found, range(found.value.shape[0]))
-                layers.append(table_.select(pl.lit(site).alias("site"), pl.all()).cast(layers[0].schema))
-        return {"heads": heads.cast(HEADS), "layers": pl.concat(layers)}
+                layers.append(table_.select(pl.lit(site).alias("site"), *HEADS).cast(layers[0].schema))
+        return {"heads": heads.select(list(HEADS)).cast(HEADS), "layers": pl.concat(layers)}
     return {"heads": empty, "layers": empty.select(pl.lit("").alias("site"), pl.all())}
 
 
