@@ -329,10 +329,10 @@ class Run(Generic[C]):
             self.about[key] = about
         return key in self.about
 
-    def set_aside(self, key: str, reason: str) -> None:
-        """Move a table to `set-aside/`, and keep the reason in `run.json`."""
-        path, count = self.file(key), 1
-        while (to := self.path / "set-aside" / f"{key}.{count}.parquet").exists():
+    def set_aside(self, key: str, reason: str, suffix: str = ".parquet") -> None:
+        """Move a table, or with suffix "" a folder, to `set-aside/`, and keep the reason in `run.json`."""
+        path, count = self.path / f"{key}{suffix}", 1
+        while (to := self.path / "set-aside" / f"{key}.{count}{suffix}").exists():
             count += 1
         try:
             to.parent.mkdir(parents=True, exist_ok=True)

@@ -14,18 +14,18 @@ from typing import Any
 
 import polars as pl
 import pytest
+from nextstate.patching import PatchConfig
+from nextstate.responding import ResponseConfig
 from polars.testing import assert_frame_equal
 
 from nextstate import experiment, patching
 from nextstate.agents.agent import AgentError
 from nextstate.agents.config import ConfigError, find_config, packaged_configs, read_config
 from nextstate.agents.training import TrainConfig
+from nextstate.analysis.grammar.config import GrammarConfig
 from nextstate.envs.game import GameError
 from nextstate.experiment import Config
 from nextstate.folder import ExperimentError, answered, left_out, remembered, slugify
-from nextstate.grammars import GrammarConfig
-from nextstate.patching import PatchConfig
-from nextstate.responding import ResponseConfig
 
 SMALL: dict[str, Any] = {
     "name": "small",
