@@ -76,7 +76,9 @@ def write_table(
 
     def write(partial: Path) -> None:
         try:
-            frame.write_parquet(partial, compression_level=9, metadata={_KEY: json.dumps(about, sort_keys=True)})
+            frame.write_parquet(
+                partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
+            )
         except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
             raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
         data = partial.read_bytes()
