@@ -31,7 +31,8 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import PathMasks, Places
 from nextstate.agents.rollout import determined_accuracy, episodes_of, seeds_for
 from nextstate.agents.text import Encoder, begins_with
-from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
+from nextstate.agents.trainer import TRAINING_STREAM, claim, fit
+from nextstate.agents.training_config import Optimisation
 from nextstate.envs.game import Episode, GameError, Sample, score, unroll
 from nextstate.envs.games import game_class, make_game
 

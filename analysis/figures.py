@@ -6,6 +6,8 @@ light and dark. Colour-blind readers can tell the colours apart.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 # Light to dark in even steps of lightness (after ColorBrewer's YlGnBu): for every kind of sight, and in print.
@@ -29,6 +31,11 @@ class Style(NamedTuple):
 def plain(text: str) -> str:
     """Return a text escaped for plotly, which reads a few HTML tags."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def rounded(values: Iterable[float | None]) -> list[float | None]:
+    """Return numbers to four places for a figure, with None for those that are missing or not finite."""
+    return [None if value is None or not math.isfinite(value) else round(float(value), 4) for value in values]
 
 
 def layout(title: str, height: int, x: str, y: str = "", **more: Any) -> dict[str, Any]:

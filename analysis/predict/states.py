@@ -31,8 +31,8 @@ _SUMS = (("right", "greedy_correct"), ("asked", "one"), ("ceiling", "ceiling"), 
 def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Return accuracy against |Q|, in bins of half a decade, for games whose size says something else than |Q|.
 
-    Columns as in `statistics.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin. Empty
-    where there is no such game.
+    Columns as in `statistics.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin.
+    Empty where there is no such game.
     """
     known = answers.select(*_KEY, "size", "states").drop_nulls().unique()
     other = known.filter(pl.col("states") != pl.col("size")).select("setting").unique()

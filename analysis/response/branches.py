@@ -4,7 +4,7 @@ A push on position j changes the tokens from j on and no others. Where a model t
 tokens, which see the keys and values of the prompt before j. A row holds branches of many positions and directions; a
 mask hides them from each other. On all other roads a row is one branch: the whole prompt, pushed at one position.
 The same row is run once for each strength, so that responses to neighbouring strengths can be compared token by token.
-With the first pass goes a control, a row that is not pushed: it must give the prompt's own stream.
+The first pass has one more row, a control, which is not pushed: it must give the prompt's own stream.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from nextstate.agents.agent import AgentError
-from nextstate.agents.forward import out_of_memory, read_out, skipping
+from nextstate.agents.forward import out_of_memory, skipping
 from nextstate.agents.language import LanguageModel
-from nextstate.agents.masks import Places
 from nextstate.agents.sites import ATTENTIONS, Activation
-from nextstate.analysis.heads.sweep import Held
+from nextstate.analysis.heads.sweep import Held, tree_pass
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 LIMIT = (0.0,)  # the strengths of the exact product
@@ -48,7 +47,7 @@ class _Push(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What lies in each column of a row: position and direction of the branch, token of the prompt, first or not."""
+    """The columns of a row: position and direction of the branch, token of the prompt, and where branches begin."""
 
     positions: Int[np.ndarray, " column"]
     directions: Int[np.ndarray, " column"]
@@ -77,7 +76,7 @@ def wide(model: LanguageModel) -> torch.dtype:
 
 
 def rows_of(spans: Sequence[int], ways: int, length: int) -> list[Row]:
-    """Lay the branches of all positions and directions into as few rows as can be, the longest first."""
+    """Arrange the branches of all positions and directions in few rows, the longest first."""
     width = max(spans)
     rows: list[list[_Push]] = []
     room: list[int] = []
@@ -128,7 +127,7 @@ def run_prompt(model: LanguageModel, tokens: Int[np.ndarray, " token"], layer: i
             stack.enter_context(_stream(model, at, lambda x: stream.append(x[0])))
         if in_tree:
             visible = torch.ones(length, length, dtype=torch.bool).tril()
-            _in_tree(model, ids[None], visible[None], torch.arange(length)[None], cache)
+            tree_pass(model, ids[None], visible[None], torch.arange(length)[None], cache, torch.tensor([0]))
         else:
             model.forward.plain(ids[None], [0])
     return Base(ids, [(held.keys, held.values) for held in cache.layers], stream)
@@ -145,18 +144,6 @@ def _stream(model: LanguageModel, layer: int, look: Callable[[Float[Tensor, "row
 
     stack.callback(model.sites.blocks[-1].register_forward_hook(leave).remove)
     return stack
-
-
-def _in_tree(
-    model: LanguageModel,
-    tokens: Int[Tensor, "row token"],
-    visible: Bool[Tensor, "row token column"],
-    depths: Int[Tensor, "row column"],
-    cache: DynamicCache,
-) -> None:
-    """Run tokens under a mask a row; the vocabulary is left out."""
-    with read_out(model.model, lambda x: x[:, :1]):
-        model.forward.in_tree(tokens, Places(visible.to(model.device), depths.to(model.device)), cache)
 
 
 def run_rows(
@@ -265,7 +252,7 @@ def _one_pass(
             held = [(k.expand(len(order), -1, -1, -1), v.expand(len(order), -1, -1, -1)) for k, v in base.cache]
             visible = torch.stack([row.visible for row in rows if row.visible is not None])[order]
             depths = torch.cat([torch.arange(len(base.tokens)).expand(len(order), -1), where], 1)
-            _in_tree(model, base.tokens[where.to(device)], visible, depths, Held(held))
+            tree_pass(model, base.tokens[where.to(device)], visible, depths, Held(held), torch.tensor([0]))
         else:
             model.forward.plain(base.tokens[where.to(device)], [0])
     limits = TOLERANCE.get(model.model.dtype, 5e-1)

@@ -22,8 +22,9 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation
 from nextstate.analysis import stats
 from nextstate.analysis.heads.sweep import site_values
-from nextstate.analysis.response import Response, ResponseError, responses
-from nextstate.analysis.response_window import of_kind
+from nextstate.analysis.response.branches import ResponseError
+from nextstate.analysis.response.measure import Response, responses
+from nextstate.analysis.response.window import of_kind
 
 Ablation = Literal["zero", "mean"]
 
@@ -84,7 +85,7 @@ def repeated(
         vocabulary: tokens to draw from; by default all that are not special.
 
     Raises:
-        ResponseError: there are not so many tokens, or a prompt is longer than the model reads.
+        ResponseError: there are too few tokens, or a prompt is longer than the model reads.
     """
     known = vocabulary_of(model) if vocabulary is None else list(vocabulary)
     if block < 3 or repeats < 2 or prompts < 1:

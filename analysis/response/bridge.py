@@ -21,8 +21,8 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.text import Encoder
 from nextstate.analysis.heads.pairs import tokens_of
 from nextstate.analysis.heads.sweep import site_values
-from nextstate.analysis.response import Response, responses
-from nextstate.analysis.response_induction import Ablation, averaged, without
+from nextstate.analysis.response.induction import Ablation, averaged, without
+from nextstate.analysis.response.measure import Response, responses
 from nextstate.envs.contrast import Pair, pieces
 
 OTHERS = "others"
@@ -58,11 +58,11 @@ def transcripts(encoder: Encoder, pairs: Sequence[Pair]) -> list[Transcript]:
     """
     out = []
     for number, pair in enumerate(pairs):
-        side, told, roles = pair.clean, pieces(pair.clean), dict[str, int]()
+        side, texts, roles = pair.clean, pieces(pair.clean), dict[str, int]()
         tokens = tokens_of(encoder, Prompt(side, len(side.steps) - 1))
         for name in ROLES:
             if name in pair.roles:
-                at = encoder.locate(told, pair.roles[name].clean)
+                at = encoder.locate(texts, pair.roles[name].clean)
                 if at not in roles.values() and at < len(tokens) - 1:
                     roles[name] = at
         out.append(Transcript(side.game.name, pair.kind, number, tokens, roles))
@@ -89,7 +89,7 @@ def pushed(
 
 
 def role_rows(one: Transcript, found: Response) -> pl.DataFrame:
-    """Return one row a role and layer: the mean response of the answering token to pushes on the tokens of that role.
+    """Return a row for each role and layer: the mean response of the answering token to pushes on that role.
 
     Args:
         one: the transcript.

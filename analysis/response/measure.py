@@ -8,7 +8,7 @@ The subject is that of "Universal Response and Emergence of Induction in LLMs" (
 since directions, strengths, norm, injection layer and signature of that work are not known to us.
 
 The pushed copy differs from the prompt from position j on alone, so it is a branch: its tokens from j on, which see the
-keys and values before j (`nextstate.analysis.response_branches`). `responses` takes differences at finite strengths,
+keys and values before j (`nextstate.analysis.response.branches`). `responses` takes differences at finite strengths,
 `exact` the limit of none, the Jacobian-vector product, by forward-mode differentiation of the same branches.
 """
 
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis.heads.sweep import fast
-from nextstate.analysis.response_branches import (
+from nextstate.analysis.response.branches import (
     LIMIT,
     ResponseError,
     dtype_of,
@@ -34,11 +34,7 @@ from nextstate.analysis.response_branches import (
     whole_rows,
     wide,
 )
-
-__all__ = ["ALONG", "STRENGTHS", "Response", "ResponseError", "exact", "responses", "unit_directions"]
-
-STRENGTHS = tuple(float(x) for x in np.geomspace(1e-4, 1, 8))
-ALONG = "along"
+from nextstate.analysis.response.config import ALONG, STRENGTHS
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def responses(
         directions: unit vectors to push in, named "random 1" and so on.
         along: also push along the vector itself, as the first direction.
         layer: whose input is pushed; 0 is the embedding.
-        max_bytes: bound on the memory of one pass beside the model. (All strengths of a row always go.)
+        max_bytes: bound on the memory of one pass in addition to the model; a pass has a row at all strengths at least.
 
     Raises:
         ResponseError: a position outside the prompt, a strength at or below float noise, a prompt longer than the

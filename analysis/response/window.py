@@ -17,12 +17,11 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from nextstate.analysis.response import ALONG, Response, ResponseError
+from nextstate.analysis.response.branches import ResponseError
+from nextstate.analysis.response.config import ALIKE, ALONG, FLAT, KINDS
+from nextstate.analysis.response.measure import Response
 
-FLAT = 0.05  # largest slope
-ALIKE = 0.99  # smallest cosine
 LEAST = 2  # steps from one strength to the next that a window has
-KINDS = (ALONG, "random")
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Window:
 
     @property
     def common(self) -> tuple[float, ...]:
-        """The strengths within the windows of as many layers as can be; () where no layer has a window."""
+        """The strengths that are within the windows of most layers; () where no layer has a window."""
         inside = [int(((self.low <= s) & (s <= self.high)).sum()) for s in self.strengths]
         return tuple(s for s, n in zip(self.strengths, inside, strict=True) if n == max(inside) > 0)
 
@@ -55,7 +54,7 @@ class Window:
         return tuple(layer for layer, ok in zip(self.layers, inside, strict=True) if ok)
 
     def table(self, dtype: str) -> pl.DataFrame:
-        """Return one row a layer and strength; slope and cosine are those to the next strength."""
+        """Return a row for each layer and strength; slope and cosine are those to the next strength."""
         rows = []
         for i, layer in enumerate(self.layers):
             for k, strength in enumerate(self.strengths):

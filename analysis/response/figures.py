@@ -1,13 +1,13 @@
 """Figures of a response run: windows, response matrices with a slider over layers, signature, heads, bridge.
 
-As in `nextstate.analysis.figures`, backgrounds are transparent and nothing depends on the theme's colours but what the
-page sets by `meta`. Only what was measured within a layer's window is drawn, but for the figures of the windows
-themselves.
+As in `nextstate.analysis.figures`, backgrounds are transparent, and the page sets the colours of its theme. Except for
+the figures of the windows themselves, a layer is drawn only where the strength is within its window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,18 @@ import polars as pl
 from jaxtyping import Float
 from plotly.colors import sample_colorscale
 
-from nextstate.analysis import stats
-from nextstate.analysis.figures import SCALE, layout, plain, rgba
-from nextstate.analysis.heads.figures import LIGHT, rounded
-from nextstate.analysis.response_tables import Signature
-from nextstate.analysis.response_window import Window
+from nextstate.analysis.figures import SCALE, layout, plain, rgba, rounded
+from nextstate.analysis.heads.figures import LIGHT
 
 DEEP = 6  # layers that a figure of windows draws
 BARS = 8  # layers that a figure of the bridge draws
 RAMP = [[0.0, "#56b4e9"], [0.5, "#7b6fb8"], [1.0, "#b3412f"]]  # from the first layer to the last
-LINES = {  # condition and column: name, colour, dash
-    ("repeated", 0): ("B − 1, repeated", "#0072b2", "solid"),
-    ("repeated", 1): ("B, repeated", "#d55e00", "solid"),
-    ("repeated", 2): ("other offsets, repeated", "#8c8c8c", "solid"),
-    ("control", 0): ("B − 1, control", "#0072b2", "dot"),
-    ("control", 1): ("B, control", "#d55e00", "dot"),
+LINES = {  # condition and offset: name, colour, dash
+    ("repeated", "before"): ("B − 1, repeated", "#0072b2", "solid"),
+    ("repeated", "same"): ("B, repeated", "#d55e00", "solid"),
+    ("repeated", "others"): ("other offsets, repeated", "#8c8c8c", "solid"),
+    ("control", "before"): ("B − 1, control", "#0072b2", "dot"),
+    ("control", "same"): ("B, control", "#d55e00", "dot"),
 }
 ROLES = {
     "state": "#0072b2",
@@ -42,7 +39,7 @@ ROLES = {
 
 
 def _spread(layers: Sequence[int], most: int) -> list[int]:
-    """Return at most so many places among the layers, evenly spread, both ends included."""
+    """Return at most `most` places among the layers, evenly spread, with both ends."""
     return sorted({round(x) for x in np.linspace(0, len(layers) - 1, min(most, len(layers)))})
 
 
@@ -58,54 +55,56 @@ def _log(strengths: Sequence[float]) -> dict[str, Any]:
 
 
 def scale(
-    windows: Mapping[str, Window], limit: Mapping[int, float | None], title: str, cosine: bool = False
+    rows: pl.DataFrame,
+    limit: Mapping[int, float | None],
+    title: str,
+    common: tuple[float, float] | None = None,
+    cosine: bool = False,
 ) -> go.Figure:
     """Draw the response over its limit of no strength, or the cosine to the next strength, against the strength.
 
     Args:
-        windows: by precision, all in the same kind of direction; the first is solid, its common window shaded.
+        rows: of the table `windows`, of one kind of direction; the first precision is solid.
         limit: for each layer the norm of the exact product.
         title: of the figure.
-        cosine: draw this instead.
+        common: ends of the window of the first precision, which is shaded.
+        cosine: draw the cosine.
     """
-    first = next(iter(windows.values()))
-    shown = [k for k in range(len(first.layers)) if limit.get(first.layers[k])]
-    shown = [shown[k] for k in _spread(shown, DEEP)] if shown else []
-    colours, traces, dashes = _colours(len(shown)), list[Any](), ("solid", "dash", "dot")
-    for (dtype, edges), dash in zip(windows.items(), dashes, strict=False):
-        for colour, k in zip(colours, shown, strict=True):
-            layer = edges.layers[k]
-            bound = limit[layer] or 1.0
-            if cosine:
-                x = [float(np.sqrt(a * b)) for a, b in zip(edges.strengths, edges.strengths[1:], strict=False)]
-                y = edges.cosine[k]
-            else:
-                x, y = list(edges.strengths), edges.level[k] / bound
-            name = f"after layer {layer}, {dtype}"
-            traces.append(
-                go.Scatter(
-                    x=x, y=rounded(y), name=name, mode="lines+markers", marker={"size": 4},
-                    line={"color": colour, "width": 1.8, "dash": dash},
-                    hovertemplate=f"{name}<br>strength %{{x:.2g}}: %{{y:.4f}}<extra></extra>",
-                )
-            )  # fmt: skip
+    layers = [layer for layer in rows["layer"].unique(maintain_order=True) if limit.get(layer)]
+    layers = [layers[k] for k in _spread(layers, DEEP)] if layers else []
+    colours, traces, dashes = _colours(len(layers)), list[Any](), ("solid", "dash", "dot")
+    for (dtype, dash), (colour, layer) in product(
+        zip(rows["dtype"].unique(maintain_order=True), dashes, strict=False), zip(colours, layers, strict=True)
+    ):
+        mine = rows.filter(dtype=dtype, layer=layer)
+        x, y = mine["strength"].to_numpy(), mine["level"].to_numpy() / (limit[layer] or 1.0)
+        if cosine:
+            x, y = np.sqrt(x[:-1] * x[1:]), mine["cosine"].cast(pl.Float64).to_numpy()[:-1]
+        name = f"after layer {layer}, {dtype}"
+        traces.append(
+            go.Scatter(
+                x=x.tolist(), y=rounded(y), name=name, mode="lines+markers", marker={"size": 4},
+                line={"color": colour, "width": 1.8, "dash": dash},
+                hovertemplate=f"{name}<br>strength %{{x:.2g}}: %{{y:.4f}}<extra></extra>",
+            )
+        )  # fmt: skip
     upright: dict[str, Any] = {"range": [0, 1.04]} if cosine else {"range": [0, _top(traces)]}
     words = "cosine to next strength" if cosine else "response / limit"
-    figure = go.Figure(traces, layout(title, 300, "strength", words, xaxis=_log(first.strengths), yaxis=upright))
-    if first.common:
-        figure.add_vrect(x0=first.common[0], x1=first.common[-1], fillcolor="rgba(0,158,115,0.13)", line_width=0,
-                         layer="below")  # fmt: skip
+    axis = _log(rows.filter(dtype=rows["dtype"][0])["strength"].unique(maintain_order=True).to_list())
+    figure = go.Figure(traces, layout(title, 300, "strength", words, xaxis=axis, yaxis=upright))
+    if common is not None:
+        figure.add_vrect(x0=common[0], x1=common[1], fillcolor="rgba(0,158,115,0.13)", line_width=0, layer="below")
     return figure
 
 
 def _top(traces: Sequence[Any]) -> float:
-    """Return where an axis of shares ends: noise far above is cut off."""
+    """Return where an axis of shares ends; noise far above it is cut off."""
     values = [y for trace in traces for y in trace.y if y is not None]
     return float(min(3.0, max(1.6, 1.05 * max(values, default=1.0))))
 
 
 def ends(tables: Sequence[pl.DataFrame], layers: Sequence[int]) -> tuple[float, float]:
-    """Return between which powers of ten the colours of response matrices run, those of all tables together."""
+    """Return the powers of ten at the ends of the colours of response matrices, of all tables together."""
     every = np.concatenate([_grid(rows, layer).ravel() for rows in tables for layer in layers])
     low, high = np.quantile(every[np.isfinite(every) & (every > 0)], (0.02, 0.995))
     return float(np.log10(low)), float(np.log10(high))
@@ -122,9 +121,9 @@ def matrices(
     """Draw the response of each token (up) to a push on each token (right), one layer at a time, under a slider.
 
     Args:
-        rows: as `nextstate.analysis.response_tables.matrix_rows` makes them.
+        rows: as `nextstate.analysis.response.tables.matrix_rows` returns them.
         layers: those to draw.
-        words: what stands at each position.
+        words: a label of each position.
         title: of the figure.
         reach: powers of ten at the ends of the colours, from `ends`.
     """
@@ -146,7 +145,7 @@ def matrices(
     ticks = list(range(0, len(words), max(1, len(words) // 12)))
     axis = {"showgrid": False, "tickvals": [labels[i] for i in ticks], "ticktext": [str(i) for i in ticks]}
     base = layout(title, 560, "pushed token", "responding token", xaxis=axis,
-                   yaxis=axis | {"autorange": "reversed"})  # fmt: skip
+                  yaxis=axis | {"autorange": "reversed"})  # fmt: skip
     return go.Figure([trace], base | {"margin": base["margin"] | {"b": 110}, "sliders": [slider]})
 
 
@@ -156,18 +155,19 @@ def _band(x: Sequence[float], low: Sequence[float | None], high: Sequence[float 
                       line={"width": 0}, hoverinfo="skip")  # fmt: skip
 
 
-def _valid(values: Any, valid: Sequence[bool]) -> list[float | None]:
-    return [v if ok else None for v, ok in zip(rounded(values), valid, strict=True)]
+def depth(lines: pl.DataFrame, title: str, words: str = "response") -> go.Figure:
+    """Draw the response at offsets B - 1, B and all others against the layer, with 95 % intervals over prompts.
 
-
-def depth(found: Signature, title: str, words: str = "response") -> go.Figure:
-    """Draw the response at offsets B - 1, B and all others against the layer, with 95 % intervals over prompts."""
+    Args:
+        lines: of the table `lines`, of one kind of direction and one measure.
+        title: of the figure.
+        words: label of the vertical axis.
+    """
     traces: list[Any] = []
-    kept = [k for k, ok in enumerate(found.valid) if ok]
-    x = [found.layers[k] for k in kept]
-    for (condition, column), (name, colour, dash) in LINES.items():
-        one: stats.Band = found.lines[condition]
-        value, low, high = (rounded(a[kept, 0, column]) for a in (one.value, one.low, one.high))
+    layers = lines["layer"].unique(maintain_order=True).to_list()
+    for (condition, at), (name, colour, dash) in LINES.items():
+        mine = lines.filter("valid", condition=condition, at=at)
+        x, (value, low, high) = mine["layer"].to_list(), (rounded(mine[end]) for end in ("value", "low", "high"))
         if condition == "repeated":
             traces.append(_band(x, low, high, colour))
         traces.append(
@@ -179,27 +179,35 @@ def depth(found: Signature, title: str, words: str = "response") -> go.Figure:
                 "%{customdata[1]:.3f})<extra></extra>",
             )
         )  # fmt: skip
-    ticks: dict[str, Any] = {"dtick": 1 if len(found.layers) <= 16 else 4, "showgrid": False}
-    ticks["range"] = [found.layers[0] - 0.3, found.layers[-1] + 0.3]
+    ticks: dict[str, Any] = {"dtick": 1 if len(layers) <= 16 else 4, "showgrid": False}
+    ticks["range"] = [layers[0] - 0.3, layers[-1] + 0.3]
     return go.Figure(traces, layout(title, 310, "after layer", words, xaxis=ticks, yaxis={"rangemode": "tozero"}))
 
 
-def stripes(found: Signature, title: str) -> go.Figure:
-    """Draw by how much repetition raises the response, for each layer (up) and offset (right)."""
-    added = (found.offsets["repeated"] - found.offsets["control"]).mean(0)
-    grid = [_valid(column, found.valid) for column in added.T]
-    rows = [list(line) for line in zip(*grid, strict=True)]
-    shown = np.abs(added[list(found.valid)])
+def stripes(offsets: pl.DataFrame, block: int, title: str) -> go.Figure:
+    """Draw by how much repetition raises the response, for each layer (up) and offset (right).
+
+    Args:
+        offsets: of the table of this name, of one kind of direction.
+        block: tokens in a block.
+        title: of the figure.
+    """
+    rows = [
+        [value if ok else None for value, ok in zip(rounded(mine["added"]), mine["valid"], strict=True)]
+        for mine in offsets.partition_by("layer", maintain_order=True)
+    ]
+    shown = offsets.filter("valid")["added"].abs().to_numpy()
     reach = float(np.quantile(shown, 0.99)) if shown.size and shown.max() > 0 else 1.0
-    x = [str(o) for o in range(1, 2 * found.block)]
+    x = [str(o) for o in range(1, 2 * block)]
     trace = go.Heatmap(
-        x=x, y=list(found.layers), z=rows, zmin=-reach, zmax=reach, colorscale=LIGHT, meta="diverging",
-        hoverongaps=False, xgap=1 if len(x) <= 60 else 0, ygap=1 if len(rows) <= 30 else 0,
+        x=x, y=offsets["layer"].unique(maintain_order=True).to_list(), z=rows, zmin=-reach, zmax=reach,
+        colorscale=LIGHT, meta="diverging", hoverongaps=False, xgap=1 if len(x) <= 60 else 0,
+        ygap=1 if len(rows) <= 30 else 0,
         hovertemplate="offset %{x}, after layer %{y}<br>repeated minus control %{z:.3f}<extra></extra>",
     )  # fmt: skip
-    marks = [str(found.block - 1), str(found.block)]
+    marks = [str(block - 1), str(block)]
     axis = {"type": "category", "showgrid": False, "tickvals": ["1", *marks, x[-1]],
-            "ticktext": ["1", "B−1", "", str(2 * found.block - 1)]}  # fmt: skip
+            "ticktext": ["1", "B−1", "", str(2 * block - 1)]}  # fmt: skip
     pitch = 26 if len(rows) <= 12 else 14 if len(rows) <= 26 else 9
     up = {"dtick": 1 if len(rows) <= 16 else 4, "showgrid": False}
     return go.Figure([trace], layout(title, pitch * len(rows) + 110, "offset", "after layer", xaxis=axis, yaxis=up))
@@ -211,7 +219,7 @@ def heads(table: pl.DataFrame, title: str) -> go.Figure:
     for carries, colour in ((False, "#8c8c8c"), (True, "#0072b2")):
         rows = table.filter(pl.col("carries") == carries)
         names = [f"{a}.{b}" for a, b in rows.select("layer", "head").iter_rows()]
-        told = [
+        about = [
             [name, *(round(r[k], 3) for k in ("low", "high", "copying"))]
             for name, r in zip(names, rows.iter_rows(named=True), strict=True)
         ]
@@ -221,7 +229,7 @@ def heads(table: pl.DataFrame, title: str) -> go.Figure:
                 "color": rgba(colour, 0.5)}  # fmt: skip
         traces.append(
             go.Scatter(
-                x=rounded(rows["prefix"]), y=rounded(rows["lost"]), customdata=told, text=named,
+                x=rounded(rows["prefix"]), y=rounded(rows["lost"]), customdata=about, text=named,
                 mode="markers+text" if carries else "markers", textposition="top center", textfont={"size": 11},
                 marker={"color": colour, "size": 9 if carries else 6}, error_y=bars,
                 hovertemplate="head %{customdata[0]}<br>lost %{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f})"
@@ -255,18 +263,22 @@ def bridge(rows: pl.DataFrame, title: str) -> go.Figure:
         )  # fmt: skip
     axis = {"type": "category", "categoryorder": "array", "categoryarray": [str(layer) for layer in chosen],
             "showgrid": False}  # fmt: skip
-    more = {"barmode": "group", "bargap": 0.25}
-    return go.Figure(
-        traces, layout(title, 300, "after layer", "response", xaxis=axis, yaxis={"rangemode": "tozero"}, **more)
-    )
+    more = {"barmode": "group", "bargap": 0.25, "yaxis": {"rangemode": "tozero"}}
+    return go.Figure(traces, layout(title, 300, "after layer", "response", xaxis=axis, **more))
 
 
-def side_by_side(patched: Sequence[float], responded: Sequence[float], names: Sequence[str], title: str,
-                 colour: str) -> go.Figure:  # fmt: skip
-    """Draw what is lost of the response without a head (up) against its recovery by patching (right)."""
+def side_by_side(rows: pl.DataFrame, kind: str, title: str) -> go.Figure:
+    """Draw what is lost of the response without a head (up) against its recovery by patching (right).
+
+    Args:
+        rows: of the table `bridge_heads`, a row for each head.
+        kind: "state" or "action".
+        title: of the figure.
+    """
     points = go.Scatter(
-        x=rounded(patched), y=rounded(responded), mode="markers+text", text=list(names), textposition="top center",
-        textfont={"size": 11}, marker={"color": colour, "size": 8},
+        x=rounded(rows[kind]), y=rounded(rows["lost"]), mode="markers+text", textposition="top center",
+        text=[f"{a}.{b}" for a, b in rows.select("layer", "head").iter_rows()], textfont={"size": 11},
+        marker={"color": ROLES[kind], "size": 8},
         hovertemplate="head %{text}<br>recovery %{x:.3f}, response lost %{y:.3f}<extra></extra>",
     )  # fmt: skip
     axes = {"zeroline": True}
