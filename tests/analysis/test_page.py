@@ -191,12 +191,12 @@ def test_numbers_of_heatmaps_curves_and_bars_are_those_of_the_figure(real: dict[
     numbers = next(t for t in maps.data if t.type == "scatter")
     assert set(numbers.text) <= set(texts(vector.svg(maps)))
     curve = real["box-accuracy-against-boxes-all-steps"]
-    model = [r for r in rows(curve) if r["series"] == "nextstate/tiny"]
+    model = [r for r in rows(curve) if r["series"] == "tests.analysis.conftest:Noisy"]
     band = next(t for t in curve.data if t.fill == "toself")
     assert [float(r["low"]) for r in model] == list(band.y[len(model) :])[::-1]
     assert [float(r["high"]) for r in model] == list(band.y[: len(model)])
     assert all(float(r["low"]) <= float(r["y"]) <= float(r["high"]) for r in model)
-    apart = rows(real["determined-and-undetermined-questions-nextstate-tiny"])
+    apart = rows(real["determined-and-undetermined-questions-tests-analysis-conftest-noisy"])
     assert {r["y"] for r in apart} == {"Box", "Cycle", "DFA middle", "DFA min", "FruitStore"}
     assert {r["series"] for r in apart} == {"ceiling", "chance", "determined", "undetermined"}
 
