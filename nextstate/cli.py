@@ -175,30 +175,38 @@ def _tell_left_out(record: dict[str, Any]) -> None:
 
 
 def _show(frame: pl.DataFrame) -> None:
-    """Print a headline: columns x_low and x_high become the interval of column x."""
+    """Print a headline: columns x_low and x_high become the interval of column x.
+
+    Where two columns hold text, there is one table for each value of the first.
+    """
     if frame.is_empty():
-        console.print("The headline has no rows: nothing stands out.")
+        console.print("The headline has no rows: nothing is significant.")
         return
+    text = [name for name, kind in frame.schema.items() if not kind.is_numeric()]
+    groups = frame.partition_by(text[0], maintain_order=True) if len(text) > 1 else [frame]
     ends = {f"{name}_{end}" for name in frame.columns for end in ("low", "high")} & set(frame.columns)
-    table = Table(box=box.SIMPLE_HEAD)
-    shown = [name for name in frame.columns if name not in ends]
-    for name in shown:
-        numeric = frame.schema[name].is_numeric()
-        table.add_column(
-            name.replace("_", " ") + (" (95 %)" if f"{name}_low" in ends else ""),
-            justify="right" if numeric else "left",
+    for group in groups:
+        shown = [name for name in frame.columns if name not in ends and not (len(text) > 1 and name == text[0])]
+        shown = [name for name in shown if group[name].null_count() < len(group)]
+        table = Table(
+            title=str(group[text[0]][0]) if len(text) > 1 else None, box=box.SIMPLE_HEAD, title_justify="left"
         )
-    small = {c for c in shown if frame.schema[c].is_float() and not (frame[c].abs().max() or 0) >= 0.01}  # type: ignore[operator]
-    for row in frame.iter_rows(named=True):
-        cells = []
         for name in shown:
-            value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
-            words = _number(value, name in small)
-            if low is not None and high is not None:
-                words += f" ({_number(low, name in small)} to {_number(high, name in small)})"
-            cells.append(escape(words))
-        table.add_row(*cells)
-    console.print(table)
+            title = name.replace("_", " ") + (" (95 %)" if f"{name}_low" in ends else "")
+            table.add_column(title, justify="left" if name in text else "right", overflow="fold")
+        for row in group.iter_rows(named=True):
+            table.add_row(*(escape(_cell(group, name, row)) for name in shown))
+        console.print(table)
+
+
+def _cell(frame: pl.DataFrame, name: str, row: dict[str, Any]) -> str:
+    """Return a cell of a headline, with its interval where there is one."""
+    small = frame.schema[name].is_float() and not (frame[name].abs().max() or 0) >= 0.01  # type: ignore[operator]
+    value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if low is None or high is None:
+        return _number(value, small)
+    between = "–" if low >= 0 else " to "
+    return f"{_number(value, small)} ({_number(low, small)}{between}{_number(high, small)})"
 
 
 def _number(value: Any, small: bool) -> str:
