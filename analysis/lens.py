@@ -101,7 +101,12 @@ class Lens(Study[LensConfig]):
             found = found.sort("layer").with_columns(accuracy=share, accuracy_low=ends[0], accuracy_high=ends[1])
             layers.append(found.select(pl.lit(game).alias("game"), pl.all()))
             last = found.tail(1).select("n", "accuracy", "accuracy_low", "accuracy_high", "chance", "ceiling")
-            more = {"game": game, "episodes": len(hits), "layers": found["layer"].max(), "knows_from": knows_from(found)}
+            more = {
+                "game": game,
+                "episodes": len(hits),
+                "layers": found["layer"].max(),
+                "knows_from": knows_from(found),
+            }
             games.append({**more, **last.row(0, named=True), "left_out": rows["layer"].null_count()})
         schema = {"knows_from": pl.Int64}
         return {"layers": pl.concat(layers), "games": pl.DataFrame(games, schema_overrides=schema)}
