@@ -8,7 +8,7 @@ as it enters the first block. A question whose choices cannot be told apart by o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -213,7 +213,7 @@ def read_layers(model: LanguageModel, prompts: Sequence[Prompt]) -> Iterator[lis
 def next_tokens(encoder: Encoder, choices: Sequence[str]) -> tuple[tuple[int, ...], list[int]] | None:
     """Return the tokens that all choices begin with, and for each choice the one after these; None if two are equal."""
     pieces = [encoder.piece(choice) for choice in choices]
-    shared = tuple(commonprefix(pieces)) if pieces else ()
+    shared = tuple(tokens[0] for tokens in takewhile(lambda t: len(set(t)) == 1, zip(*pieces, strict=False)))
     after = [piece[len(shared)] for piece in pieces if len(piece) > len(shared)]
     return (shared, after) if pieces and len(set(after)) == len(pieces) else None
 
