@@ -1,4 +1,4 @@
-"""Weights & Biases mirrors a run: the run's own files are complete without it, and no failure of W&B ever stops a run."""
+"""Weights & Biases mirrors a run: the files are complete without it, and no failure of W&B ever stops a run."""
 
 from __future__ import annotations
 

@@ -7,45 +7,34 @@ only where both fit what would be used now; any other is moved to `set-aside/`, 
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
-import importlib.metadata
 import json
 import os
 import platform
 import re
-import socket
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-import filelock
 import numpy as np
 import polars as pl
 from pydantic import Field
 
+from nextstate.agents.agent import AgentError
 from nextstate.agents.config import AgentConfig, Strict
 from nextstate.agents.identity import device_kind, model_identity
 from nextstate.analysis.progress import Progress
-from nextstate.envs.files import digest, file_digest, path_error, write_atomic, write_json
+from nextstate.analysis.table import Damaged, difference, read_about, versions, weights_digest, write_table
+from nextstate.envs.files import digest, path_error, write_json
 
 LAYOUT = 2  # of the folder; older ones have no such entry in `run.json`
-PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "textworld", "wandb")
-DECISIVE = ("numpy", "torch", "transformers", "nnsight", "textworld")  # packages whose version may change a value
-ROOMS = ("envs", "agents", "analysis")
 _NEEDED = (
     "study", "name", "config", "config_digest", "command", "agents", "left_out", "warnings", "set_aside", "mixed",
 )  # fmt: skip
-_KEY = "nextstate"  # of a table's metadata
-_NO_DIGEST = "0" * 64  # stands in a file's own digest while the file is digested
 _PART = re.compile(r"[A-Za-z0-9=._+-]+")
 T = TypeVar("T")
 
@@ -75,36 +64,6 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Return the versions of packages, without importing them."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-@cache
-def code_digest() -> str:
-    """Return a digest of the modules that compute results (not of the command line and the pages)."""
-    root = Path(__file__).resolve().parent.parent
-    files = (p for room in ROOMS for p in sorted((root / room).rglob("*.py")) if "page" not in p.parts[:-1])
-    return file_digest(*files)
-
-
-def weights_digest(model: Any) -> str:
-    """Return a digest of the weights of a model in memory (a `torch.nn.Module`)."""
-    import torch
-
-    found = hashlib.sha256()
-    for name, weights in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def hardware() -> dict[str, Any]:
     """Return what a run runs on."""
     out: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()}
@@ -117,156 +76,6 @@ def hardware() -> dict[str, Any]:
 
         out["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return out
-
-
-# --- tables
-
-
-def write_table(
-    path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Write a table, atomically; return its metadata: `digest` (of the file), `content`, `identity` and `notes`.
-
-    `content` is a digest of the rows alone: tables with the same rows have the same, whatever made them.
-
-    Args:
-        path: of the file.
-        frame: the table.
-        identity: of what made it; JSON.
-        notes: JSON that is kept with the table, such as the description of the model that was asked.
-    """
-
-    def write(partial: Path) -> None:
-        try:
-            frame.write_parquet(partial, compression_level=9, metadata={_KEY: json.dumps(about, sort_keys=True)})
-        except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
-            raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
-        data = partial.read_bytes()
-        about["digest"] = digest(data)
-        at = data.rindex(_NO_DIGEST.encode())
-        partial.write_bytes(data[:at] + about["digest"].encode() + data[at + len(_NO_DIGEST) :])
-
-    rows = io.BytesIO()
-    frame.write_parquet(rows, compression="uncompressed")
-    about: dict[str, Any] = {
-        "digest": _NO_DIGEST, "content": digest(rows.getvalue()), "identity": dict(identity), "notes": dict(notes),
-    }  # fmt: skip
-    write_atomic(path, write)
-    return about
-
-
-class Damaged(Exception):
-    """A table's file is not what was written."""
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """Check the digest of a table and return its metadata: `digest`, `content`, `identity`, `notes`.
-
-    Raises:
-        Damaged: the file cannot be read, is no table of ours, or its content does not fit its digest.
-    """
-    try:
-        data = path.read_bytes()
-        about: dict[str, Any] = json.loads(pl.read_parquet_metadata(data)[_KEY])
-        found, at = about["digest"], data.rindex(about["digest"].encode())
-    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        raise Damaged("it cannot be read as a table of a run") from error
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what Polars raises on some damaged files
-            raise
-        raise Damaged("it cannot be read as a table of a run") from error
-    if len(found) != len(_NO_DIGEST) or digest(data[:at] + _NO_DIGEST.encode() + data[at + len(found) :]) != found:
-        raise Damaged("its content does not fit its digest")
-    return about
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return in words how two identities differ, "" where they do not."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if a == b:
-            continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += [
-                f"{name} {_short(a.get(name))}, now {_short(b.get(name))}"
-                for name in sorted(a.keys() | b.keys())
-                if a.get(name) != b.get(name)
-            ]
-        else:
-            found.append(f"{key} {_short(a)}, now {_short(b)}")
-    return "made with " + "; ".join(found) if found else ""
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
-        return value[:8]
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}={_short(v)}" for k, v in value.items())
-    return "nothing" if value is None else str(value)
-
-
-# --- the lock
-
-
-@contextmanager
-def locked(folder: Path, command: str, wait: bool, progress: Progress) -> Iterator[None]:
-    """Hold the lock of a run's folder.
-
-    The operating system releases the lock when the process that holds it ends, however it ends.
-
-    Args:
-        folder: of the run; is made.
-        command: shown to others that want the folder meanwhile.
-        wait: until the folder is free, instead of raising.
-        progress: is informed of waiting.
-
-    Raises:
-        RunError: another process holds it; the message says which, and since when.
-        PathError: the folder cannot be written.
-    """
-    about = folder / "lock.json"
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            if not wait:
-                raise RunError(
-                    f"{folder} is in use by {_holder(about)}; wait for it (--wait), or give another --out"
-                ) from None
-            progress.on(f"waiting for {_holder(about)}")
-            lock.acquire()
-    except OSError as error:
-        raise path_error(error, folder) from error
-    except NotImplementedError as error:  # a file system without locks
-        raise RunError(f"{folder} is on a file system without locks: {error}; give another --out") from error
-    try:
-        here = {"host": socket.gethostname(), "pid": os.getpid(), "since": now(), "command": command}
-        if (other := _read(about).get("host", here["host"])) != here["host"]:
-            progress.warn(f"{_holder(about)} did not release {folder}; on host {other} it may still be writing there")
-        write_json(about, here)
-        yield
-    finally:
-        about.unlink(missing_ok=True)
-        lock.release()
-
-
-def _holder(about: Path) -> str:
-    found = _read(about)
-    return (
-        f"process {found.get('pid', 'unknown')} on host {found.get('host', 'unknown')} since "
-        f"{found.get('since', 'unknown')} ({found.get('command') or 'no command'})"
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 # --- the run
@@ -292,6 +101,7 @@ class Run(Generic[C]):
         self.given: Any = None  # a loaded model, used instead of loading one
         self.loading = False  # an agent is being loaded, or could not be
         self._agent: tuple[str, Any] | None = None
+        self._unloadable: dict[str, str] = {}  # agents, and why
         self._left = 0  # of the current job
         self._saved, self._memory = saved, dict[Any, Any]()
         self._began, self._before = time.monotonic(), float(record.get("seconds", 0.0))
@@ -360,12 +170,18 @@ class Run(Generic[C]):
         """Return an agent, made by `make` the first time; only the last one that was asked for is kept in memory.
 
         Raises:
-            AgentError: it cannot be loaded. `go` then leaves out its other jobs too.
+            AgentError: it cannot be loaded, which is tried once. `go` then leaves out the other jobs of the agent.
         """
         if self._agent is None or self._agent[0] != name:
             self._agent, self.loading = None, True  # frees the memory of the one before
+            if name in self._unloadable:
+                raise AgentError(self._unloadable[name])
             self.progress.on(f"loading {name}")
-            self._agent = name, make()
+            try:
+                self._agent = name, make()
+            except AgentError as error:
+                self._unloadable[name] = str(error)
+                raise
             self.loading = False
         found: T = self._agent[1]
         return found
@@ -479,6 +295,8 @@ class Run(Generic[C]):
             notes |= {"with": others} if others and name == key else {}
             notes = {k: v for k, v in notes.items() if v}
             self.about[name] = write_table(self.file(name), tables[name], identity, notes)
+        if mixed := [x for x in self.record["mixed"] if x["table"] in tables]:
+            self.update(mixed=[x for x in self.record["mixed"] if x not in mixed])
 
     def check(self, key: str, identity: Mapping[str, Any], accept_mixed: bool) -> bool:
         """Look for a finished table, and return whether it may be used; set it aside where it may not.
@@ -509,10 +327,20 @@ class Run(Generic[C]):
                 self.describe(agent)
         return True
 
-    def set_aside(self, key: str, reason: str) -> None:
-        """Move a table to `set-aside/`, and keep the reason in `run.json`."""
-        path, count = self.file(key), 1
-        while (to := self.path / "set-aside" / f"{key}.{count}.parquet").exists():
+    def fits(self, key: str, identity: Mapping[str, Any]) -> bool:
+        """Return whether a finished table is there, undamaged and with this identity; it may then be used."""
+        try:
+            about = read_about(self.file(key))
+        except Damaged:
+            return False
+        if not difference(about["identity"], identity):
+            self.about[key] = about
+        return key in self.about
+
+    def set_aside(self, key: str, reason: str, suffix: str = ".parquet") -> None:
+        """Move a table, or with suffix "" a folder, to `set-aside/`, and keep the reason in `run.json`."""
+        path, count = self.path / f"{key}{suffix}", 1
+        while (to := self.path / "set-aside" / f"{key}.{count}{suffix}").exists():
             count += 1
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -539,7 +367,8 @@ def with_certificates(agents: list[dict[str, Any]], found: dict[str, Any]) -> di
     earlier = next((a for a in agents if a["name"] == found["name"]), {}).get("certificates", [])
     new = found.get("certificates", [])
     kept = [c for c in earlier if not any(_covers(other, c) for other in new)]
-    return found | {"certificates": [*kept, *new]} if kept else found
+    more = [c for c in new if not any(_covers(other, c) for other in kept)]
+    return found | {"certificates": [*kept, *more]} if kept else found
 
 
 def _covers(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -29,7 +29,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.common import Result, finish, parse
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.training import TrainConfig, train_tokenizer
-from nextstate.analysis.response import STRENGTHS, responses
+from nextstate.analysis.response.config import STRENGTHS
+from nextstate.analysis.response.measure import responses
 
 TOKENS = 64
 Found = np.ndarray[Any, np.dtype[np.float32]]

@@ -36,7 +36,9 @@ class PatchConfig(RunConfig):
     directions: list[Literal["denoise", "noise", "zero", "mean", "resample"]] = Field(
         default=["denoise", "noise"], min_length=1, description="the last three ablate heads at all positions"
     )
-    sites: list[Literal["head", "resid_pre", "attn_out", "mlp_out"]] = Field(default=list(SITES), min_length=1)
+    sites: list[Literal["head", "resid_pre", "attn_out", "mlp_out"]] = Field(
+        default=["head", "resid_pre", "attn_out", "mlp_out"], min_length=1
+    )
     steps: int | None = Field(None, ge=1, description="of an episode; a noop pair has `distance` more")
     distance: int | None = Field(None, ge=1, description="of noop pairs")
     resamples: int = Field(2000, ge=100, le=100_000)

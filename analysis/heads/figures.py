@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from nextstate.analysis.figures import layout, plain, rgba
+from nextstate.analysis.figures import layout, plain, rgba, rounded
 from nextstate.analysis.heads.config import MIN_EFFECT
 
 COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
@@ -114,7 +114,7 @@ def arrival(table: pl.DataFrame, title: str) -> go.Figure:
     layers = table["layer"].to_list()
     for name in ("state", "action"):
         value, low, high, below, above = (
-            _rounded(table[f"{name}{end}"]) for end in ("", "_low", "_high", "_band_low", "_band_high")
+            rounded(table[f"{name}{end}"]) for end in ("", "_low", "_high", "_band_low", "_band_high")
         )
         colour = COLOURS[name]
         traces.append(
@@ -165,7 +165,7 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
         names = [t[0] if shown else "" for t, shown in zip(told, large, strict=True)]
         traces.append(
             go.Scatter(
-                x=_rounded(rows["state"]), y=_rounded(rows["action"]), name=label or "neither", customdata=told,
+                x=rounded(rows["state"]), y=rounded(rows["action"]), name=label or "neither", customdata=told,
                 mode="markers+text" if label and name else "markers", text=names,
                 textposition="top center", textfont={"size": 11},
                 error_x=_bars(rows, "state", label), error_y=_bars(rows, "action", label),
@@ -190,7 +190,7 @@ def _diagonal(ends: Sequence[float]) -> go.Scatter:
 def _bars(rows: pl.DataFrame, name: str, label: str) -> dict[str, Any]:
     up = (rows[f"{name}_high"] - rows[name]).clip(0, None)
     down = (rows[name] - rows[f"{name}_low"]).clip(0, None)
-    return {"type": "data", "array": _rounded(up), "arrayminus": _rounded(down), "thickness": 1, "width": 0,
+    return {"type": "data", "array": rounded(up), "arrayminus": rounded(down), "thickness": 1, "width": 0,
             "color": rgba(COLOURS[label], 0.55), "visible": bool(label)}  # fmt: skip
 
 
@@ -204,16 +204,13 @@ def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
     """
     names = [f"{layer}.{head}" for layer, head in effects.select("layer", "head").iter_rows()]
     right, up = effects["exact"], effects["estimate"]
-    ends = [min(right.min(), up.min()), max(right.max(), up.max())]  # type: ignore[type-var]
+    both = np.concatenate([right.to_numpy(), up.to_numpy()])
+    ends = [float(both.min()), float(both.max())]
     traces = [
         _diagonal(ends),
         go.Scatter(
-            x=_rounded(right), y=_rounded(up), mode="markers", text=names, marker={"color": colour, "size": 6},
+            x=rounded(right), y=rounded(up), mode="markers", text=names, marker={"color": colour, "size": 6},
             hovertemplate="head %{text}<br>exact %{x:.3f}, estimate %{y:.3f}<extra></extra>",
         ),
     ]  # fmt: skip
     return go.Figure(traces, layout(title, 320, "exact effect (logits)", "gradient's estimate"))
-
-
-def _rounded(values: Any) -> list[float | None]:
-    return [round(float(v), 4) if np.isfinite(v) else None for v in values]

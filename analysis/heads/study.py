@@ -150,8 +150,10 @@ def _attend(run: Run[PatchConfig], design: str) -> pl.DataFrame:
     from nextstate.analysis.heads.tables import ATTENTION, routing_of
 
     found, rows = routing_of(run, design, "head"), []
-    model = run.model(run.config.model) if found is not None else None
-    heads = [] if found is None else top_heads(head_table(found, model.sites.layers_with("head")))[:SHOWN]
+    if found is None:
+        return pl.DataFrame(schema=ATTENTION)
+    model = run.model(run.config.model)
+    heads = top_heads(head_table(found, model.sites.layers_with("head")))[:SHOWN]
     for kind in ("state", "action") if heads else ():
         example = run.table(f"pairs/{design}-{kind}").filter("kept").row(0, named=True)
         weights = attention_of(model, example["ids"], heads)

@@ -170,7 +170,7 @@ def _run_trunks(
                 taken[layer] = x[:, moved]
 
             stack.enter_context(model.sites.hook(site, layer, take))
-        logits = _in_tree(model, tokens, visible, depths, cache, torch.tensor([length - 1, width - 1]))
+        logits = tree_pass(model, tokens, visible[None], depths[None], cache, torch.tensor([length - 1, width - 1]))
     held = [(layer.keys, layer.values) for layer in cache.layers]
     whole = torch.from_numpy(source).to(model.device)
     trunks = Trunks(held, depths, columns, base_stream, source_stream)
@@ -396,7 +396,7 @@ def _copies_in_tree(
         depths = torch.cat([trunks.depths, torch.arange(start, start + span).repeat(n)])
         tokens = runs.tokens[:, start:].repeat(1, n)
         ends_of = torch.arange(n) * span + span - 1
-        logits = _in_tree(model, tokens, visible, depths, Held(trunks.cache), ends_of, only)
+        logits = tree_pass(model, tokens, visible[None], depths[None], Held(trunks.cache), ends_of, only)
     if fired != patched:
         raise PatchError(f"control failed: layers {fired} were patched, expected {patched}")
     return logits
@@ -411,17 +411,20 @@ def overwrite(
     target.copy_(torch.where(chosen[None, :, None, :, None], values[:, None], target))
 
 
-def _in_tree(
+def tree_pass(
     model: LanguageModel,
     tokens: Int[Tensor, "row token"],
-    visible: Bool[Tensor, "token column"],
-    depths: Int[Tensor, " column"],
+    visible: Bool[Tensor, "mask token column"],
+    depths: Int[Tensor, "mask column"],
     cache: DynamicCache,
     ask: Int[Tensor, " asked"],
     only: Int[Tensor, "row token"] | None = None,
 ) -> Float[Tensor, "row asked vocab"]:
-    """Run tokens under a mask that all rows share; the vocabulary, or `only` some of it, where asked alone."""
-    ask, places = ask.to(model.device), Places(visible.to(model.device)[None], depths.to(model.device)[None])
+    """Run tokens under a mask for each row, or one mask for all rows; return logits of the asked tokens.
+
+    The vocabulary, or `only` some of it, is computed for the asked tokens alone.
+    """
+    ask, places = ask.to(model.device), Places(visible.to(model.device), depths.to(model.device))
     with read_out(model.model, lambda x: x[:, ask], only):
         return model.forward.in_tree(tokens, places, cache)
 

@@ -25,14 +25,14 @@ PAIRS: dict[str, Any] = {
     "greedy_corrupted": pl.Boolean, "kept": pl.Boolean, "reason": pl.String,
 }  # fmt: skip
 _ENDS = ("", "_low", "_high", "_band_low", "_band_high")
-HEADS: dict[str, Any] = {
+HEADS: dict[Any, Any] = {
     "layer": pl.Int64, "head": pl.Int64,
     **{f"{kind}{end}": pl.Float64 for kind in ("state", "action") for end in _ENDS},
     "state_carries": pl.Boolean, "action_carries": pl.Boolean,
     **{f"routing{end}": pl.Float64 for end in _ENDS},
     "share": pl.Float64, "carries": pl.String,
 }  # fmt: skip
-EFFECTS: dict[str, Any] = {
+EFFECTS: dict[Any, Any] = {
     "design": pl.String, "kind": pl.String, "layer": pl.Int64, "head": pl.Int64, "exact": pl.Float64,
     "estimate": pl.Float64,
 }  # fmt: skip
@@ -207,8 +207,8 @@ def _routed(run: Run[Any]) -> dict[str, pl.DataFrame]:
         for site in SITES[1:]:
             if (found := routing_of(run, design, site)) is not None:
                 table_ = head_table(found, range(found.value.shape[0]))
-                layers.append(table_.select(pl.lit(site).alias("site"), pl.all()).cast(layers[0].schema))
-        return {"heads": heads.cast(HEADS), "layers": pl.concat(layers)}
+                layers.append(table_.select(pl.lit(site).alias("site"), *HEADS).cast(layers[0].schema))
+        return {"heads": heads.select(list(HEADS)).cast(HEADS), "layers": pl.concat(layers)}
     return {"heads": empty, "layers": empty.select(pl.lit("").alias("site"), pl.all())}
 
 

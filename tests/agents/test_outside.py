@@ -13,6 +13,8 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
+from nextstate.entrants import participants
+from nextstate.experiment import Config
 from polars.testing import assert_frame_equal
 
 from nextstate.agents import registry
@@ -21,9 +23,7 @@ from nextstate.agents.config import ConfigError, KindConfig, read_config
 from nextstate.agents.reference import Reference
 from nextstate.agents.registry import kind_of, spec_of, specs_of
 from nextstate.agents.rollout import episodes_of
-from nextstate.entrants import participants
 from nextstate.envs.games import make_game
-from nextstate.experiment import Config
 from nextstate.folder import ExperimentError
 from tests.outside_agent import NGRAM, write_package
 

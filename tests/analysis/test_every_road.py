@@ -18,12 +18,15 @@ from torch import Tensor
 
 from nextstate.agents import session
 from nextstate.agents.agent import Prompt
-from nextstate.agents.intervene import _REFERENCE_SEED, Intervened, Intervention, drawn
+from nextstate.agents.intervene import _REFERENCE_SEED, Intervened, drawn
+from nextstate.agents.intervention import Intervention
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.sites import SiteError
 from nextstate.analysis.heads.patch import TokenPair, sweep
 from nextstate.analysis.record import load, record
-from nextstate.analysis.response import ALONG, ResponseError, exact, responses, unit_directions
+from nextstate.analysis.response.branches import ResponseError
+from nextstate.analysis.response.config import ALONG
+from nextstate.analysis.response.measure import exact, responses, unit_directions
 from nextstate.envs.games import make_game
 from tests.exactness import ROADS as ASKED
 from tests.exactness import tokens_of, truth

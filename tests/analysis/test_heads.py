@@ -15,15 +15,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from nextstate.patching import PatchConfig
 from polars.testing import assert_frame_equal
 from typer.testing import CliRunner
 
-from nextstate import cli, patching
+from nextstate import cli
 from nextstate.agents.agent import Prompt
 from nextstate.agents.config import ConfigError, read_config
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis import heads_report
+from nextstate.analysis.heads.config import PatchConfig, draw
 from nextstate.analysis.heads.pairs import PatchError, TokenPair
 from nextstate.analysis.heads.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
 from nextstate.analysis.heads.routing import (
@@ -38,10 +37,13 @@ from nextstate.analysis.heads.routing import (
     token_pairs,
     top_heads,
 )
-from nextstate.analysis.heads.tables import load, restored
+from nextstate.analysis.heads.study import Heads
+from nextstate.analysis.heads.tables import sweep_of
+from nextstate.analysis.log import proved
+from nextstate.analysis.run import RunError, read_record
+from nextstate.analysis.study import go, open_run
 from nextstate.envs.contrast import Pair, Role, Span
 from nextstate.envs.games import make_game
-from nextstate.folder import ExperimentError
 from tests.circuits import Circuit, circuit
 from tests.pages import data, loads_nothing, markup, places
 
@@ -208,14 +210,14 @@ def test_what_cannot_be_measured_with_is_left_out_and_told() -> None:
 
 
 def test_published_pairs_whose_answers_agree_are_left_out() -> None:
-    config = PatchConfig(**NARROW | {"designs": ["paper"], "kinds": ["state", "noop"]})
+    config, rng = narrow(designs=["paper"], kinds=["state", "noop"]), np.random.default_rng(0)
     game = make_game("DFA")
-    pairs = patching.draw(config, game, "paper", "state")
+    pairs = draw(config, game, "paper", "state", rng)
     assert len(pairs) == 14
     found, excluded = token_pairs(built("DFA", 0).agent.encoder, pairs)
     assert {len(pairs[x.pair].clean.steps) - 1 for x in excluded} == {10, 18, 26}
     assert len(found) == 8
-    assert len(token_pairs(built("DFA", 0).agent.encoder, patching.draw(config, game, "paper", "noop"))[0]) == 10
+    assert len(token_pairs(built("DFA", 0).agent.encoder, draw(config, game, "paper", "noop", rng))[0]) == 10
 
 
 def test_answers_are_compared_where_their_tokens_differ(folders: dict[str, Path]) -> None:
@@ -275,44 +277,53 @@ def test_attention_can_be_read_on_every_architecture(model: LanguageModel) -> No
 # --- runs
 
 
+def narrow(**change: Any) -> PatchConfig:
+    return PatchConfig(**NARROW | change)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("heads") / "run"
-    config = PatchConfig(**NARROW | {"directions": ["denoise", "zero"]})
-    patching.run(config, out, command="nextstate patch </script>", model=built("DFA", 1).agent)
+    config = narrow(directions=["denoise", "zero"])
+    go(Heads(), config, out, command="nextstate patch </script>", model=built("DFA", 1).agent)
     return out
 
 
 def test_a_run_finds_the_circuit_and_says_so(folder: Path) -> None:
-    made, run = built("DFA", 1), load(folder)
-    found = pl.read_parquet(folder / "heads.parquet").filter(pl.col("carries") != "")
-    told = {(r["layer"], r["head"]): r["carries"] for r in found.iter_rows(named=True)}
-    assert told == {made.heads["state"]: "state", made.heads["action"]: "action", made.heads["match"]: "both"}
-    layers = pl.read_parquet(folder / "layers.parquet").filter(site="attn_out")
+    made, (_, run) = built("DFA", 1), open_run(folder, "")
+    found = run.summary("heads").filter(pl.col("carries") != "")
+    carried = {(r["layer"], r["head"]): r["carries"] for r in found.iter_rows(named=True)}
+    assert carried == {made.heads["state"]: "state", made.heads["action"]: "action", made.heads["match"]: "both"}
+    layers = run.summary("layers").filter(site="attn_out")
     assert layers["state"][made.heads["state"][0]] == pytest.approx(1, abs=1e-3)
-    assert run.info["finished"]
-    assert run.counts["balanced", "state"] == {"drawn": 6, "sound": 6, "kept": 6, "greedy": 1.0, "failed": 0,
-                                               "left_out": []}  # fmt: skip
-    headline = heads_report.headline(run, run.routing("balanced", "head"))
-    assert headline["routing"] == {"state": [made.heads["state"]], "action": [made.heads["action"]],
-                                   "both": [made.heads["match"]], "unclear": []}  # fmt: skip
-    assert len(run.sweeps) == 2 * (4 + 1 + 1 + 1)
-    for rows in run.sweeps.values():
+    assert run.record["finished"]
+    assert run.summary("counts").filter(kind="state").rows() == [("balanced", "state", 6, 6, 6, 0, 1.0)]
+    assert run.summary("excluded").is_empty()
+    assert set(Heads().headline(run)["head"]) == {f"{layer}.{head}" for layer, head in carried}
+    sweeps = run.tables("sweeps/*")
+    assert len(sweeps) == 2 * (4 + 1 + 1 + 1)
+    for rows in sweeps.values():
         assert rows["pairs"].unique().to_list() == [6]
         assert not rows["exact"][0] or rows["control"][0] < 1e-4
-    assert not list(folder.rglob("*.partial"))
+
+
+def test_the_headline_of_the_page_names_the_heads(folder: Path) -> None:
+    made, page = built("DFA", 1), Heads().page(open_run(folder)[1])
+    assert page.context["headline"]["routing"] == {
+        "state": [made.heads["state"]], "action": [made.heads["action"]], "both": [made.heads["match"]], "unclear": [],
+    }  # fmt: skip
 
 
 def test_a_sweep_comes_back_from_its_table(folder: Path) -> None:
-    run, agent = load(folder), built("DFA", 1).agent
-    pairs = patching.draw(PatchConfig(**NARROW), make_game("DFA", **NARROW["settings"]), "balanced", "state")
+    run, agent = open_run(folder, "")[1], built("DFA", 1).agent
+    pairs = draw(narrow(), make_game("DFA", **NARROW["settings"]), "balanced", "state", run.rng("balanced", "state"))
     again = sweep(agent, token_pairs(agent.encoder, pairs)[0], vocabulary=False)
-    rows = run.get("balanced", "state", "head", "denoise", "last")
-    back = restored(rows, run.pairs)
+    back = sweep_of(run, "balanced", "state", "head", "denoise", "last")
+    assert back is not None
     assert back.patched.difference == pytest.approx(again.patched.difference, abs=1e-3)
     assert rank_agreement(back, back) == pytest.approx(1)
     assert recovery(back, np.random.default_rng(0), resamples=50).value.ravel() == pytest.approx(
-        rows["recovery"].to_numpy(), abs=1e-4
+        run.table("sweeps/balanced-state-head-denoise-last")["recovery"].to_numpy(), abs=1e-4
     )
 
 
@@ -335,24 +346,46 @@ def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
 
 
 def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
-    config, agent = PatchConfig(**NARROW | {"sites": ["head"]}), built("DFA", 0).agent
-    patching.run(config, tmp_path, model=agent)
+    config, agent = narrow(sites=["head"]), built("DFA", 0).agent
+    go(Heads(), config, tmp_path, model=agent)
     files = sorted((tmp_path / "sweeps").glob("*.parquet"))
     tables = {p: pl.read_parquet(p) for p in files}
     assert len(files) == 4
     files[0].unlink()
     written = {p: p.stat().st_mtime_ns for p in files[1:]}
-    patching.run(config, tmp_path, model=agent)
+    go(Heads(), config, tmp_path, model=agent)
     assert written == {p: p.stat().st_mtime_ns for p in files[1:]}
     assert_frame_equal(tables[files[0]], pl.read_parquet(files[0]))
-    (before,) = load(tmp_path).info["agents"]
+    (before,) = read_record(tmp_path)["agents"]
     assert [(c["road"], c["live"]) for c in before["certificates"]] == [("tree", False)]
     agent.forward.certificates.clear()  # as after loading it again
-    patching.run(config, tmp_path, model=agent)
-    assert load(tmp_path).info["agents"] == [before]
-    assert heads_report.mirrored(load(tmp_path))["certificate/circuit-DFA-0/replay/road"] == "tree"
-    with pytest.raises(ExperimentError, match=r"another config \(different: pairs\)"):
-        patching.run(config.model_copy(update={"pairs": 7}), tmp_path, model=agent)
+    files[0].unlink()
+    go(Heads(), config, tmp_path, model=agent)
+    (after,) = read_record(tmp_path)["agents"]
+    assert [c | {"seconds": 0} for c in after["certificates"]] == [c | {"seconds": 0} for c in before["certificates"]]
+    assert proved(read_record(tmp_path))["certificate/circuit-DFA-0/replay/road"] == "tree"
+    with pytest.raises(RunError, match=r"another config \(different: pairs\)"):
+        go(Heads(), config.model_copy(update={"pairs": 7}), tmp_path, model=agent)
+
+
+def test_a_layer_that_is_edited_makes_every_table_anew(tmp_path: Path) -> None:
+    config, agent = narrow(sites=["head"], directions=["denoise"], kinds=["state"]), built("DFA", 2).agent
+    go(Heads(), config, tmp_path, model=agent)
+    first = pl.read_parquet(tmp_path / "pairs/balanced-state.parquet")
+    weights = next(p for name, p in agent.model.named_parameters() if "ln_f.weight" in name or "norm" in name)
+    try:
+        with torch.no_grad():
+            weights.mul_(0.5)
+        run = go(Heads(), config, tmp_path, model=agent)
+    finally:
+        with torch.no_grad():
+            weights.mul_(2)
+    second = pl.read_parquet(tmp_path / "pairs/balanced-state.parquet")
+    assert not first.equals(second)
+    assert {x["table"] for x in run.record["set_aside"]} >= {"pairs/balanced-state"}
+    assert all(
+        "made with files" in x["reason"] for x in run.record["set_aside"] if x["table"] == "pairs/balanced-state"
+    )
 
 
 def test_a_model_that_fails_on_everything_is_said_and_nothing_is_drawn(
@@ -362,12 +395,14 @@ def test_a_model_that_fails_on_everything_is_said_and_nothing_is_drawn(
     with torch.no_grad():
         for parameter in agent.model.parameters():
             parameter.fill_(0)  # it likes all tokens the same
-    page = patching.run(PatchConfig(**NARROW), tmp_path, model=agent).read_text(encoding="utf-8")
+    run = go(Heads(), narrow(), tmp_path, model=agent)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r"No result for balanced (?:state|action) pairs", page)) == 2
     assert "fails on all 6 of them" in page
     assert 'data-figure="' not in page
-    assert not (tmp_path / "sweeps").exists()
-    assert len(json.loads((tmp_path / "run.json").read_text())["left_out"]) == 2
+    assert all(table.is_empty() for table in run.tables("sweeps/*").values())
+    assert len(run.record["left_out"]) == 2
+    assert all(x["failed"] for x in run.record["left_out"])
 
 
 @pytest.mark.parametrize(
@@ -386,9 +421,9 @@ def test_wrong_configs(tmp_path: Path, change: dict[str, Any], message: str) -> 
 
 
 def test_pairs_that_a_game_has_not(tmp_path: Path) -> None:
-    config = PatchConfig(**NARROW | {"game": "Cycle", "settings": {}, "kinds": ["action"]})
-    with pytest.raises(ExperimentError, match="Cycle has no balanced pairs of kinds action; it has state"):
-        patching.run(config, tmp_path / "run", model=built("Cycle", 0).agent)
+    config = narrow(game="Cycle", settings={}, kinds=["action"])
+    with pytest.raises(RunError, match="Cycle has no balanced pairs of kinds action; it has state"):
+        go(Heads(), config, tmp_path / "run", model=built("Cycle", 0).agent)
     assert not (tmp_path / "run").exists()
 
 
@@ -404,5 +439,5 @@ def test_the_command_line_end_to_end(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.app, ["report", str(page.parent)]).exit_code == 0
     assert page.stat().st_mtime_ns > first
     refused = CliRunner().invoke(cli.app, [*command[3:], "seed=1", "--out", str(page.parent)])
-    assert isinstance(refused.exception, ExperimentError)
+    assert isinstance(refused.exception, RunError)
     assert "another config (different: seed)" in str(refused.exception)

@@ -14,16 +14,15 @@ import jinja2
 import plotly.graph_objects as go
 import polars as pl
 import pytest
-from nextstate.analysis.heads_figures import COLOURS
 
-from nextstate.analysis import grammar_report, report, tables
-from nextstate.analysis.grammar_tables import load
+from nextstate.analysis import report, tables
+from nextstate.analysis.grammar.study import GrammarStudy
+from nextstate.analysis.heads.figures import COLOURS
 from nextstate.analysis.page import vector
 from nextstate.analysis.page.formats import cell
 from nextstate.analysis.page.page import FigureList, Page, Section, environment, render, sha256, write
 from tests.analysis.conftest import EVIL
-from tests.analysis.test_grammar_report import info, lay
-from tests.analysis.test_grammar_report import tables as grammar_tables
+from tests.analysis.test_grammar_page import make as make_grammar_run
 from tests.pages import data, loads_nothing, markup, places, shown
 
 RECORD = {
@@ -148,14 +147,14 @@ def real(run_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     loaded = tables.load(run_path)
     answers = tables.narrow(loaded.rows)
     out = dict(report.make_page(loaded, answers, tables.cells(answers)).figures.figures)
-    grammar = load(lay(tmp_path_factory.mktemp("grammar"), info(), grammar_tables()))
-    return out | grammar_report.make_page(grammar).figures.figures
+    grammar = make_grammar_run(tmp_path_factory.mktemp("grammar") / "run")
+    return out | GrammarStudy().page(grammar).figures.figures
 
 
 KINDS = (
     "box-accuracy-of-", "box-accuracy-against-boxes", "dfa-density-min-accuracy-against-step", "determined-and",
-    "where-the-shortcut-fails", "written-strings", "from-nothing", "divergence-from", "loss", "from-the-whole-string",
-    "temperature", "rotary",
+    "where-the-shortcut-fails", "written-strings", "from-nothing", "divergence-from", "loss",
+    "ancestors-at-all-tokens-from-the-whole-string", "after-a-clean-prefix-temperature", "attention-pairs-rotary",
 )  # fmt: skip
 
 

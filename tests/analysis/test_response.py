@@ -15,19 +15,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import SiteError
-from nextstate.analysis import response_branches as engine
 from nextstate.analysis.attention import copying, prefix_matching
-from nextstate.analysis.response import (
-    ALONG,
-    STRENGTHS,
-    Response,
-    ResponseError,
-    exact,
-    responses,
-    unit_directions,
-)
-from nextstate.analysis.response_bridge import pushed, role_rows, transcripts
-from nextstate.analysis.response_induction import (
+from nextstate.analysis.response import branches as engine
+from nextstate.analysis.response.branches import ResponseError
+from nextstate.analysis.response.bridge import pushed, role_rows, transcripts
+from nextstate.analysis.response.config import ALONG, STRENGTHS
+from nextstate.analysis.response.induction import (
     Repeated,
     averaged,
     excess,
@@ -39,7 +32,13 @@ from nextstate.analysis.response_induction import (
     vocabulary_of,
     without,
 )
-from nextstate.analysis.response_window import restored, window
+from nextstate.analysis.response.measure import (
+    Response,
+    exact,
+    responses,
+    unit_directions,
+)
+from nextstate.analysis.response.window import restored, window
 from nextstate.envs.games import make_game
 from tests.circuits import STATES, Circuit, circuit, word_tokenizer
 from tests.conftest import ARCHITECTURES

@@ -1,30 +1,32 @@
-"""A response run is a folder and a page: on circuits built by hand, without a window, on the command line."""
+"""A response run: on circuits built by hand, without a window, resumed, read again, and beside a patching run."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
-from nextstate.patching import PatchConfig
 from polars.testing import assert_frame_equal
-from typer.testing import CliRunner
 
-from nextstate import cli, patching, responding
 from nextstate.agents.config import ConfigError, packaged_configs, read_config
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis import response_report
+from nextstate.analysis import log
+from nextstate.analysis.heads.study import Heads
 from nextstate.analysis.page.page import render
-from nextstate.analysis.response_tables import Signature, agreement, load
-from nextstate.analysis.tables import RunError
-from nextstate.folder import ExperimentError
-from nextstate.responding import ResponseConfig
+from nextstate.analysis.response import figures
+from nextstate.analysis.response.config import ResponseConfig, patched
+from nextstate.analysis.response.page import headline
+from nextstate.analysis.response.study import ResponseStudy
+from nextstate.analysis.response.tables import emerges
+from nextstate.analysis.run import ModelFailed, Run, RunError
+from nextstate.analysis.study import go, open_run, verify, write_page
 from tests.circuits import STATES, Circuit, circuit
-from tests.pages import data, loads_nothing, markup, places
+from tests.pages import loads_nothing, markup, places
 
 NARROW: dict[str, Any] = {
     "name": "narrow", "model": "circuit", "block": 8, "prompts": 3, "directions": 1, "window_prompts": 1,
@@ -38,161 +40,250 @@ def built(game: str) -> Circuit:
     return circuit(game, 0, decoys=0)
 
 
+def respond(out: Path, agent: Any, command: str = "", **more: Any) -> Run[ResponseConfig]:
+    return go(ResponseStudy(), ResponseConfig(**NARROW | more), out, command=command, model=agent)
+
+
+def read(folder: Path, keys: str = "summary/") -> Run[ResponseConfig]:
+    return open_run(folder, keys)[1]
+
+
+def tables(folder: Path) -> dict[str, pl.DataFrame]:
+    found = (p for p in folder.rglob("*.parquet") if "set-aside" not in p.parts)
+    return {str(p.relative_to(folder)): pl.read_parquet(p) for p in found}
+
+
+def page_of(folder: Path) -> str:
+    return markup((folder / "report.html").read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("response") / "run"
     bridge = [{"game": "Cycle", "settings": {"period": 5}, "pairs": 3}]
-    config = ResponseConfig(**NARROW | {"bridge": bridge})
-    responding.run(config, out, command="nextstate response </script>", model=built("Cycle").agent)
+    respond(out, built("Cycle").agent, "nextstate response </script>", bridge=bridge)
     return out
 
 
-def test_a_run_finds_the_circuit_and_says_so(folder: Path) -> None:
-    made, run = built("Cycle"), load(folder)
-    told = response_report.headline(run)
-    own = told["windows"][0]
-    assert (own["dtype"], own["low"]) == ("float32", 1e-3)
+def test_a_run_finds_the_circuit(folder: Path) -> None:
+    made, run = built("Cycle"), read(folder)
+    found = headline(run.summaries())
+    own = found["windows"][0]
+    assert (own["dtype"], own["low"], own["weakest"]) == ("float32", 1e-3, True)
     assert own["high"] >= 0.05
-    assert told["signature"]["emerges"] == made.heads["induction"][0]
-    assert told["signature"]["added"]["low"] > 0.2
-    lost = {(r["layer"], r["head"]): r for r in told["heads"]["rows"]}
+    assert found["signature"]["emerges"] == made.heads["induction"][0]
+    assert found["signature"]["added"]["low"] > 0.2
+    lost = {(r["layer"], r["head"]): r for r in found["heads"]["rows"]}
     assert set(lost) == set(made.heads.values())
     assert lost[made.heads["induction"]]["lost"] == pytest.approx(1, abs=0.1)
     assert lost[made.heads["induction"]]["prefix"] == pytest.approx(1, abs=1e-4)
     assert lost[made.heads["induction"]]["copying"] == 1
-    (bridge,) = told["bridges"]
+    (bridge,) = found["bridges"]
     assert bridge["roles"]["match"]["response"] > 5 * bridge["roles"]["others"]["response"]
-    rows = run.bridge["Cycle-state"].filter(role="match", valid=True).sort("layer")
+    rows = run.summary("bridge").filter(role="match", valid=True).sort("layer")
     assert rows["layer"].to_list() == list(range(made.heads["previous"][0], 4))
-    assert run.info["finished"]
-    assert not list(folder.rglob("*.partial"))
+    assert run.record["finished"]
 
 
 def test_the_exact_limit_is_what_was_measured(folder: Path) -> None:
-    rows = load(folder).tables["exact"].drop_nulls()
+    rows = read(folder).summary("exact").drop_nulls()
     assert len(rows)
     assert rows["apart"].max() < 0.05  # type: ignore[operator]
 
 
-def test_the_page_is_whole_loads_nothing_and_says_whose_recipe_it_is(folder: Path) -> None:
+def test_the_page_is_complete_and_says_whose_recipe_it_is(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
     page = markup(text)
-    assert text.count("</script>") == 3
-    assert "</script>" not in page
     assert loads_nothing(text)
+    assert "nextstate response </script>" not in page
     for words in ("The recipe is ours, not the paper's", "Bridge to the games", "scale-invariant window", "Copying",
                   "How each model was run"):  # fmt: skip
         assert words.lower() in page.lower()
-    figures = data(text, "figures")
-    assert places(text) == sorted(figures)
-    sliders = [f["layout"]["sliders"][0] for f in figures.values() if "sliders" in f["layout"]]
+    drawn = ResponseStudy().page(read(folder)).figures.figures
+    assert places(text) == sorted(drawn)
+    sliders = [figure.layout.sliders[0] for figure in drawn.values() if figure.layout.sliders]
     assert len(sliders) == 2
-    valid = load(folder).holds("random")
-    assert [step["label"] for step in sliders[0]["steps"]] == [str(layer) for layer in valid]
+    windows = read(folder).summary("windows").filter(dtype="float32", kind="random")
+    strength = headline(read(folder).summaries())["windows"][0]["strength"]
+    valid = windows.filter(pl.col("low") <= strength, pl.col("high") >= strength)["layer"].unique().sort()
+    assert [step.label for step in sliders[0].steps] == [str(layer) for layer in valid]
 
 
 def test_where_there_is_no_signature_no_head_carries_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = load(folder)
-    page = render(response_report.make_page(run), run.info)
-    assert "heads carry it" in page
-    assert "stands out</button>" in page
-    assert "figures/heads" in response_report.mirrored(run)
-    monkeypatch.setattr(Signature, "emerges", lambda self, column=0: None)
-    page = render(response_report.make_page(run), run.info)
+    run = read(folder)
+    assert "heads carry it" in page_of(folder)
+    assert "stands out</button>" in page_of(folder)
+    without = run.summaries()
+    without["signature"] = without["signature"].with_columns(emerges=pl.lit(None, dtype=pl.Int64))
+    monkeypatch.setattr(run, "summaries", lambda: without)
+    made = ResponseStudy().page(run)
+    page = markup(render(made, run.record))
     assert "No induction signature stands out." in page
     assert "carry it:" not in page
     assert "carries it:" not in page
     assert "stands out</button>" not in page
     assert "prefix matching</button>" in page
-    assert not {"figures/heads", "summary/heads"} & response_report.mirrored(run).keys()
+    assert not any("left-out" in name for name in made.figures.figures)
 
 
 def test_only_what_is_within_the_window_is_drawn(folder: Path) -> None:
-    run = load(folder)
-    found = run.signature()
-    assert found is not None
-    assert not all(found.valid)  # nothing reaches the later tokens before the previous-token head
-    figure = response_report.figures.depth(found, "x")
-    drawn = {x for trace in figure.data for x in trace.x}
-    assert drawn == {layer for layer, ok in zip(found.layers, found.valid, strict=True) if ok}
-    grid = np.array(response_report.figures.stripes(found, "x").data[0].z, dtype=float)
-    assert np.isnan(grid).all(1).tolist() == [not ok for ok in found.valid]
+    found = read(folder).summaries()
+    lines = found["lines"].filter(kind="random", measure="response")
+    valid = set(lines.filter("valid")["layer"])
+    assert valid != set(lines["layer"])  # nothing reaches the later tokens before the previous-token head
+    assert {x for trace in figures.depth(lines, "x").data for x in trace.x} == valid
+    (grid,) = figures.stripes(found["offsets"].filter(kind="random"), NARROW["block"], "x").data
+    for layer, row in zip(grid.y, grid.z, strict=True):
+        assert all((x is None) == (layer not in valid) for x in row)
 
 
-def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
-    config, agent = ResponseConfig(**NARROW), built("Cycle").agent
-    responding.run(config, tmp_path, model=agent)
-    files = sorted((tmp_path / "response").glob("*.parquet"))
-    gone = [tmp_path / "response" / f"{name}.parquet" for name in ("left-002", "signature-control-random", "exact")]
-    before = {p: pl.read_parquet(p) for p in gone}
-    for path in gone:
-        path.unlink()
-    written = {p: p.stat().st_mtime_ns for p in files if p not in gone and "matrix" not in p.name}
-    responding.run(config, tmp_path, model=agent)
-    assert written == {p: p.stat().st_mtime_ns for p in written}
-    for path in gone:
-        assert_frame_equal(before[path], pl.read_parquet(path))
-    (told,) = load(tmp_path).info["agents"]
-    assert [(c["road"], c.get("dtype")) for c in told["certificates"]] == [("tree", "bfloat16"), ("tree", None)]
-    agent.forward.certificates.clear()  # as after loading it again
-    responding.run(config, tmp_path, model=agent)
-    assert load(tmp_path).info["agents"] == [told]
-    assert "In half precision rounding hides small errors" in (tmp_path / "report.html").read_text()
-    mirrored = response_report.mirrored(load(tmp_path))
-    assert [mirrored[f"certificate/circuit-Cycle-0/{how}/road"] for how in ("replay", "bfloat16/replay")] == [
-        "tree",
-        "tree",
-    ]
-    with pytest.raises(ExperimentError, match=r"another config \(different: block\)"):
-        responding.run(config.model_copy(update={"block": 9}), tmp_path, model=agent)
+def test_the_signature_begins_where_all_later_layers_have_it() -> None:
+    def first(*rows: tuple[bool, float]) -> int | None:
+        layers = [(layer, valid, low) for layer, (valid, low) in enumerate(rows)]
+        return emerges(pl.DataFrame(layers, schema=["layer", "valid", "band_low"], orient="row"))
+
+    assert first((True, -1.0), (True, 1.0), (True, 2.0)) == 1
+    assert first((True, 1.0), (True, -1.0), (False, -9.0), (True, 2.0)) == 3
+    assert first((True, 1.0), (False, -1.0), (True, 1.0)) == 0
+    assert first((True, 1.0), (True, float("nan"))) is None
+    assert first((False, 1.0)) is None
 
 
-def test_no_window_is_said_and_nothing_else_is_shown(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_lost_and_damaged_tables_are_made_again(tmp_path: Path) -> None:
+    agent = built("Cycle").agent
+    respond(tmp_path, agent)
+    before, page = tables(tmp_path), page_of(tmp_path)
+    (tmp_path / "heads/2.parquet").unlink()
+    (tmp_path / "matrix/control-random.parquet").unlink()  # made together with a signature, which is made again too
+    damaged = tmp_path / "exact.parquet"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "windows").glob("*")}
+    agent.forward.certificates.clear()  # as in another process
+    respond(tmp_path, agent)
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}
+    after = tables(tmp_path)
+    assert after.keys() == before.keys()
+    for key, table in after.items():
+        assert_frame_equal(table, before[key])
+    now = read(tmp_path).record
+    assert [x["table"] for x in now["set_aside"]] == ["exact", "signature/control-random"]
+    certificates = [(c["road"], c.get("dtype")) for c in now["agents"][0]["certificates"]]
+    assert certificates == [("tree", "bfloat16"), ("tree", None)]
+    assert "In half precision rounding hides small errors" in page_of(tmp_path)
+    sent = log.proved(now)
+    assert {sent[f"certificate/circuit-Cycle-0/{how}/road"] for how in ("replay", "bfloat16/replay")} == {"tree"}
+    lead = slice(page.index("<h1>"), page.index('<section id="run"'))
+    assert page[lead] == page_of(tmp_path)[lead]
+    with pytest.raises(RunError, match=r"another config \(different: block\)"):
+        respond(tmp_path, agent, block=9)
+
+
+def test_the_page_needs_the_summary_alone(folder: Path, tmp_path: Path) -> None:
+    before = page_of(folder)
+    for part in ("run.json", "report.html", "summary"):
+        subprocess.run(["cp", "-r", folder / part, tmp_path / part], check=True)
+    write_page(*open_run(tmp_path))
+    assert page_of(tmp_path) == before
+
+
+def test_the_headline_has_the_windows_and_the_signature(folder: Path) -> None:
+    rows = ResponseStudy().headline(read(folder)).rows(named=True)
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16"]
+    assert rows[0]["weakest"] == 1e-3
+    assert rows[0]["from_layer"] == built("Cycle").heads["induction"][0]
+    assert 0.2 < rows[0]["signature_low"] < rows[0]["signature"] < rows[0]["signature_high"]
+    assert rows[1]["signature"] is None
+
+
+def test_jobs_done_again_give_the_same_tables(folder: Path) -> None:
+    found = verify(folder, cells=6, model=built("Cycle").agent)
+    assert len(found) == 6
+    assert [(x.key, x.made, x.found) for x in found if x.made or x.found] == []
+
+
+def test_a_finished_run_is_read_without_torch(tmp_path: Path, folders: dict[str, Path]) -> None:
+    config = NARROW | {"model": str(folders["gpt2"]), "alphabet": [], "block": 4}
+    go(ResponseStudy(), ResponseConfig(**config), tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.suffix in (".parquet", ".html")}
+    code = (
+        "import json, sys; from pathlib import Path; from nextstate.analysis.study import find_study, go; "
+        "study = find_study('response'); config = study.config(**json.loads(sys.argv[1])); "
+        "go(study, config, Path(sys.argv[2])); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(config), tmp_path / "run"], check=True)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_without_a_window_nothing_else_is_shown(tmp_path: Path, folders: dict[str, Path]) -> None:
     agent = LanguageModel(str(folders["llama"]), device="cpu")
-    config = ResponseConfig(**NARROW | {"alphabet": [], "strengths": [0.3, 0.6, 1.2, 2.4], "bridge": [{"game": "DFA"}]})
-    page = responding.run(config, tmp_path, model=agent).read_text(encoding="utf-8")
-    shown = markup(page)
-    assert "<strong>No scale-invariant window.</strong>" in shown
+    run = respond(tmp_path, agent, alphabet=[], strengths=[0.3, 0.6, 1.2, 2.4], bridge=[{"game": "DFA"}])
+    page = page_of(tmp_path)
+    assert "<strong>No scale-invariant window.</strong>" in page
     for anchor in ("matrices", "signature", "heads"):
-        assert f'id="{anchor}"' not in shown
-    assert "No window on transcripts of DFA, state pairs" in shown
-    assert not list((tmp_path / "response").glob("signature-*"))
-    assert load(tmp_path).signature() is None
-    assert load(tmp_path).heads is None
+        assert f'id="{anchor}"' not in page
+    assert "No window on transcripts of DFA, state pairs" in page
+    for key in ("signature/repeated-random", "matrix/repeated-along", "scores", "heads/0", "bridge/DFA-state"):
+        assert run.table(key).is_empty()
+    assert run.summary("signature").is_empty()
+    assert run.summary("heads").is_empty()
+    assert run.record["left_out"] == []
 
 
 def test_half_precision_without_a_window_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
     agent = LanguageModel(str(folders["gpt2"]), device="cpu", dtype="bfloat16")
-    config = ResponseConfig(**NARROW | {"alphabet": [], "strengths": [0.02, 0.1, 0.5]})
-    with pytest.raises(ExperimentError, match=r"no scale-invariant window in bfloat16.*load it with dtype=float32"):
-        responding.run(config, tmp_path / "a", model=agent)
-    with pytest.raises(ExperimentError, match=r"expected rising ones above 0.0078.*bfloat16"):
-        responding.run(ResponseConfig(**NARROW | {"alphabet": []}), tmp_path / "b", model=agent)
+    with pytest.raises(ModelFailed, match=r"no scale-invariant window in bfloat16.*load it with dtype=float32$"):
+        respond(tmp_path / "a", agent, alphabet=[], strengths=[0.02, 0.1, 0.5])
+    with pytest.raises(ModelFailed, match=r"expected rising ones above 0.0078.*bfloat16"):
+        respond(tmp_path / "b", agent, alphabet=[])
 
 
-def test_heads_stand_beside_those_of_a_patching_run(tmp_path: Path) -> None:
+def test_a_precision_with_too_few_strengths_has_no_window(tmp_path: Path, folders: dict[str, Path]) -> None:
+    agent = LanguageModel(str(folders["gpt2"]), device="cpu")
+    run = respond(tmp_path, agent, alphabet=[], block=4, strengths=[1e-4, 1e-3, 5e-3])
+    assert run.table("windows/bfloat16").is_empty()
+    assert run.table("windows/float32").is_empty()  # the model's own, which is measured as such
+    assert run.summary("precisions")["dtype"].unique().to_list() == ["float32"]
+    warning = "bfloat16 has no window: fewer than three strengths are above its rounding"
+    assert warning in run.record["warnings"]
+    assert warning in page_of(tmp_path)
+
+
+def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     made, settings = built("DFA"), {"states": 5, "actions_listed": 4}
     narrow: dict[str, Any] = {
         "name": "heads", "model": "circuit", "settings": settings, "pairs": 5, "steps": 8, "sites": ["head"],
         "kinds": ["state", "action"], "directions": ["denoise"], "resamples": 100, "wandb": "disabled",
     }  # fmt: skip
-    patching.run(PatchConfig(**narrow), tmp_path / "heads", model=made.agent)
+    go(Heads(), Heads.config(**narrow), tmp_path / "heads", model=made.agent)
     bridge = [{"game": "DFA", "settings": settings, "kinds": ["state", "action"], "pairs": 2, "steps": 8}]
-    config = ResponseConfig(**NARROW | {"bridge": bridge, "patching": str(tmp_path / "heads")})
-    page = responding.run(config, tmp_path / "run", model=made.agent).read_text(encoding="utf-8")
-    assert "Beside patching" in page
-    found = load(tmp_path / "run").bridge_heads
+    more: dict[str, Any] = {"bridge": bridge, "patching": str(tmp_path / "heads")}
+    run = respond(tmp_path / "run", made.agent, **more)
+    assert "Beside patching" in page_of(tmp_path / "run")
+    assert run.summary("ranks")["kind"].to_list() == ["state", "action"]
     for kind in ("state", "action"):
-        rows = found[f"DFA-{kind}"].filter(role=kind)
+        rows = run.summary("bridge_heads").filter(role=kind, pairs=kind)
         lost = {(r["layer"], r["head"]): r["lost"] for r in rows.iter_rows(named=True)}
         mine, other = made.heads[kind], made.heads["action" if kind == "state" else "state"]
         assert lost[mine] > 0.3
         assert abs(lost[other]) < 1e-3
-    wrong = config.model_copy(update={"name": "wrong"})
-    with pytest.raises(ExperimentError, match="is a run of circuit/DFA-0, expected one of circuit/Cycle-0"):
-        responding.run(wrong, tmp_path / "other", model=built("Cycle").agent)
-    with pytest.raises(RunError, match="is not the folder of a patching run"):
-        responding.run(config.model_copy(update={"patching": "nowhere"}), tmp_path / "third", model=made.agent)
+    # Other heads, so the tables that were made from them are set aside.
+    go(Heads(), Heads.config(**narrow | {"seed": 1}), tmp_path / "other", model=made.agent)
+    (tmp_path / "heads").rename(tmp_path / "before")
+    (tmp_path / "other").rename(tmp_path / "heads")
+    again = respond(tmp_path / "run", made.agent, **more)
+    aside = {x["table"]: x["reason"] for x in again.record["set_aside"] if not x["table"].startswith("summary/")}
+    assert aside.keys() == {"bridge_heads/DFA-state", "bridge_heads/DFA-action"}
+    assert all("patching" in reason for reason in aside.values())
+    with pytest.raises(RunError, match="is a run of circuit with other files than it has now"):
+        patched(ResponseConfig(**NARROW | more), "0" * 64)
+    with pytest.raises(RunError, match="is a run of circuit, expected one of another"):
+        respond(tmp_path / "third", made.agent, **more, model="another")
+    with pytest.raises(RunError, match="is a run of the study 'response', expected one of 'patch'"):
+        respond(tmp_path / "third", made.agent, **more | {"patching": str(tmp_path / "run")})
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        respond(tmp_path / "third", made.agent, **more | {"patching": "nowhere"})
     assert not (tmp_path / "third").exists()
 
 
@@ -222,39 +313,14 @@ def test_wrong_configs(tmp_path: Path, change: dict[str, Any], message: str) -> 
     ],
 )
 def test_runs_that_cannot_be(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ExperimentError, match=message):
-        responding.run(ResponseConfig(**NARROW | change), tmp_path, model=built("Cycle").agent)
+    with pytest.raises(RunError, match=message):
+        respond(tmp_path, built("Cycle").agent, **change)
 
 
-def test_every_packaged_config_can_be_read() -> None:
+def test_every_packaged_config_has_jobs() -> None:
     found = [name for name in packaged_configs() if name.startswith("configs/response/")]
     assert len(found) == 4
     for name in found:
         config = read_config(name, [], ResponseConfig)
-        assert responding.draw(config.model_copy(update={"bridge": [b.model_copy(update={"pairs": 2})
-                                                                    for b in config.bridge]}))  # fmt: skip
-
-
-def test_rank_agreement() -> None:
-    assert agreement([1, 2, 3], [2, 3, 9]) == pytest.approx(1)
-    assert agreement([1, 2, 3], [5, 5, 5]) is None
-    assert agreement([1, 2], [1, 2]) is None
-
-
-def test_the_command_line_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    small = ["prompts=2", "block=4", "directions=1", "window_prompts=1", "resamples=100", "strengths=[0.001,0.01,0.1]",
-             'bridge=[{"game": "Cycle", "pairs": 2}]']  # fmt: skip
-    runner = CliRunner()
-    done = runner.invoke(cli.app, ["response", "configs/response/quickstart.yaml", *small])
-    assert done.exit_code == 0, done.exception
-    page = tmp_path / "runs" / "response-quickstart" / "report.html"
-    assert "report.html" in done.stdout
-    assert "bfloat16" in done.stdout
-    assert list(page.parent.glob("wandb/offline-run-*"))
-    first = page.stat().st_mtime_ns
-    assert runner.invoke(cli.app, ["report", str(page.parent)]).exit_code == 0
-    assert page.stat().st_mtime_ns > first
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(RunError, match="there is no window in it"):
-        response_report.write(tmp_path)
+        jobs = ResponseStudy().jobs(config)
+        assert len([job for job in jobs if job.key.startswith("bridge/")]) == 5

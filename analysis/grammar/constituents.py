@@ -1,0 +1,300 @@
+"""How attention follows the constituents of a grammar's strings: from distance alone to ends that look at ends.
+
+"Physics of Language Models: Part 1" (arXiv 2305.13673), Results 6 to 9. A weight goes from a query, token i, which
+attends, to a key, token j, which is attended to; their distance is p = i - j, so that in a causal model i is the later
+one, or both are one. The paper writes A_{l,h,j->i} with its j our query and its i our key. Tokens are those of the
+string: the begin token's row and column are dropped, and what is left is not made to sum to 1 again.
+
+b#(i) is the level nearest to the root of which something ends with token i, p_l(i) how many things of level l have
+begun up to token i (`nextstate.envs.grammar.derivation`). Levels are those between the root and the terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nextstate.agents.generation import Codes
+from nextstate.analysis import stats
+from nextstate.analysis.grammar.probe import padded, room
+from nextstate.envs.game import GameError, require, require_whole
+from nextstate.envs.grammar.derivation import Derivation
+
+NEAR = (-2, -1, 0, 1, 2)  # how far from an end the attended token of Result 7 is
+NEXT = (-1, 0, 1)  # how far from their ends both tokens of Result 8 are
+APART = (0, 1, 2, 3, 4)  # how many constituents lie from one end of Result 9 to the other
+
+
+@dataclass(frozen=True, eq=False)
+class Measure:
+    """Mean weights over the pairs of tokens of each cell; NaN where there are none.
+
+    Args:
+        axes: what a cell is: names of the axes and their values.
+        value: means of each head; shape [layer head *axes].
+        pairs: how many pairs of tokens there are in all strings; shape [*axes].
+        own: of each string what it adds to the mean over heads, times its pairs; shape [string layer cell].
+        own_pairs: its pairs; shape [string cell].
+    """
+
+    axes: dict[str, tuple[int, ...]]
+    value: Float[np.ndarray, "layer head ..."]
+    pairs: Int[np.ndarray, ...]
+    own: Float[np.ndarray, "string layer cell"]
+    own_pairs: Int[np.ndarray, "string cell"]
+
+    @property
+    def cells(self) -> dict[str, Int[np.ndarray, " cell"]]:
+        """For each axis its value at each cell."""
+        grid = np.meshgrid(*self.axes.values(), indexing="ij")
+        return {name: values.ravel() for name, values in zip(self.axes, grid, strict=True)}
+
+
+class Constituents(NamedTuple):
+    """What attention does; B = A - `profile` of the distance is a weight A less its head's mean at that distance."""
+
+    profile: Measure  # Result 6, mean A; axis distance
+    to_end: Measure  # Result 7, mean B over keys j with b#(j + delta) = level; axes level, delta
+    between_ends: Measure  # Result 8, mean B over b#(i + query_delta) = b#(j + key_delta) = level; axes level and both
+    adjacent: Measure  # Result 9, mean B over b#(i) = query_level, b#(j) = key_level, p_l(i) - p_l(j) = apart
+    # with l = key_level; apart = 0 is then a token and itself, where the model is causal.
+
+
+def constituents(
+    model: Any, codes: Codes, strings: Sequence[Derivation], causal: bool = True, batch: int = 8
+) -> Constituents:
+    """Measure the attention of a model on strings, Results 6 to 9 of the paper, from one pass over them.
+
+    Sums are kept, not the weights; what is measured is exact. Of strings longer than the model's positions only the
+    beginning counts, with the labels of the whole. Shifted tokens outside the string are no pairs.
+
+    Args:
+        model: of transformers, with attn_implementation="eager", in evaluation mode, on any device.
+        codes: its tokens.
+        strings: with their derivations, of one grammar.
+        causal: pairs are those with j <= i; else all, and distances and `apart` go below 0.
+        batch: strings at once; all weights of these are in memory.
+
+    Raises:
+        GameError: there are no strings or no levels between, the model is in training mode, gives no weights, or
+            attends to later tokens though it should be causal.
+    """
+    require(not model.training, "model.training", True, "a model in evaluation mode: call model.eval()")
+    require_whole("batch", batch, 1, 1_000_000)
+    require(len(strings) > 0, "strings", len(strings), "one or more")
+    require(len(strings[0].symbols) > 2, "levels", len(strings[0].symbols), "3 or more, so that some are between")
+    plan = _Plan.of(strings, room(model), causal)
+    total, own = np.zeros(0), np.zeros(0)
+    for low in range(0, len(strings), batch):
+        some = strings[low : low + batch]
+        weights = _weights(model, codes, [x.tokens[: plan.longest] for x in some])
+        if not low:
+            layers, heads = len(weights), weights[0].shape[1]
+            total = np.zeros((layers, heads, plan.cells))
+            own = np.zeros((len(strings), layers, plan.cells))
+        for k, string in enumerate(some):
+            cells, pairs = plan.pairs(string)
+            n = min(len(string.tokens), plan.longest)
+            for layer, every in enumerate(weights):
+                of_string = every[k, :, 1 : n + 1, 1 : n + 1].double()
+                if causal and bool(of_string.triu(1).any()):
+                    raise GameError("the model attends to later tokens: measure it with causal=False")
+                sums = _summed(of_string, cells, pairs, plan.cells)
+                total[layer] += sums
+                own[low + k, layer] = sums.mean(0)
+    return _residual(plan, strings, total, own)
+
+
+def rows(measure: Measure) -> pl.DataFrame:
+    """Return a row a layer, head and cell: where it is, `value` (null where there are no pairs), and `pairs`."""
+    layers, heads = measure.value.shape[:2]
+    at = np.indices((layers, heads, measure.pairs.size)).reshape(3, -1)
+    columns = {"layer": at[0], "head": at[1], **{name: x[at[2]] for name, x in measure.cells.items()}}
+    return pl.DataFrame({**columns, "value": measure.value.ravel(), "pairs": measure.pairs.ravel()[at[2]]}).fill_nan(
+        None
+    )
+
+
+def means(measure: Measure, rng: np.random.Generator) -> pl.DataFrame:
+    """Return means over heads, of each layer and of all (null), with 95 % intervals by bootstrap over strings.
+
+    That the mean of each distance is not known either is in the intervals, to first order.
+
+    Returns:
+        a row a layer and cell: where it is, `value`, `low`, `high` (null where there are no pairs), `pairs`.
+    """
+    draws = _draws(measure, rng)
+    return _table(draws[0], stats.percentiles(draws[1:]), measure.cells, measure.pairs.ravel())
+
+
+def peaks(to_end: Measure, rng: np.random.Generator) -> pl.DataFrame:
+    """Return how much more ends get than the tokens beside them: Result 7 at delta = 0 less its mean at the others.
+
+    Returns:
+        a row a layer (null: mean over all) and level: `value`, `low`, `high` as in `means`, `pairs` (of delta = 0).
+    """
+    draws = _draws(to_end, rng)
+    draws = draws.reshape(*draws.shape[:2], len(to_end.axes["level"]), len(NEAR))
+    middle, others = NEAR.index(0), [k for k, delta in enumerate(NEAR) if delta]
+    apart = draws[..., middle] - draws[..., others].mean(-1)
+    return _table(
+        apart[0], stats.percentiles(apart[1:]), {"level": np.array(to_end.axes["level"])}, to_end.pairs[:, middle]
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which cells there are, one measure after the other."""
+
+    axes: tuple[dict[str, tuple[int, ...]], ...]  # of Results 6 to 9
+    longest: int
+    causal: bool
+
+    @classmethod
+    def of(cls, strings: Sequence[Derivation], most: int, causal: bool) -> _Plan:
+        longest = min(max(len(x.tokens) for x in strings), most)
+        levels = tuple(range(2, len(strings[0].symbols)))
+        apart = APART if causal else (*[-r for r in APART[:0:-1]], *APART)
+        axes = (
+            {"distance": tuple(range(0 if causal else 1 - longest, longest))},
+            {"level": levels, "delta": NEAR},
+            {"level": levels, "query_delta": NEXT, "key_delta": NEXT},
+            {"query_level": levels, "key_level": levels, "apart": apart},
+        )
+        return cls(axes, longest, causal)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [prod(map(len, axes.values())) for axes in self.axes]
+
+    @property
+    def cells(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def distances(self) -> int:
+        return self.sizes[0]
+
+    def pairs(self, string: Derivation) -> tuple[Int[np.ndarray, " entry"], Int[np.ndarray, " entry"]]:
+        """Return which pairs, i * n + j, are in which cells; each pair is in some."""
+        highest, index = string.highest[: self.longest], string.index[:, : self.longest]
+        n, levels = len(highest), len(string.symbols) - 2
+        i, j = np.indices((n, n))
+        allowed = (j <= i) if self.causal else np.ones((n, n), dtype=bool)
+        first = np.cumsum([0, *self.sizes])
+        found = [np.where(allowed, i - j - self.axes[0]["distance"][0], -1)]
+
+        def shifted(delta: int) -> Int[np.ndarray, " token"]:
+            """Return the level, from 0, of what ends `delta` further on; -1 where nothing between does."""
+            out, here = np.full(n, -1), np.arange(max(0, -delta), min(n, n - delta))
+            out[here] = highest[here + delta] - 2
+            return np.where(out < levels, out, -1)
+
+        for d, delta in enumerate(NEAR):
+            key = shifted(delta)[None]
+            found.append(np.where(allowed & (key >= 0), first[1] + key * len(NEAR) + d, -1))
+        for d, (one, two) in enumerate(product(NEXT, NEXT)):
+            query, key = shifted(one)[:, None], shifted(two)[None]
+            found.append(np.where(allowed & (key >= 0) & (query == key), first[2] + key * len(NEXT) ** 2 + d, -1))
+        query, key, apart = shifted(0)[:, None], shifted(0)[None], self.axes[3]["apart"]
+        at_level = index[highest - 1]  # [key token]: p of each token at the level of the key
+        between = (at_level - np.diagonal(at_level)[:, None]).T - apart[0]
+        ok = allowed & (query >= 0) & (key >= 0) & (between >= 0) & (between < len(apart))
+        found.append(np.where(ok, first[3] + (query * levels + key) * len(apart) + between, -1))
+        flat = [np.flatnonzero(x >= 0) for x in found]
+        return np.concatenate([x.ravel()[at] for x, at in zip(found, flat, strict=True)]), np.concatenate(flat)
+
+    def by_distance(self, string: Derivation) -> Int[np.ndarray, "cell distance"]:
+        """Return how many pairs of each distance there are in each cell of Results 7 to 9."""
+        cells, pairs = self.pairs(string)
+        rest, p, n = cells >= self.distances, self.distances, min(len(string.tokens), self.longest)
+        distance = pairs[rest] // n - pairs[rest] % n - self.axes[0]["distance"][0]
+        size = (self.cells - p) * p
+        return np.bincount((cells[rest] - p) * p + distance, minlength=size).reshape(-1, p)
+
+
+@torch.no_grad()
+def _weights(model: Any, codes: Codes, strings: Sequence[np.ndarray]) -> list[Float[Tensor, "string head query key"]]:
+    ids, mask = padded(codes, strings, model.device)
+    found = model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
+    if not found or any(x is None for x in found):
+        raise GameError('the model gives no attention weights: load it with attn_implementation="eager"')
+    return list(found)
+
+
+def _summed(
+    weights: Float[Tensor, "head query key"], cells: Int[np.ndarray, " entry"], pairs: Int[np.ndarray, " entry"], n: int
+) -> Float[np.ndarray, "head cell"]:
+    """Add up the weights of each cell's pairs."""
+    where = torch.from_numpy(np.stack([cells, pairs])).to(weights.device)
+    flat = weights.flatten(1).T.contiguous()
+    ones = torch.ones(len(cells), dtype=weights.dtype, device=weights.device)
+    member = torch.sparse_coo_tensor(where, ones, (n, len(flat)), check_invariants=False)
+    out: np.ndarray = torch.sparse.mm(member, flat).T.cpu().numpy()
+    return out
+
+
+def _residual(
+    plan: _Plan,
+    strings: Sequence[Derivation],
+    total: Float[np.ndarray, "layer head cell"],
+    own: Float[np.ndarray, "string layer cell"],
+) -> Constituents:
+    """Turn sums of A into means of A (the profile) and of B (the rest), which is linear: no second pass is needed."""
+    p, apart = plan.distances, np.abs(plan.axes[0]["distance"])
+    lengths = np.array([min(len(x.tokens), plan.longest) for x in strings])
+    own_pairs = np.zeros((len(strings), plan.cells), dtype=np.int64)
+    own_pairs[:, :p] = np.maximum(lengths[:, None] - apart, 0)
+    at = own_pairs[:, :p].sum(0)
+    profile = total[..., :p] / at  # the longest string has pairs of every distance
+    mean = profile.mean(1)  # [layer distance]
+    every = np.zeros((plan.cells - p, p), dtype=np.int64)
+    for k, string in enumerate(strings):
+        counts = plan.by_distance(string)
+        every += counts
+        own_pairs[k, p:] = counts.sum(1)
+        own[k, :, p:] -= mean @ counts.T
+    total[..., p:] -= profile @ every.T
+    # What a string adds to a cell's B depends on the other strings through the profile. To first order, what it moves
+    # the profile by goes to each cell by how many pairs of that distance the cell has in all strings.
+    own[..., p:] -= (own[..., :p] - mean * own_pairs[:, None, :p]) / at @ every.T
+    pairs = own_pairs.sum(0)
+    out, first = [], np.cumsum([0, *plan.sizes])
+    for axes, low, high in zip(plan.axes, first[:-1], first[1:], strict=True):
+        shape, part = tuple(map(len, axes.values())), slice(low, high)
+        with np.errstate(invalid="ignore"):
+            value = np.where(pairs[part] > 0, total[..., part] / pairs[part], np.nan)
+        value = value.reshape(*total.shape[:2], *shape)
+        out.append(Measure(axes, value, pairs[part].reshape(shape), own[..., part], own_pairs[:, part]))
+    return Constituents(*out)
+
+
+def _draws(measure: Measure, rng: np.random.Generator) -> Float[np.ndarray, "draw layer cell"]:
+    """Return means over heads, of all strings first and then of each resample; the last layer is the mean of all."""
+    own = np.concatenate([measure.own, measure.own.mean(1, keepdims=True)], axis=1)
+    both = np.concatenate([own, measure.own_pairs[:, None].astype(np.float64)], axis=1)
+    sums = np.concatenate([both.sum(0, keepdims=True), stats.resampled_sums(both, rng)])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(sums[:, -1:] > 0, sums[:, :-1] / sums[:, -1:], np.nan))
+
+
+def _table(
+    values: Float[np.ndarray, "layer cell"],
+    ends: Float[np.ndarray, "2 layer cell"],
+    cells: dict[str, Int[np.ndarray, " cell"]],
+    pairs: Int[np.ndarray, " cell"],
+) -> pl.DataFrame:
+    layers = len(values) - 1
+    layer, cell = (x.ravel() for x in np.indices(values.shape))
+    columns = {"layer": [int(x) if x < layers else None for x in layer], **{k: v[cell] for k, v in cells.items()}}
+    numbers = {"value": values.ravel(), "low": ends[0].ravel(), "high": ends[1].ravel(), "pairs": pairs[cell]}
+    return pl.DataFrame({**columns, **numbers}, schema_overrides={"layer": pl.Int64}).fill_nan(None)

@@ -1,0 +1,147 @@
+"""The config of a response run, and the transcripts that it asks about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from nextstate.agents.config import AgentConfig, Strict
+from nextstate.analysis.run import Run, RunConfig, RunError
+from nextstate.analysis.study import open_run
+from nextstate.envs.contrast import Pair
+from nextstate.envs.files import slug
+from nextstate.envs.games import make_game
+
+ALONG, RANDOM = KINDS = ("along", "random")  # directions of pushes; heads and games are measured in random ones
+CONDITIONS = ("repeated", "control")
+PRECISIONS = ("own", "float32", "bfloat16")  # in which windows are measured; "own" is that of the model
+HALF = ("bfloat16", "float16")
+STRENGTHS = tuple(float(x) for x in np.geomspace(1e-4, 1, 8))
+FLAT = 0.05  # largest slope of log response against log strength within a window
+ALIKE = 0.99  # smallest cosine between responses to neighbouring strengths within a window
+
+
+class BridgeConfig(Strict):
+    """Transcripts of a game: the clean sides of its minimal pairs."""
+
+    game: str
+    settings: dict[str, Any] = {}
+    kinds: list[Literal["state", "action", "name", "noop"]] = Field(default=["state"], min_length=1)
+    pairs: int = Field(16, ge=2, le=100_000, description="of each kind")
+    steps: int | None = Field(None, ge=1)
+
+
+class ResponseConfig(RunConfig):
+    """Everything that decides the results of a response run."""
+
+    model: str | AgentConfig
+    block: int = Field(24, ge=3, description="random tokens in a block, no two the same")
+    repeats: int = Field(2, ge=2)
+    prompts: int = Field(16, ge=2, le=10_000, description="with repeated blocks, and as many controls")
+    alphabet: list[str] = Field(default=[], description="texts of one token to draw from; by default all tokens")
+    layer: int = Field(0, ge=0, description="whose input is pushed; 0 is the embedding")
+    directions: int = Field(3, ge=1, le=1000, description="random ones, drawn anew for each prompt")
+    strengths: list[float] = Field(
+        default=[float(f"{x:.4g}") for x in STRENGTHS], min_length=3,
+        description="as shares of the norm of the pushed vector, in rising order",
+    )  # fmt: skip
+    window_prompts: int = Field(2, ge=1, description="on which the windows are measured")
+    head_prompts: int = Field(8, ge=2, description="on which heads are left out, at most")
+    flat: float = Field(FLAT, gt=0, description="largest slope of log response against log strength in a window")
+    alike: float = Field(ALIKE, gt=0, le=1, description="smallest cosine between neighbouring strengths in a window")
+    ablation: Literal["mean", "zero"] = "mean"
+    bridge: list[BridgeConfig] = []
+    patching: str | None = Field(None, description="folder of a patching run of the same model, to compare heads with")
+    resamples: int = Field(2000, ge=100, le=100_000)
+    max_gigabytes: float = Field(2.0, gt=0, description="bound on the memory a pass takes in addition to the model")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ResponseConfig:
+        if self.strengths != sorted(set(self.strengths)) or self.strengths[0] <= 0:
+            raise ValueError(f"strengths={self.strengths} are not possible: expected rising ones above 0")
+        if self.window_prompts > self.prompts:
+            raise ValueError(f"window_prompts={self.window_prompts} is more than prompts={self.prompts}")
+        return self
+
+    @property
+    def agent(self) -> str:
+        """The name of the model."""
+        return self.model if isinstance(self.model, str) else self.model.name
+
+    @property
+    def max_bytes(self) -> int:
+        """`max_gigabytes` in bytes."""
+        return int(self.max_gigabytes * 2**30)
+
+
+class Bridge(NamedTuple):
+    """Pairs of one kind of one game, whose clean sides are the transcripts."""
+
+    config: BridgeConfig
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """The name that seeds its random numbers."""
+        return f"{self.config.game}-{self.kind}"
+
+    @property
+    def title(self) -> str:
+        """How it is called where people read."""
+        return f"{self.config.game}, {self.kind} pairs"
+
+    @property
+    def key(self) -> str:
+        """The last part of the keys of its tables."""
+        return slug(self.name)
+
+    def draw(self, rng: np.random.Generator, pairs: int | None = None) -> list[Pair]:
+        """Draw the pairs, by default as many as the config asks for.
+
+        Raises:
+            GameError: the game cannot make such pairs.
+        """
+        game = make_game(self.config.game, **self.config.settings)
+        return [game.contrast(rng, self.kind, steps=self.config.steps) for _ in range(pairs or self.config.pairs)]
+
+
+def bridges_of(config: ResponseConfig) -> list[Bridge]:
+    """Return the games and kinds of pairs that a config asks for.
+
+    Raises:
+        RunError: it asks for one of them twice.
+    """
+    found = [Bridge(entry, kind) for entry in config.bridge for kind in entry.kinds]
+    names = [one.name for one in found]
+    for one in found:
+        if names.count(one.name) > 1:
+            raise RunError(f"bridge asks for {one.kind} pairs of {one.config.game} twice; give each once")
+    return found
+
+
+def patched(config: ResponseConfig, files: str | None = None) -> Run[Any] | None:
+    """Return the patching run that `patching` names, to be read, or None where the config names none.
+
+    Args:
+        config: of the response run.
+        files: digest of the files of its model; where it is known, that of the patching run must be the same.
+
+    Raises:
+        RunError: it is no run of the study `patch`, is of another model, or has no table of heads.
+    """
+    if config.patching is None:
+        return None
+    folder = Path(config.patching)
+    study, run = open_run(folder, "")
+    if study.name != "patch":
+        raise RunError(f"patching={folder} is a run of the study {study.name!r}, expected one of 'patch'")
+    if run.config.agent != config.agent:
+        raise RunError(f"patching={folder} is a run of {run.config.agent}, expected one of {config.agent}")
+    asked = {about["identity"].get("model", {}).get("files") for about in run.about.values()} - {None}
+    if files and asked - {files}:
+        raise RunError(f"patching={folder} is a run of {config.agent} with other files than it has now; run it again")
+    run.summary("heads")  # raises where it is missing
+    return run

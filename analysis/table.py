@@ -1,0 +1,146 @@
+"""Tables that know what made them: Parquet files with a digest of the file, and the identity of what made it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from nextstate.envs.files import digest, file_digest, path_error, write_atomic
+
+PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "textworld", "wandb")
+DECISIVE = ("numpy", "torch", "transformers", "nnsight", "textworld")  # packages whose version may change a value
+ROOMS = ("envs", "agents", "analysis")
+_KEY = "nextstate"  # of a table's metadata
+_NO_DIGEST = "0" * 64  # stands in a file's own digest while the file is digested
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of packages, without importing them."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@cache
+def code_digest(*parts: str) -> str:
+    """Return a digest of the modules that compute results.
+
+    Args:
+        parts: files and folders below the package, such as `envs/grammar`; by default all of `envs`, `agents` and
+            `analysis` without the pages.
+    """
+    root = Path(__file__).resolve().parent.parent
+    found = (root / part for part in parts or ROOMS)
+    files = (file for path in found for file in ([path] if path.is_file() else sorted(path.rglob("*.py"))))
+    return file_digest(*(file for file in files if "page" not in file.parts[:-1]))
+
+
+def weights_digest(model: Any) -> str:
+    """Return a digest of the weights of a model in memory (a `torch.nn.Module`)."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, weights in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def write_table(
+    path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a table, atomically; return its metadata: `digest` (of the file), `content`, `identity` and `notes`.
+
+    `content` is a digest of the rows alone: tables with the same rows have the same, whatever made them.
+
+    Args:
+        path: of the file.
+        frame: the table.
+        identity: of what made it; JSON.
+        notes: JSON that is kept with the table, such as the description of the model that was asked.
+    """
+
+    def write(partial: Path) -> None:
+        try:
+            frame.write_parquet(
+                partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
+            )
+        except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
+            raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
+        data = partial.read_bytes()
+        about["digest"] = digest(data)
+        at = data.rindex(_NO_DIGEST.encode())
+        partial.write_bytes(data[:at] + about["digest"].encode() + data[at + len(_NO_DIGEST) :])
+
+    rows = io.BytesIO()
+    frame.write_parquet(rows, compression="uncompressed")
+    about: dict[str, Any] = {
+        "digest": _NO_DIGEST, "content": digest(rows.getvalue()), "identity": dict(identity), "notes": dict(notes),
+    }  # fmt: skip
+    write_atomic(path, write)
+    return about
+
+
+class Damaged(Exception):
+    """A table's file is not what was written."""
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Check the digest of a table and return its metadata: `digest`, `content`, `identity`, `notes`.
+
+    Raises:
+        Damaged: the file cannot be read, is no table of ours, or its content does not fit its digest.
+    """
+    try:
+        data = path.read_bytes()
+        about: dict[str, Any] = json.loads(pl.read_parquet_metadata(data)[_KEY])
+        found, at = about["digest"], data.rindex(about["digest"].encode())
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        raise Damaged("it cannot be read as a table of a run") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what Polars raises on some damaged files
+            raise
+        raise Damaged("it cannot be read as a table of a run") from error
+    if len(found) != len(_NO_DIGEST) or digest(data[:at] + _NO_DIGEST.encode() + data[at + len(found) :]) != found:
+        raise Damaged("its content does not fit its digest")
+    return about
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return in words how two identities differ, "" where they do not."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += [
+                f"{name} {_short(a.get(name))}, now {_short(b.get(name))}"
+                for name in sorted(a.keys() | b.keys())
+                if a.get(name) != b.get(name)
+            ]
+        else:
+            found.append(f"{key} {_short(a)}, now {_short(b)}")
+    return "made with " + "; ".join(found) if found else ""
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value[:8]
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}={_short(v)}" for k, v in value.items())
+    return "nothing" if value is None else str(value)
