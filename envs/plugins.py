@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from nextstate.envs.files import file_digest
 
 
 class PluginError(ValueError):
@@ -54,6 +59,21 @@ def load(group: str, name: str, built_in: Collection[str] = ()) -> object:
     if name not in known:
         raise PluginError(unknown(group, name, [*built_in, *known]))
     return _import(known[name])
+
+
+def source_digest(found: Callable[..., Any]) -> str | None:
+    """Return a digest of the source file of a class or function; None if it is part of nextstate, or has no such file.
+
+    Results that a plugin has a part in keep it, so that they are made anew when its code has changed.
+    """
+    found = inspect.unwrap(found)
+    if getattr(found, "__module__", "").partition(".")[0] == "nextstate":
+        return None
+    try:
+        source = inspect.getsourcefile(found)
+    except TypeError:  # written in C, or an object that can be called
+        return None
+    return None if source is None else file_digest(Path(source))
 
 
 def unknown(group: str, name: str, known: Collection[str]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nextstate.envs import plugins
-from tests.outside_agent import write_package
+from tests.outside import write_package
 
 GROUP = "nextstate.things"
 COLOURS = "red = 'the colour red'\nblue = 'the colour blue'\n"
