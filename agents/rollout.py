@@ -12,7 +12,7 @@ from nextstate.agents.agent import Agent, ContextError, Prompt, answer_row, ques
 from nextstate.envs.game import Episode, Game, unroll
 from nextstate.envs.vector import PredictionVectorEnv
 
-Road = Literal["replay", "live"]
+Mode = Literal["replay", "live"]
 Grid = Literal["episodes", "cells"]
 
 

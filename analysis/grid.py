@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import polars as pl
+from pydantic import Field
 
 from nextstate.agents.config import Strict
 from nextstate.envs.files import file_digest, slug
@@ -26,8 +27,8 @@ class GridConfig(Strict):
     """A game over a grid of settings."""
 
     game: str
-    over: dict[str, list[Any]] = {}
-    settings: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = Field({}, description="values of settings, of which every combination is a cell")
+    game_args: dict[str, Any] = Field({}, description="settings that all cells share")
 
 
 class Cell(NamedTuple):
@@ -38,7 +39,7 @@ class Cell(NamedTuple):
         game: what is played.
         variant: the settings other than the size, as text.
         steps: length of its episodes.
-        ask: how many questions are asked after each step.
+        questions_per_step: how many questions are asked after each step.
         seeds: of its episodes.
         writes: language models write their commands instead of picking one.
     """
@@ -47,7 +48,7 @@ class Cell(NamedTuple):
     game: Game
     variant: str
     steps: int
-    ask: int | Literal["all"]
+    questions_per_step: int | Literal["all"]
     seeds: range
     writes: bool = False
 
@@ -76,8 +77,8 @@ def games_of(entry: GridConfig) -> Iterator[Made]:
     Raises:
         GameError: there is no such game, or a setting is not possible.
     """
-    for values in product(*entry.over.values()):
-        given = entry.settings | dict(zip(entry.over, values, strict=True))
+    for values in product(*entry.grid.values()):
+        given = entry.game_args | dict(zip(entry.grid, values, strict=True))
         game = make_game(entry.game, **given)
         variant = ", ".join(f"{k}={v}" for k, v in sorted(given.items()) if k != game.size)
         yield Made(slug("-".join([entry.game, *(f"{k}={v}" for k, v in given.items())])), game, variant)

@@ -98,7 +98,7 @@ class NGram(Agent):
 '''
 
 STUDY = '''
-"""How often a model answers as a shortcut of the game does."""
+"""How often a model answers as another reader of the transcript does."""
 
 import polars as pl
 
@@ -112,7 +112,7 @@ from nextstate.envs.games import make_game
 class AgreementConfig(RunConfig):
     model: str = "nextstate/tiny"
     games: list[str]
-    shortcut: str = "last_mention"
+    reader: str = "ideal"
     steps: int = 4
     episodes: int = 6
 
@@ -131,7 +131,7 @@ class Agreement(Study[AgreementConfig]):
         config = run.config
         episodes = episodes_of(job.given, seeds_for(config.seed, config.episodes), config.steps)
         prompts = [prompt for episode in episodes for prompt in prompts_of(episode)]
-        beliefs = [p.episode.beliefs(config.shortcut)[p.step][p.question] for p in prompts]
+        beliefs = [p.episode.beliefs(config.reader)[p.step][p.question] for p in prompts]
         answers = run.model(config.model).predict(prompts)
         same = [belief[answer.choice] == max(belief) for belief, answer in zip(beliefs, answers)]
         return pl.DataFrame({"episode": [p.episode.seed for p in prompts], "same": same})
@@ -151,8 +151,8 @@ class Agreement(Study[AgreementConfig]):
     def page(self, run):
         from nextstate.analysis.page.page import Page, Section
 
-        lead = f"How often {run.config.model} answers as the shortcut {run.config.shortcut} does."
-        return Page("Agreement with a shortcut", [lead], [Section("Games", table=run.summary("games"))])
+        lead = f"How often {run.config.model} answers as the reader {run.config.reader} does."
+        return Page("Agreement with a reader", [lead], [Section("Games", table=run.summary("games"))])
 '''
 
 

@@ -30,7 +30,7 @@ from tests.test_playing import played
 
 SMALL: dict[str, Any] = {
     "name": "small",
-    "games": [{"game": "Cycle", "over": {"period": [2, 3]}, "steps": 3, "episodes": 4}],
+    "games": [{"game": "Cycle", "grid": {"period": [2, 3]}, "steps": 3, "episodes": 4}],
     "wandb": "disabled",
 }
 
@@ -110,8 +110,8 @@ def test_broken_models_are_left_out_in_a_line_each_and_the_others_are_answered(t
 def test_a_model_that_cannot_answer_one_cell_may_answer_another(tmp_path: Path) -> None:
     good, bad = save("gpt2", tmp_path / "good"), overflowing(tmp_path / "bad")
     games = [
-        {"game": "Cycle", "over": {"period": [2]}, "steps": 3, "episodes": 4},
-        {"game": "DFA", "over": {"states": [9]}, "steps": 8, "episodes": 1},  # too long to be read
+        {"game": "Cycle", "grid": {"period": [2]}, "steps": 3, "episodes": 4},
+        {"game": "DFA", "grid": {"states": [9]}, "steps": 8, "episodes": 1},  # too long to be read
     ]
     make(SMALL | {"games": games, "agents": [str(bad), str(good)]}, tmp_path / "run")
     reasons = {(x["agent"], x["what"].split("-")[0]): x for x in left_out(tmp_path / "run")}

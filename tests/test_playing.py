@@ -24,13 +24,13 @@ from nextstate.analysis.study import checked, open_run, write_page
 from nextstate.envs.game import GameError
 from tests.runs import answered, left_out, make, opened, page_of, record
 
-BOX = {"game": "Box", "over": {"boxes": [2, 3]}, "steps": 5, "episodes": 20}
+BOX = {"game": "Box", "grid": {"boxes": [2, 3]}, "steps": 5, "episodes": 20}
 SMALL: dict[str, Any] = {
     "name": "played",
     "agents": ["ideal"],
     "play": [
         BOX,
-        {"game": "DFA", "over": {"states": [3, 5]}, "settings": {"density": "min"}, "steps": 9, "episodes": 20},
+        {"game": "DFA", "grid": {"states": [3, 5]}, "game_args": {"density": "min"}, "steps": 9, "episodes": 20},
     ],
     "wandb": "disabled",
 }
@@ -82,7 +82,7 @@ def test_resuming_makes_what_is_missing_again_and_nothing_else(run: Path, tmp_pa
 
 def test_a_model_is_asked_and_plays_the_same_settings(tmp_path: Path, folders: dict[str, Path]) -> None:
     model = str(folders["gpt2"])
-    games = [{"game": "Box", "over": {"boxes": [2, 3]}, "steps": 4, "episodes": 6}]
+    games = [{"game": "Box", "grid": {"boxes": [2, 3]}, "steps": 4, "episodes": 6}]
     entries = [{**BOX, "episodes": 6}, {**BOX, "episodes": 6, "writes": True}]
     config = SMALL | {"agents": [model, "ideal"], "games": games, "play": entries}
     folder = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_heads_are_left_out_of_play_too(tmp_path: Path, folders: dict[str, Path]
 def test_a_transcript_that_is_too_long_ends_its_episode_and_it_is_said(
     tmp_path: Path, folders: dict[str, Path]
 ) -> None:
-    entry = {"game": "DFA", "over": {"states": [4]}, "steps": 60, "episodes": 3, "writes": True}
+    entry = {"game": "DFA", "grid": {"states": [4]}, "steps": 60, "episodes": 3, "writes": True}
     config = SMALL | {"agents": [str(folders["gpt2"])], "players": [], "play": [entry]}
     make(config, tmp_path)
     (left,) = left_out(tmp_path)
@@ -136,7 +136,7 @@ def test_what_cannot_be_played_is_left_out_and_the_others_go_on(
 ) -> None:
     register(monkeypatch)
     missing = str(tmp_path / "nothing")
-    entry = {"game": "Corridor", "over": {"rooms": [4, 6]}, "steps": 20, "episodes": 8, "max_states": 4}
+    entry = {"game": "Corridor", "grid": {"rooms": [4, 6]}, "steps": 20, "episodes": 8, "max_states": 4}
     make(SMALL | {"agents": [missing], "play": [entry]}, tmp_path / "run")
     reasons = {(x["agent"], x["what"]): x["reason"] for x in left_out(tmp_path / "run")}
     assert "is no model" in reasons[missing, "Corridor-rooms=4 (play)"]
@@ -174,7 +174,7 @@ def test_wrong_configs_are_told_what_is_right(tmp_path: Path, change: dict[str, 
 def test_impossible_play_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for entry, error, message in (
         ({"game": "Bxo"}, GameError, "did you mean 'Box'"),
-        ({"game": "DFA", "over": {"states": [99]}}, GameError, "states=99 is not possible"),
+        ({"game": "DFA", "grid": {"states": [99]}}, GameError, "states=99 is not possible"),
     ):
         with pytest.raises(error, match=message):
             make(SMALL | {"play": [entry]}, tmp_path / "run")
@@ -236,7 +236,7 @@ def test_a_page_of_play_alone_has_its_section_and_hides_the_others(run: Path) ->
 
 
 def test_a_page_of_questions_alone_has_no_play(tmp_path: Path) -> None:
-    games = [{"game": "Cycle", "over": {"period": [3]}, "steps": 5, "episodes": 4}]
+    games = [{"game": "Cycle", "grid": {"period": [3]}, "steps": 5, "episodes": 4}]
     make({"name": "asked", "agents": ["ideal"], "games": games, "wandb": "disabled"}, tmp_path / "run")
     text = page_of(tmp_path / "run")
     assert 'id="play"' not in text
@@ -268,7 +268,7 @@ def test_metrics_of_a_cell_have_names_of_their_own(run: Path) -> None:
 
 
 def test_the_headline_has_play_beside_the_questions(tmp_path: Path) -> None:
-    games = [{"game": "Cycle", "over": {"period": [3]}, "steps": 5, "episodes": 4}]
+    games = [{"game": "Cycle", "grid": {"period": [3]}, "steps": 5, "episodes": 4}]
     run = make(SMALL | {"games": games}, tmp_path / "run")
     headline = Predict().headline(run)
     assert headline.select("game", "agent").rows()[0] == ("Cycle", "ideal")

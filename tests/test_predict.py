@@ -35,9 +35,9 @@ SMALL: dict[str, Any] = {
     "name": "small",
     "agents": ["ideal", "chance", "shortcuts"],
     "games": [
-        {"game": "Box", "over": {"boxes": [2, 3]}, "steps": 4, "episodes": 70},
-        {"game": "DFA", "over": {"density": ["min", "max"], "states": [3]}, "steps": 5, "episodes": 20},
-        {"game": "FruitStore", "over": {"people": [2, 4]}, "steps": 9, "episodes": 20},
+        {"game": "Box", "grid": {"boxes": [2, 3]}, "steps": 4, "episodes": 70},
+        {"game": "DFA", "grid": {"density": ["min", "max"], "states": [3]}, "steps": 5, "episodes": 20},
+        {"game": "FruitStore", "grid": {"people": [2, 4]}, "steps": 9, "episodes": 20},
     ],
     "wandb": "disabled",
 }
@@ -196,8 +196,8 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 def test_cells_are_drawn_one_by_one_and_asked_at_their_last_step(tmp_path: Path) -> None:
     games = [
-        {"game": "DFA", "over": {"states": [3]}, "steps": [1, 4], "episodes": 10},
-        {"game": "FruitStore", "over": {"people": [3]}, "steps": [1, 2, 3, 9], "episodes": 5},
+        {"game": "DFA", "grid": {"states": [3]}, "steps": [1, 4], "episodes": 10},
+        {"game": "FruitStore", "grid": {"people": [3]}, "steps": [1, 2, 3, 9], "episodes": 5},
     ]
     make(SMALL | {"games": games, "grid": "cells"}, tmp_path)
     table = frame(tmp_path).filter(agent="ideal")
@@ -230,7 +230,7 @@ def test_killed_in_the_middle_a_run_resumes_to_the_same_rows(tmp_path: Path, fol
 
 
 def test_what_does_not_fit_is_left_out_and_said(tmp_path: Path, folders: dict[str, Path]) -> None:
-    games = [{"game": "DFA", "over": {"states": [4]}, "steps": 60, "episodes": 3}]
+    games = [{"game": "DFA", "grid": {"states": [4]}, "steps": 60, "episodes": 3}]
     config = SMALL | {"agents": [str(folders["llama"]), "ideal"], "games": games}
     make(config, tmp_path)
     (left,) = left_out(tmp_path)
@@ -246,8 +246,8 @@ def proofs(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 def test_what_was_proved_of_each_model_is_recorded_and_kept(tmp_path: Path, folders: dict[str, Path]) -> None:
     model = str(folders["gpt2"])
-    games = [{"game": "DFA", "over": {"states": [3, 4]}, "steps": 12, "episodes": 3}]
-    play = [{"game": "Cycle", "settings": {"period": 3}, "steps": 3, "episodes": 3}]
+    games = [{"game": "DFA", "grid": {"states": [3, 4]}, "steps": 12, "episodes": 3}]
+    play = [{"game": "Cycle", "game_args": {"period": 3}, "steps": 3, "episodes": 3}]
     config = SMALL | {"agents": [model], "games": games, "play": play, "intervene": {"heads": [[0, 1]]}}
     make(config, tmp_path)
     found = proofs(tmp_path)
@@ -269,8 +269,8 @@ def test_what_was_proved_of_each_model_is_recorded_and_kept(tmp_path: Path, fold
 
 def test_live_runs_record_what_was_proved_of_sessions(tmp_path: Path, folders: dict[str, Path]) -> None:
     model = str(folders["gpt2"])
-    games = [{"game": "DFA", "over": {"states": [3]}, "steps": 4, "episodes": 3}]
-    make(SMALL | {"agents": [model], "games": games, "road": "live"}, tmp_path)
+    games = [{"game": "DFA", "grid": {"states": [3]}, "steps": 4, "episodes": 3}]
+    make(SMALL | {"agents": [model], "games": games, "mode": "live"}, tmp_path)
     assert [(c["road"], c["live"]) for c in proofs(tmp_path)[model]] == [("tree", True)]
 
 
@@ -306,7 +306,7 @@ def test_tokens_that_differ_from_those_of_the_whole_text_are_warned_of(
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(["a b. Take action A, go to state b. Take action A, go to state b."] * 9, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    games = [{"game": "DFA", "over": {"states": [2]}, "steps": 4, "episodes": 2}]
+    games = [{"game": "DFA", "grid": {"states": [2]}, "steps": 4, "episodes": 2}]
     make(SMALL | {"agents": [str(folder)], "games": games}, tmp_path / "run")
     (warning,) = record(tmp_path / "run")["warnings"]
     assert "other tokens than its pieces" in warning
@@ -326,7 +326,7 @@ def test_a_model_that_cannot_be_loaded_is_left_out_and_the_others_go_on(tmp_path
 def test_live_and_replay_write_the_same_rows(tmp_path: Path, folders: dict[str, Path]) -> None:
     config = SMALL | {"agents": [str(folders["gpt_neox"]), "chance"], "games": SMALL["games"][1:]}
     make(config, tmp_path / "replay")
-    make(config | {"road": "live"}, tmp_path / "live")
+    make(config | {"mode": "live"}, tmp_path / "live")
     one, two = frame(tmp_path / "replay"), frame(tmp_path / "live")
     loose = ["logprobs", "p_accepted"]
     assert_frame_equal(one.drop(loose), two.drop(loose))
@@ -344,7 +344,7 @@ def test_live_and_replay_write_the_same_rows(tmp_path: Path, folders: dict[str, 
         ({"agents": [{"name": "x", "modules": {"blocks": "h"}}]}, r"modules\.projection: Field required"),
         ({"games": []}, "`games` and `play` are both empty"),
         ({"name": "../../etc"}, "should match pattern"),
-        ({"road": "live", "games": [{"game": "Box", "ask": "all"}]}, "live road asks one question"),
+        ({"mode": "live", "games": [{"game": "Box", "questions_per_step": "all"}]}, "live mode asks one question"),
     ],
 )
 def test_wrong_configs_are_told_what_is_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -357,12 +357,12 @@ def test_wrong_configs_are_told_what_is_right(tmp_path: Path, change: dict[str, 
     ("games", "message"),
     [
         ([{"game": "Bxo"}], "no game 'Bxo'.*did you mean 'Box'"),
-        ([{"game": "Box", "settings": {"boxs": 3}}], "unknown setting 'boxs'.*did you mean 'boxes'"),
+        ([{"game": "Box", "game_args": {"boxs": 3}}], "unknown setting 'boxs'.*did you mean 'boxes'"),
         (
-            [{"game": "DFA", "over": {"states": [27]}}],
+            [{"game": "DFA", "grid": {"states": [27]}}],
             "states=27 is not possible: expected a whole number from 2 to 26",
         ),
-        ([{"game": "DFA", "over": {"states": [4], "edges": [99]}}], "edges=99 is not possible.*4 to 7"),
+        ([{"game": "DFA", "grid": {"states": [4], "edges": [99]}}], "edges=99 is not possible.*4 to 7"),
         ([{"game": "Box", "steps": 0}], "steps=0"),
     ],
 )
@@ -426,7 +426,7 @@ def test_a_game_that_cannot_be_made_leaves_out_its_cells_and_no_other(tmp_path: 
     corrupt.write_text('{"version": 1, "KB": ')
     out = tmp_path / "run"
     games = [
-        {"game": "TextWorld", "settings": {"file": str(corrupt)}, "steps": 3, "episodes": 2},
+        {"game": "TextWorld", "game_args": {"file": str(corrupt)}, "steps": 3, "episodes": 2},
         {"game": "Box", "steps": 3, "episodes": 2},
     ]
     make(SMALL | {"agents": ["ideal", "chance"], "games": games}, out)

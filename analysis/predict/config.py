@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from nextstate.agents.config import AgentEntry, InterveneConfig, KindConfig
 from nextstate.agents.intervention import Intervention
 from nextstate.agents.registry import PLAYERS, REFERENCES, Spec, kind_of, spec_of, specs_of
-from nextstate.agents.rollout import Grid, Road, seeds_for
+from nextstate.agents.rollout import Grid, Mode, seeds_for
 from nextstate.analysis.grid import Cell, GridConfig, games_of
 from nextstate.analysis.play.config import PlayCell, PlayConfig
 from nextstate.analysis.run import RunConfig, RunError
@@ -24,7 +24,7 @@ class GameConfig(GridConfig):
 
     steps: int | list[int] = Field(10, description="of an episode, at most; a list only with grid=cells")
     episodes: int = Field(50, ge=1, le=1_000_000)
-    ask: int | Literal["all"] = Field(1, description="questions after each step")
+    questions_per_step: int | Literal["all"] = 1
 
 
 class PredictConfig(RunConfig):
@@ -35,7 +35,7 @@ class PredictConfig(RunConfig):
     play: list[PlayConfig] = []
     players: list[Literal["random", "walkthrough"]] = Field(["random", "walkthrough"], description="beside the models")
     grid: Grid = "episodes"
-    road: Road = "replay"
+    mode: Mode = "replay"
     intervene: InterveneConfig | None = None
 
     @model_validator(mode="after")
@@ -48,8 +48,10 @@ class PredictConfig(RunConfig):
                     f"{game.game}: steps={game.steps} does not fit grid={self.grid}: "
                     "'cells' takes a list, 'episodes' a number"
                 )
-            if self.road == "live" and (game.ask != 1 or self.grid == "cells"):
-                raise ValueError(f"{game.game}: the live road asks one question after each step (ask=1, grid=episodes)")
+            if self.mode == "live" and (game.questions_per_step != 1 or self.grid == "cells"):
+                raise ValueError(
+                    f"{game.game}: the live mode asks one question after each step (questions_per_step=1, grid=episodes)"
+                )
         if self.intervene and all(kind_of(a) != "model" for a in self.agents):
             raise ValueError("intervene: only language models have heads, and `agents` names none")
         return self
@@ -73,7 +75,7 @@ def asked_cells(config: PredictConfig) -> list[Cell]:
                     continue  # beyond the longest episode of this game there is nothing new
                 # With grid=cells each cell has seeds of its own; otherwise cells of one game share their seeds.
                 seeds = seeds_for(config.seed, entry.episodes, len(out) if config.grid == "cells" else 0)
-                out.append(Cell(slug, game, variant, most, entry.ask, seeds))
+                out.append(Cell(slug, game, variant, most, entry.questions_per_step, seeds))
     if len({c.slug for c in out}) < len(out):
         raise RunError("two entries of `games` have the same settings; give each setting once")
     return out

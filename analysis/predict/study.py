@@ -135,7 +135,7 @@ def _plays(who: Participant, where: PlayCell) -> Job:
 
 
 def _planned(cell: Cell, config: PredictConfig) -> int:
-    per_step = cell.ask if isinstance(cell.ask, int) else 1
+    per_step = cell.questions_per_step if isinstance(cell.questions_per_step, int) else 1
     return len(cell.seeds) * per_step * (1 if config.grid == "cells" else cell.steps)
 
 
@@ -191,7 +191,7 @@ class Episodes:
             return self.kept[cell.slug]
         if self.last[0] != cell.slug:
             self.last = ("", [])  # frees the memory
-            self.last = cell.slug, episodes_of(cell.game, cell.seeds, cell.steps, cell.ask)
+            self.last = cell.slug, episodes_of(cell.game, cell.seeds, cell.steps, cell.questions_per_step)
             size = sum(1 + len(step.questions) for episode in self.last[1] for step in episode.steps)
             if size <= self.room:
                 self.room -= size
@@ -203,7 +203,7 @@ def _episodes(run: Run[PredictConfig], cell: Cell) -> Iterator[list[Episode]]:
     """Yield the episodes of a cell in chunks; those of a very large cell are unrolled chunk by chunk, and not kept."""
     parts = [cell.seeds[k : k + CHUNK] for k in range(0, len(cell.seeds), CHUNK)]
     if len(cell.seeds) * cell.steps > KEPT:
-        yield from (episodes_of(cell.game, part, cell.steps, cell.ask) for part in parts)
+        yield from (episodes_of(cell.game, part, cell.steps, cell.questions_per_step) for part in parts)
     else:
         found = run.once("episodes", Episodes).of(cell)
         yield from (found[k : k + CHUNK] for k in range(0, len(found), CHUNK))
@@ -218,7 +218,7 @@ def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[pl
     for k, episodes in enumerate(_episodes(run, cell)):
         if k == 0:
             run.warn(agent.remark(episodes[0]))
-        if run.config.road == "live":
+        if run.config.mode == "live":
             part = cell.seeds[k * CHUNK : (k + 1) * CHUNK]
             result = live(agent, cell.game, part, cell.steps)
         else:

@@ -73,7 +73,7 @@ def summaries(run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
         "curves": pl.concat([curves(answers), *filter(len, [states.curves(answers)])]),
         "hard": on_hard(answers),
         "without": without(answers, agents),
-        "whole": states.whole(rows(run, [c for c in asked if c.ask == "all"])),
+        "whole": states.whole(rows(run, [c for c in asked if c.questions_per_step == "all"])),
         **viewer.sample(run, asked),
         **play.summaries(played, plays, agents),
     }

@@ -236,8 +236,8 @@ def test_references_that_do_not_fit_are_asked_earlier(folders: dict[str, Path]) 
 
 def config(folders: dict[str, Path], **change: Any) -> dict[str, Any]:
     games = [
-        {"game": "Box", "over": {"boxes": [2, 3]}, "steps": 3, "episodes": 12},
-        {"game": "DFA", "over": {"states": [3]}, "steps": 4, "episodes": 12},
+        {"game": "Box", "grid": {"boxes": [2, 3]}, "steps": 3, "episodes": 12},
+        {"game": "DFA", "grid": {"states": [3]}, "steps": 4, "episodes": 12},
     ]
     return {"name": "i", "agents": [str(folders["gpt2"]), "ideal"], "games": games, "wandb": "disabled"} | change
 

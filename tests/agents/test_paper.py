@@ -100,7 +100,7 @@ def fits(who: LanguageModel, prompt: Prompt) -> bool:
 
 def check(who: LanguageModel, own: float, cell: Cell, grid: Grid, episodes: int, most: int) -> tuple[int, int]:
     """Hold the deepest question of a cell and others to plain passes; return the longest, and how many are left out."""
-    asked = episodes_of(cell.game, cell.seeds[:episodes], cell.steps, cell.ask)
+    asked = episodes_of(cell.game, cell.seeds[:episodes], cell.steps, cell.questions_per_step)
     prompts = [p for e in asked for p in prompts_of(e, grid)]
     found = replay(who, asked, grid)
     kept = [p for p in prompts if fits(who, p)]

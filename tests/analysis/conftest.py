@@ -62,7 +62,9 @@ SMALL = specs((2, 4), (3, 5), (3, 5), (3, 4), 6)
 
 def make_run(path: Path, chosen: Sequence[Spec] = SMALL, episodes: int = 6, ask: Any = 1, **more: Any) -> Path:
     """Run the study of predictions in a folder."""
-    games = [{"game": g, "settings": s, "steps": t, "episodes": episodes, "ask": ask} for g, s, t in chosen]
+    games = [
+        {"game": g, "game_args": s, "steps": t, "episodes": episodes, "questions_per_step": ask} for g, s, t in chosen
+    ]
     config = {"name": "quickstart", "agents": [MODEL, "ideal", "chance", "shortcuts"], "games": games}
     make({"wandb": "disabled"} | config | more, path)
     return path

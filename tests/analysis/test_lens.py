@@ -28,8 +28,8 @@ from tests.circuits import circuit
 from tests.pages import loads_nothing, shown
 
 GAMES = [
-    {"game": "DFA", "settings": {"states": 3}, "steps": 5, "episodes": 6},
-    {"game": "Box", "over": {"boxes": [3, 4]}, "steps": 4, "episodes": 5},
+    {"game": "DFA", "game_args": {"states": 3}, "steps": 5, "episodes": 6},
+    {"game": "Box", "grid": {"boxes": [3, 4]}, "steps": 4, "episodes": 5},
 ]
 TOKENS = torch.randint(5, 250, (3, 14), generator=torch.Generator().manual_seed(0))
 
@@ -93,7 +93,7 @@ def test_the_last_layer_answers_as_the_agent_does(done: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_it_finds_the_layer_whose_head_writes_the_answer(tmp_path: Path, seed: int) -> None:
     made = circuit("DFA", seed)
-    games = [{"game": "DFA", "settings": {"states": 5, "actions_listed": 4}, "steps": 12, "episodes": 8}]
+    games = [{"game": "DFA", "game_args": {"states": 5, "actions_listed": 4}, "steps": 12, "episodes": 8}]
     run = go(Lens(), config(model="circuit", games=games), tmp_path / "run", model=made.agent)
     (row,) = run.summary("games").rows(named=True)
     assert row["knows_from"] == made.heads["match"][0] + 1

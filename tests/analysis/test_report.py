@@ -244,7 +244,7 @@ def test_packed_data_is_plain_letters_and_comes_back_whole() -> None:
 
 
 def test_cells_asked_late_in_long_episodes_are_in_the_viewer(tmp_path: Path) -> None:
-    games = [{"game": "DFA", "over": {"states": [3]}, "steps": [1, 60], "episodes": 3}]
+    games = [{"game": "DFA", "grid": {"states": [3]}, "steps": [1, 60], "episodes": 3}]
     path = make_run(tmp_path, [], grid="cells", agents=["ideal"], games=games)
     late = Page(text_of(path)).data("episodes")["settings"][-1]["episodes"][0]  # type: ignore[index]
     (step,) = late["steps"]

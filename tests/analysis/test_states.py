@@ -24,11 +24,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "name": "whole",
         "agents": ["ideal", "chance", "shortcuts"],
         "games": [
-            {"game": "TextWorld", "over": {"objects": [1, 3]}, "settings": {"games": 3}, "steps": 6, "episodes": 12,
-             "ask": "all"},
-            {"game": "Box", "over": {"boxes": [2, 5]}, "steps": 5, "episodes": 12, "ask": "all"},
-            {"game": "DFA", "over": {"states": [4]}, "steps": 5, "episodes": 12, "ask": "all"},
-            {"game": "Box", "over": {"boxes": [3]}, "steps": 4, "episodes": 5},
+            {"game": "TextWorld", "grid": {"objects": [1, 3]}, "game_args": {"games": 3}, "steps": 6, "episodes": 12,
+             "questions_per_step": "all"},
+            {"game": "Box", "grid": {"boxes": [2, 5]}, "steps": 5, "episodes": 12, "questions_per_step": "all"},
+            {"game": "DFA", "grid": {"states": [4]}, "steps": 5, "episodes": 12, "questions_per_step": "all"},
+            {"game": "Box", "grid": {"boxes": [3]}, "steps": 4, "episodes": 5},
         ],
         "wandb": "disabled",
     }  # fmt: skip
@@ -56,7 +56,7 @@ def steps_of(path: Path) -> Iterator[tuple[str, str, Answers, Answers]]:
 
 def whole(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     run = opened(path)
-    asked = rows(run, [cell for cell in asked_cells(run.config) if cell.ask == "all"])
+    asked = rows(run, [cell for cell in asked_cells(run.config) if cell.questions_per_step == "all"])
     found = states.whole(asked)
     assert found.equals(run.summary("whole"))
     assert found.equals(states.whole(rows(run).filter(pl.col("setting") != "Box-boxes=3")))

@@ -30,8 +30,8 @@ from tests.circuits import circuit
 from tests.pages import loads_nothing, shown
 
 GAMES = [
-    {"game": "DFA", "settings": {"states": 4, "actions_listed": 4}, "steps": 5},
-    {"game": "Cycle", "settings": {"period": 4}, "steps": 7},
+    {"game": "DFA", "game_args": {"states": 4, "actions_listed": 4}, "steps": 5},
+    {"game": "Cycle", "game_args": {"period": 4}, "steps": 7},
 ]
 SIZES: dict[str, Any] = {"pairs": 8, "top": 2, "random_sets": 20, "kinds": ["state"]}
 PROJECTIONS = {"gpt2": "transformer.h.{}.attn.c_proj", "llama": "model.layers.{}.self_attn.o_proj"}
@@ -124,7 +124,7 @@ def test_nothing_patched_is_the_base_run_and_everything_the_source_run(model: La
 @pytest.mark.parametrize("seed", range(3))
 def test_the_heads_of_a_circuit_are_those_of_both_games(tmp_path: Path, seed: int) -> None:
     made = circuit("DFA", seed)
-    games = [{"game": "DFA", "settings": {"states": n, "actions_listed": 4}, "steps": 8} for n in (4, 5)]
+    games = [{"game": "DFA", "game_args": {"states": n, "actions_listed": 4}, "steps": 8} for n in (4, 5)]
     given = config(model="circuit", games=games, kinds=["state", "action"])
     run = go(Transfer(), given, tmp_path / "run", model=made.agent)
     for row in run.summary("transfer").rows(named=True):
