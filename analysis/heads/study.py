@@ -48,8 +48,10 @@ class Heads(Study[PatchConfig]):
         return jobs
 
     def identity(self, job: Job, run: Run[PatchConfig]) -> dict[str, Any]:
-        game = make_game(run.config.game, **run.config.settings)
-        return run.asks(run.config.model) | game_identity(game)
+        def game() -> dict[str, Any]:
+            return game_identity(make_game(run.config.game, **run.config.settings))
+
+        return run.asks(run.config.model) | run.once("game", game)
 
     def do(self, job: Job, run: Run[PatchConfig]) -> pl.DataFrame:
         if job.key.startswith("pairs/"):
