@@ -100,7 +100,8 @@ def _not_found(entry: EntryPoint, error: BaseException) -> bool:
 
 
 def _noun(group: str) -> str:
-    return group.rpartition(".")[2].removesuffix("s")
+    name = group.rpartition(".")[2]
+    return f"{name[:-3]}y" if name.endswith("ies") else name.removesuffix("s")
 
 
 def _origin(entry: EntryPoint) -> str:

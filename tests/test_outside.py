@@ -225,7 +225,9 @@ def test_two_packages_with_one_name_are_both_named(site: Site) -> None:
     rivals = site.config("agent.yaml", ASKED, games=games, agents=["ngram"])
     one_line(site.nextstate("run", rivals), "the agent 'ngram': ", "the package ngrams", "the package rivals")
     study = site.config("study.yaml", AGREEING)
-    one_line(site.nextstate("agreement", study), "the study 'agreement': ", "agreements", "others")
+    one_line(
+        site.nextstate("agreement", study), "the study 'agreement': ", "the package agreements", "the package others"
+    )
 
 
 @pytest.mark.parametrize(
