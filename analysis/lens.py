@@ -60,7 +60,8 @@ class Lens(Study[LensConfig]):
     config = LensConfig
 
     def jobs(self, config: LensConfig) -> list[Job]:
-        agent, jobs = config.model if isinstance(config.model, str) else config.model.name, []
+        agent = config.model if isinstance(config.model, str) else config.model.name
+        jobs: list[Job] = []
         for entry in config.games:
             for made in games_of(entry):
                 check_steps(made.game, entry.steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import combinations, permutations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -49,6 +49,15 @@ class TransferConfig(RunConfig):
     random_sets: int = Field(50, ge=20, le=10_000, description="of as many heads of the same layers, to compare with")
 
 
+class Given(NamedTuple):
+    """What a job is about: the pairs of a game, and the game whose heads are patched in them, together."""
+
+    kind: str
+    made: Made
+    steps: int | None
+    heads_of: Made | None = None  # where there is none, each head is patched by itself
+
+
 class Transfer(Study[TransferConfig]):
     """Find out whether the heads that carry state in one game do so in another."""
 
@@ -56,7 +65,8 @@ class Transfer(Study[TransferConfig]):
     config = TransferConfig
 
     def jobs(self, config: TransferConfig) -> list[Job]:
-        agent, jobs = config.model if isinstance(config.model, str) else config.model.name, []
+        agent = config.model if isinstance(config.model, str) else config.model.name
+        jobs: list[Job] = []
         games = [(made, entry.steps) for entry in config.games for made in games_of(entry)]
         if len(games) < 2:
             raise RunError(f"the heads of {games[0][0].slug} can be tried in no other game: give at least two games")
@@ -65,54 +75,46 @@ class Transfer(Study[TransferConfig]):
                 if "balanced" not in made.game.contrasts.get(kind, ()):
                     raise RunError(f"{made.game.name} has no balanced {kind} pairs; leave it out, or ask for others")
                 made.game.contrast(np.random.default_rng(0), kind, steps=steps)  # raises where it cannot make them
-                jobs.append(Job(_key(kind, made), f"{kind} heads of {made.slug}", 10, (kind, made, steps), agent=agent))
+                given = Given(kind, made, steps)
+                jobs.append(Job(_key(kind, made), f"{kind} heads of {made.slug}", 10, given, agent=agent))
             for (one, _), (two, steps) in permutations(games, 2):
                 key, needs = f"transfer/{kind}/{one.slug}-to-{two.slug}", (_key(kind, one), _key(kind, two))
-                given = kind, two, steps, one
+                given = Given(kind, two, steps, one)
                 jobs.append(Job(key, f"{kind} heads of {one.slug} in {two.slug}", 10, given, needs, agent))
         return jobs
 
     def identity(self, job: Job, run: Run[TransferConfig]) -> dict[str, Any]:
-        return run.asks(run.config.model) | game_identity(job.given[1].game)
+        return run.asks(run.config.model) | game_identity(job.given.made.game)
 
     def do(self, job: Job, run: Run[TransferConfig]) -> pl.DataFrame:
-        from nextstate.analysis.heads.patch import sweep
-
-        kind, made, steps, *others = job.given
-        model, config = run.model(run.config.model), run.config
-        pairs = _pairs(run, model, kind, made, steps)
-        if not others:
-            found = sweep(model, pairs, vocabulary=False)
-            run.describe_model(model)
-            if found.kept.sum() < LEAST:
-                raise Skip(f"{model.name} gets {found.kept.sum()} pairs of {made.slug} right, but {LEAST} are needed")
-            kept = [*found.kept.nonzero()[0]]
-            cells = [(layer, head) for layer in found.layers for head in range(found.patched.difference.shape[2])]
-            patched = found.patched.difference[kept, ..., 0].reshape(len(kept), -1).T
-            columns = {"layer": [a for a, _ in cells], "head": [b for _, b in cells]}
-            frame = _rows(columns, kept, found.base.difference, found.source.difference, patched)
-            first = pl.col("pair").is_in(kept[::2])
-            return frame.with_columns(chooses=first)
-        own, theirs = run.table(_key(kind, made)), run.table(_key(kind, others[0]))
-        sets = [top_heads(theirs, config.top), top_heads(own, config.top)]
-        sets += random_sets(sets[0], theirs, config.random_sets, run.rng("random sets", job.key))
+        model, given = run.model(run.config.model), job.given
+        pairs = _pairs(run, model, given)
+        if given.heads_of is None:
+            frame = _swept(model, pairs, given)
+            run.describe_model(model)  # with what was proved of longer prompts
+            return frame
+        theirs, own = (run.table(_key(given.kind, made)) for made in (given.heads_of, given.made))
+        sets = [top_heads(theirs, run.config.top), top_heads(own, run.config.top)]
+        sets += random_sets(sets[0], theirs, run.config.random_sets, run.rng("random sets", job.key))
         tested = own.filter(~pl.col("chooses")).unique("pair", maintain_order=True)
         kept = tested["pair"].to_list()
         patched = together(model, [pairs[i] for i in kept], sets)
-        columns = {"set": ["theirs", "own", *["random"] * config.random_sets], "heads": list(map(_named, sets))}
-        return _rows(columns, kept, *(dict(tested.select("pair", x).rows()) for x in ("base", "source")), patched)
+        names = ["theirs", "own", *["random"] * run.config.random_sets]
+        base, source = (dict(tested.select("pair", side).iter_rows()) for side in ("base", "source"))
+        return _rows({"set": names, "heads": [_named(heads) for heads in sets]}, kept, base, source, patched)
 
     def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
-        changed = frame.filter(pl.col(frame.columns[0]) == frame.row(0)[0])
-        gain, gap = (changed[x].mean() - changed["base"].mean() for x in ("patched", "source"))  # type: ignore[operator]
-        return {f"{job.key}/recovery": gain / gap} if len(job.given) > 3 else {}  # of the other game's heads
+        if job.given.heads_of is None:
+            return {}
+        top, gap = _ratio(frame.filter(set="theirs"))
+        return {f"{job.key}/recovery": float(top.mean() / gap.mean())}
 
     def summarise(self, run: Run[TransferConfig]) -> dict[str, pl.DataFrame]:
         heads, agreement, transfer = [], [], []
         for kind in run.config.kinds:
             ratios = {}
             for game, rows in run.tables(f"heads/{kind}/*").items():
-                ratios[game] = _ratio(rows, ["layer", "head"])
+                ratios[game] = _ratio(rows)
                 band = stats.ratio_band(ratios[game], run.rng("heads", kind, game))
                 cells = rows.unique(["layer", "head"], maintain_order=True).select(
                     pl.lit(kind).alias("kind"), pl.lit(game).alias("game"), "layer", "head"
@@ -188,18 +190,34 @@ def _named(heads: Heads) -> str:
     return " ".join(f"{layer}.{head}" for layer, head in heads)
 
 
-def _pairs(run: Run[TransferConfig], model: LanguageModel, kind: str, made: Made, steps: int | None) -> list[TokenPair]:
+def _pairs(run: Run[TransferConfig], model: LanguageModel, given: Given) -> list[TokenPair]:
     """Return a game's pairs as tokens; those that cannot be used are left out and counted in `run.json`."""
     from nextstate.analysis.heads.routing import token_pairs
 
+    kind, made = given.kind, given.made
     rng = run.rng("pairs", kind, made.slug)
-    pairs = [made.game.contrast(rng, kind, steps=steps) for _ in range(run.config.pairs)]
+    pairs = [made.game.contrast(rng, kind, steps=given.steps) for _ in range(run.config.pairs)]
     found, excluded = token_pairs(model.encoder, pairs)
     if not found:
         raise Skip(f"no pair can be used: {excluded[0].reason}")
     if excluded:
         run.warn(f"{len(excluded)} of {len(pairs)} {kind} pairs of {made.slug} cannot be used: {excluded[0].reason}")
     return found
+
+
+def _swept(model: LanguageModel, pairs: Sequence[TokenPair], given: Given) -> pl.DataFrame:
+    """Patch each head by itself; return one row for each head and pair that the model gets right."""
+    from nextstate.analysis.heads.patch import sweep
+
+    found = sweep(model, pairs, vocabulary=False)
+    kept = found.kept.nonzero()[0].tolist()
+    if len(kept) < LEAST:
+        raise Skip(f"{model.name} gets {len(kept)} pairs of {given.made.slug} right, but {LEAST} are needed")
+    cells = [(layer, head) for layer in found.layers for head in range(found.patched.difference.shape[2])]
+    columns = {"layer": [layer for layer, _ in cells], "head": [head for _, head in cells]}
+    patched = found.patched.difference[kept, ..., 0].reshape(len(kept), -1).T
+    rows = _rows(columns, kept, found.base.difference, found.source.difference, patched)
+    return rows.with_columns(chooses=pl.col("pair").is_in(kept[::2]))
 
 
 def _rows(columns: dict[str, Any], kept: Sequence[int], base: Any, source: Any, patched: Any) -> pl.DataFrame:
@@ -270,7 +288,7 @@ def together(model: LanguageModel, pairs: Sequence[TokenPair], sets: Sequence[He
     return out
 
 
-def _ratio(rows: pl.DataFrame, by: Sequence[str]) -> stats.Ratio:
+def _ratio(rows: pl.DataFrame) -> stats.Ratio:
     """Return patched - base of each pair and cell, and source - base of each pair."""
     n = rows["pair"].n_unique()
     base, source, patched = (rows[x].to_numpy().reshape(-1, n) for x in ("base", "source", "patched"))
@@ -279,7 +297,7 @@ def _ratio(rows: pl.DataFrame, by: Sequence[str]) -> stats.Ratio:
 
 def _compared(rows: pl.DataFrame, rng: np.random.Generator) -> dict[str, Any]:
     """Return how much the heads of another game recover, beside the game's own and random sets."""
-    top, gap = _ratio(rows, ["set"])
+    top, gap = _ratio(rows)
     sets = rows.select("set", "heads").to_numpy()[:: len(gap)]
     band = stats.ratio_band((np.column_stack([top[:, 0], top[:, 1], top[:, 0] - top[:, 1]]), gap), rng)
     random = top[:, 2:].mean(0) / gap.mean()
