@@ -154,6 +154,16 @@ def test_heads_are_chosen_on_other_pairs_than_they_are_measured_on(done: Path) -
         assert row["recovery_low"] <= row["recovery"] <= row["recovery_high"]
 
 
+def test_top_heads_change_most_over_the_pairs_that_choose() -> None:
+    changes = {(0, 0): (1.0, 9.0), (0, 1): (3.0, -9.0), (1, 0): (-5.0, 9.0), (1, 1): (3.0, 0.0)}
+    rows = [
+        {"layer": layer, "head": head, "pair": pair, "base": 2.0, "patched": 2.0 + change, "chooses": pair == 0}
+        for (layer, head), both in changes.items()
+        for pair, change in enumerate(both)
+    ]
+    assert top_heads(pl.DataFrame(rows), 3) == ((0, 1), (1, 1), (0, 0))
+
+
 def test_random_sets_have_as_many_heads_of_each_layer() -> None:
     rows = pl.DataFrame({"layer": [0] * 4 + [1] * 4 + [2] * 4, "head": [0, 1, 2, 3] * 3})
     like = ((2, 0), (0, 1), (0, 3))
