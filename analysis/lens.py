@@ -23,7 +23,7 @@ from nextstate.analysis.grid import GridConfig, game_identity, games_of
 from nextstate.analysis.run import Run, RunConfig
 from nextstate.analysis.study import Job, Skip, Study
 from nextstate.envs.episode import check_steps
-from nextstate.envs.game import score
+from nextstate.envs.game import expected_accuracy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,7 +230,7 @@ def _answer(prompt: Prompt, logprobs: np.ndarray[Any, Any]) -> dict[str, Any]:
         "p_accepted": float(np.exp(logprobs[accepted]).sum()), "logprob": float(logprobs[asked.truth]),
         "correct": int(logprobs.argmax()) in accepted,
         "rank": 1 + int((logprobs > logprobs[accepted].max()).sum()),
-        "ceiling": score(prompt.episode.beliefs("ideal")[prompt.step][prompt.question], asked.accepted),
+        "ceiling": expected_accuracy(prompt.episode.beliefs("ideal")[prompt.step][prompt.question], asked.accepted),
         "chance": asked.chance,
     }  # fmt: skip
 

@@ -125,13 +125,13 @@ def test_a_model_that_cannot_answer_one_cell_may_answer_another(tmp_path: Path) 
 def test_after_something_unforeseen_a_model_is_asked_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def remark(self: Agent, episode: Any) -> str:
+    def warn(self: Agent, episode: Any) -> str:
         asked.append(self.name)
         if self.name == "chance":
             raise ZeroDivisionError("nobody foresaw this\nand this")
         return ""
 
-    monkeypatch.setattr(Agent, "remark", remark)
+    monkeypatch.setattr(Agent, "episode_warnings", warn)
     make(SMALL | {"agents": ["chance", "ideal"]}, tmp_path / "run")
     assert asked == ["chance", "ideal", "ideal"]
     assert {x["reason"] for x in left_out(tmp_path / "run")} == {
@@ -142,7 +142,7 @@ def test_after_something_unforeseen_a_model_is_asked_no_more(tmp_path: Path, mon
     def stop(self: Agent, episode: Any) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Agent, "remark", stop)
+    monkeypatch.setattr(Agent, "episode_warnings", stop)
     with pytest.raises(KeyboardInterrupt):
         make(SMALL | {"agents": ["ideal"]}, tmp_path / "stopped")
 

@@ -96,7 +96,7 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     from nextstate.analysis.heads.tables import PAIRS, pair_rows
 
     pairs, model = _drawn(run, design, kind), run.model(run.config.model)
-    run.warn(model.remark(pairs[0].clean))
+    run.warn(model.episode_warnings(pairs[0].clean))
     found, excluded = token_pairs(model.encoder, pairs)
     reasons = {x.pair: x.reason for x in excluded}
     joined = dict(zip([i for i in range(len(pairs)) if i not in reasons], found, strict=True))

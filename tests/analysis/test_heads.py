@@ -29,11 +29,11 @@ from nextstate.analysis.heads.routing import (
     Routing,
     attention_of,
     baseline,
-    carriers,
     head_table,
     layout,
     prefers,
     routing,
+    significant,
     token_pairs,
     top_heads,
 )
@@ -74,7 +74,7 @@ def joined(agent: LanguageModel, game: str, kind: str) -> list[TokenPair]:
 def named(found: Sweep, made: Circuit) -> set[str]:
     """Return which heads stand out, by what they do; a head that does nothing goes by its slot."""
     names = {slot: name for name, slot in made.heads.items()}
-    cells = carriers(recovery(found, np.random.default_rng(0), resamples=200))
+    cells = significant(recovery(found, np.random.default_rng(0), resamples=200))
     return {names.get((int(a), int(b)), f"{a}.{b}") for a, b in np.argwhere(cells[..., 0])}
 
 
