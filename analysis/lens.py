@@ -130,7 +130,7 @@ class Lens(Study[LensConfig]):
             "Accuracy of the answer that the model's own final norm and unembedding read off the residual stream at "
             "the answering token, against the number of blocks that have run. The band is the 95 % interval over "
             "episodes. Dashed: the ceiling, which is the accuracy of an ideal reader of the transcript; dotted: "
-            f"chance.\n\n“Knows from”: from there on accuracy is at least {SHARE:.0%} of the last layer's. It is not "
+            f"chance.\n\n“Knows from”: from there on accuracy is at least {round(100 * SHARE)} % of the last layer's. It is not "
             "given where the last layer's interval reaches down to chance. “Left out”: questions two of whose choices "
             "begin with the same token."
         )
