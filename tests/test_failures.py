@@ -163,7 +163,7 @@ def test_where_every_agent_fails_the_last_line_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "given"),
     [
-        ("patch", {"pairs": 2, "settings": {"states": 3}, "steps": 5, "kinds": ["state"], "resamples": 100}),
+        ("patch", {"pairs": 2, "game_args": {"states": 3}, "steps": 5, "kinds": ["state"], "resamples": 100}),
         ("response", {"block": 3, "prompts": 2, "window_prompts": 1}),
     ],
 )
@@ -186,7 +186,7 @@ def test_wrong_names_of_modules_are_one_line_of_the_command_line(tmp_path: Path)
     modules = {"blocks": "transformer.h", "attention": "attn", "projection": "o_proj", "mlp": "mlp"}
     entry = {"name": "./good", "modules": modules}
     run = SMALL | {"agents": [entry]}
-    patch = {"name": "one", "wandb": "disabled", "model": entry, "pairs": 2, "settings": {"states": 4}, "steps": 5}
+    patch = {"name": "one", "wandb": "disabled", "model": entry, "pairs": 2, "game_args": {"states": 4}, "steps": 5}
     for command, config in (("run", run), ("patch", patch)):
         (tmp_path / f"{command}.yaml").write_text(json.dumps(config))
         code, out, err = nextstate(command, f"{command}.yaml", "--out", command, cwd=tmp_path)

@@ -27,7 +27,7 @@ class PatchConfig(RunConfig):
 
     model: str | AgentConfig
     game: str = "DFA"
-    settings: dict[str, Any] = {}
+    game_args: dict[str, Any] = {}
     pairs: int = Field(64, ge=2, le=100_000, description="of each kind; published designs have as many as they have")
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
         default=["state", "action", "name", "noop"], min_length=1

@@ -28,7 +28,7 @@ class BridgeConfig(Strict):
     """Transcripts of a game: the clean sides of its minimal pairs."""
 
     game: str
-    settings: dict[str, Any] = {}
+    game_args: dict[str, Any] = {}
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(default=["state"], min_length=1)
     pairs: int = Field(16, ge=2, le=100_000, description="of each kind")
     steps: int | None = Field(None, ge=1)
@@ -104,7 +104,7 @@ class Bridge(NamedTuple):
         Raises:
             GameError: the game cannot make such pairs.
         """
-        game = make_game(self.config.game, **self.config.settings)
+        game = make_game(self.config.game, **self.config.game_args)
         return [game.contrast(rng, self.kind, steps=self.config.steps) for _ in range(pairs or self.config.pairs)]
 
 
