@@ -105,12 +105,14 @@ def from_belief(belief: Distribution, question: Question, tie: float) -> Predict
     return Prediction(question.choices[pick].strip(), pick, pick, pick, pick, logprobs)
 
 
-def row(prompt: Prompt, prediction: Prediction, ideal: Distribution) -> dict[str, Any]:
-    """Return one line of the table of questions; `nextstate.experiment.SCHEMA` has all columns and their types."""
-    question = prompt.asked
-    accepted, logprobs = question.accepted, prediction.logprobs
-    best = max(logprobs[i] for i in accepted)
-    ceiling = score(ideal, accepted)
+def question_row(prompt: Prompt, ideal: Distribution) -> dict[str, Any]:
+    """Return what is known of a question before anybody answers it; `nextstate.analysis.predict.tables.QUESTIONS`.
+
+    Args:
+        prompt: where the question is asked.
+        ideal: the ideal reader's belief over the choices.
+    """
+    question, ceiling = prompt.asked, score(ideal, prompt.asked.accepted)
     return {
         "episode": prompt.episode.seed,
         "step": prompt.step + 1,
@@ -119,7 +121,22 @@ def row(prompt: Prompt, prediction: Prediction, ideal: Distribution) -> dict[str
         "stem": question.stem,
         "choices": list(question.choices),
         "truth": question.answer,
-        "accepted": [question.choices[i].strip() for i in accepted],
+        "accepted": [question.choices[i].strip() for i in question.accepted],
+        "ceiling": ceiling,
+        "determined": ceiling == 1,
+        "chance": question.chance,
+    }
+
+
+def answer_row(prompt: Prompt, prediction: Prediction) -> dict[str, Any]:
+    """Return how an agent answered a question; the columns are in `nextstate.analysis.predict.tables.ANSWERS`."""
+    question, logprobs = prompt.asked, prediction.logprobs
+    accepted = question.accepted
+    best = max(logprobs[i] for i in accepted)
+    return {
+        "episode": prompt.episode.seed,
+        "step": prompt.step + 1,
+        "question": prompt.question,
         "greedy": prediction.answer,
         "greedy_correct": prediction.greedy in accepted,
         "choice": question.choices[prediction.choice].strip(),
@@ -129,8 +146,5 @@ def row(prompt: Prompt, prediction: Prediction, ideal: Distribution) -> dict[str
         "logprobs": list(logprobs),
         "p_accepted": min(1.0, sum(math.exp(logprobs[i]) for i in accepted)),
         "rank": 1 + sum(p > best for p in logprobs),
-        "ceiling": ceiling,
-        "determined": ceiling == 1,
-        "chance": question.chance,
         "prompt_tokens": prediction.prompt_tokens,
     }

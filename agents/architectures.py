@@ -16,7 +16,7 @@ branches, behind a cache and after padding, whatever positions the model is told
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,7 +35,8 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-Architecture = Literal["absolute", "rotary", "relative", "position", "uniform", "masked"]
+from nextstate.agents.training_config import Architecture
+
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 ATTENTION = "nextstate_distances"  # the attention function below, as `agents.sites.ATTENTIONS` has it
 

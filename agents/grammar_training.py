@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Int
-from pydantic import Field
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -26,84 +24,36 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from nextstate.agents.architectures import ARCHITECTURES, Architecture, new_model
-from nextstate.agents.config import ConfigError, Strict
+from nextstate.agents.architectures import new_model
 from nextstate.agents.generation import Codes, divergences, right, write
+from nextstate.agents.identity import files_digest
 from nextstate.agents.text import begins_with
-from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
+from nextstate.agents.trainer import TRAINING_STREAM, claim, fit
+from nextstate.agents.training_config import (
+    BEGIN,
+    END,
+    MASK,
+    PAD,
+    SPECIAL,
+    Architecture,
+    GrammarTraining,
+    ModelSpec,
+    check_training,
+)
+from nextstate.envs.files import write_json
 from nextstate.envs.grammar.derivation import sample
 from nextstate.envs.grammar.grammar import Grammar
 from nextstate.envs.grammar.perturb import Perturbation, draw
 from nextstate.envs.grammar.sizes import bounds, length_moments
 
-BEGIN, END, PAD, MASK = SPECIAL = ("<begin>", "<end>", "<pad>", "<mask>")
 BLOCK = 64  # windows cut from one stream
 HIDDEN = (
     0.15  # of the tokens, for masked models; of these 80 % become the mask, 10 % a random token (Devlin et al. 2019)
 )
 
 
-class GrammarTraining(Optimisation):
-    """Shape of the models and how they are trained; the defaults are the paper's."""
-
-    hidden_size: int = Field(default=768, ge=1)
-    layers: int = Field(default=12, ge=1)
-    heads: int = Field(default=12, ge=1)
-    window: int = Field(default=512, ge=4, description="tokens of a row, cut from strings one after another")
-    rows: int = Field(default=96, ge=1, description="of a step, over all processes")
-    steps: int = Field(default=100_000, ge=1)
-    learning_rate: float = 3e-4
-    warmup: int = 0
-    weight_decay: float = 0.1
-    evaluate_every: int = Field(default=2000, ge=1)
-    evaluation_strings: int = Field(default=200, ge=1, description="written, and scored, each time")
-
-
-class ModelSpec(Strict):
-    """One model of a study.
-
-    Args:
-        architecture: one of `agents.architectures`.
-        untrained: leave the weights as they are drawn, a control for probes.
-        perturbation: how some of its training strings are spoilt.
-        name: in tables and figures; made from the others by default.
-    """
-
-    class Spoilt(Strict):
-        """See `nextstate.envs.grammar.perturb.Perturbation`."""
-
-        kind: Literal["token", "symbol", "permutation"]
-        fraction: float = Field(ge=0, le=1)
-        rate: float = Field(ge=0, le=1)
-
-    architecture: Architecture = "rotary"
-    untrained: bool = False
-    perturbation: Spoilt | None = None
-    name: str = ""
-
-    @property
-    def title(self) -> str:
-        """The model's name."""
-        if self.name or self.perturbation is None:
-            return self.name or ("random" if self.untrained else self.architecture)
-        spoilt = self.perturbation
-        return f"{self.architecture}, {spoilt.fraction:g} with {spoilt.kind} {spoilt.rate:g}"
-
-    @property
-    def spoils(self) -> Perturbation | None:
-        """What spoils its training strings."""
-        return Perturbation(**self.perturbation.model_dump()) if self.perturbation else None
-
-
 def make_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of terminals with spaces between; it puts the begin token before a text by itself.
-
-    Raises:
-        ConfigError: a terminal has the name of a special token.
-    """
-    taken = set(SPECIAL) & set(grammar.terminals)
-    if taken:
-        raise ConfigError(f"terminals {', '.join(sorted(taken))} have names of special tokens; give them other names")
+    """Return a tokenizer for terminals that are separated by spaces; it puts the begin token before each text."""
     words = {word: i for i, word in enumerate((*SPECIAL, *grammar.terminals))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -163,7 +113,7 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Logs every so many steps how well the model writes; keeps the time of steps, data included, without that."""
+    """Logs how well the model writes, every `evaluate_every` steps; times steps and their data, without evaluations."""
 
     def __init__(
         self, grammar: Grammar, config: GrammarTraining, seed: int, masked: bool, progress: Callable[[int], None] | None
@@ -185,29 +135,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.progress(state.global_step)
         if due and not self.masked and self.trainer is not None:  # in all processes, as logging gathers from all
             model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
-            found = glance(model, self.grammar, np.random.default_rng(self.seed), self.config.evaluation_strings)
+            found = quick_evaluation(
+                model, self.grammar, np.random.default_rng(self.seed), self.config.evaluation_strings
+            )
             model.train()
             self.trainer.log(found)
         self.mark = time.perf_counter()
 
 
-def glance(model: Any, grammar: Grammar, rng: np.random.Generator, strings: int) -> dict[str, float]:
+def quick_evaluation(model: Any, grammar: Grammar, rng: np.random.Generator, strings: int) -> dict[str, float]:
     """Return how many of the strings that a model writes are right, and how far its next tokens are (nats a token)."""
     codes, longest = codes_of(grammar), bounds(grammar)[0][1]
     written = write(model, codes, [np.zeros(0, dtype=np.int64)] * strings, rng, longest)
     kl = divergences(model, codes, grammar, [each.tokens for each in sample(grammar, rng, strings)])
     return {"accuracy": right(grammar, written) / strings, "kl": float(np.mean(kl))}
-
-
-def check(config: GrammarTraining, grammar: Grammar) -> None:
-    """Raise `ConfigError` where a window is shorter than a string, or a terminal is called as a special token is."""
-    make_tokenizer(grammar)
-    longest = bounds(grammar)[0][1]
-    if config.window < longest + 2:
-        raise ConfigError(
-            f"window={config.window} is shorter than a string: this grammar has strings of {longest:,} tokens, and two "
-            f"more stand at their ends; expected at least {longest + 2}, or a grammar with shorter strings"
-        )
 
 
 def train(
@@ -219,21 +160,24 @@ def train(
     mode: Literal["offline", "online", "disabled"] = "offline",
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Train a model, going on where a killed run left off; return its folder, which also holds `history.json`.
+    """Train a model, from the last checkpoint in `out` if there is one; return the folder of the trained model.
+
+    Once it is trained, `out` holds `history.json`: parameters, steps, tokens, seconds, the learning curve, and
+    `weights`, the digest of the trained model's files.
 
     Args:
-        config: how.
-        spec: which.
-        grammar: on what.
+        config: shape of the model, and how it is trained.
+        spec: its architecture and perturbation.
+        grammar: whose strings it is trained on.
         out: folder of checkpoints and model.
         seed: of weights and data.
         mode: of W&B.
-        progress: told how many steps are done; the trainer's own bar is not shown then.
+        progress: is called with the number of steps done; the trainer's own bar is hidden then.
 
     Raises:
         ConfigError: `out` holds a run of another config or grammar, or a window is shorter than a string.
     """
-    check(config, grammar)
+    check_training(config, grammar)
     first = os.environ.get("RANK", "0") == "0"
     if first:
         claim({**config.model_dump(), **spec.model_dump(), "grammar": str(grammar), "seed": seed}, out)
@@ -253,23 +197,23 @@ def train(
     found |= {"tokens_per_second": None, "utilisation": None, "device": "cpu", "curve": []}
     if not spec.untrained:
         watch = Watch(grammar, config, seed, masked, progress)
-        data = Windows(grammar, config.window, config.rows * config.steps, seed, spec.spoils, masked)
+        data = Windows(grammar, config.window, config.rows * config.steps, seed, spec.perturbs, masked)
         trainer = fit(
             Trainer, config, out, spec.title, seed, [watch], mode, progress is not None,
             model=model, train_dataset=data, data_collator=default_data_collator,
         )  # fmt: skip
         if not first:
             return final
-        found |= _told(trainer, watch, config, model)
+        found |= _history(trainer, watch, config, model)
     model = model.to("cpu", torch.float32)
     model.config.use_cache = True  # the trainer turned it off
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    history.write_text(json.dumps(found, indent=1))  # last: with it the model is done
+    write_json(history, found | {"weights": files_digest(str(final.resolve()))})  # last: it means that all is there
     return final
 
 
-def _told(trainer: Trainer, watch: Watch, config: GrammarTraining, model: Any) -> dict[str, Any]:
+def _history(trainer: Trainer, watch: Watch, config: GrammarTraining, model: Any) -> dict[str, Any]:
     size = config.rows * config.window  # tokens of a step
     rows: dict[int, dict[str, Any]] = {}
     for entry in trainer.state.log_history:
@@ -321,10 +265,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> f
 
 
 def load(folder: Path, architecture: Architecture, eager: bool = False) -> Any:
-    """Load a trained model, in evaluation mode; `eager` for one that returns its attention."""
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"architecture={architecture!r} is not possible: expected one of {', '.join(ARCHITECTURES)}")
-    disable_progress_bar()  # ours shows what goes on
+    """Load a trained model in evaluation mode; with `eager` it can return its attention weights."""
+    disable_progress_bar()
     cls = AutoModelForMaskedLM if architecture == "masked" else AutoModelForCausalLM
     given = {"attn_implementation": "eager"} if eager else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"

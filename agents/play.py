@@ -157,7 +157,7 @@ class Playing:
             self.ended = "won" if self.info["won"] else "lost" if terminated else "steps"
 
     def row(self, optimum: int | None) -> dict[str, Any]:
-        """Return one line of the table of played episodes; `nextstate.playing.SCHEMA` has all columns."""
+        """Return one line of the table of played episodes; columns: `nextstate.analysis.play.tables.PLAYS`."""
         assert self.env.aim is not None
         won, steps = bool(self.info["won"]), len(self.commands)
         return {

@@ -1,22 +1,23 @@
-"""Run an agent over episodes and write down a row a question: by replay (fast) or live (step by step)."""
+"""Ask an agent about episodes, by replay (all at once) or live (step by step); each answer becomes a row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from nextstate.agents.agent import Agent, ContextError, Prompt, row
-from nextstate.envs.game import Distribution, Episode, Game, unroll
+from nextstate.agents.agent import Agent, ContextError, Prompt, answer_row, question_row
+from nextstate.envs.game import Episode, Game, unroll
 from nextstate.envs.vector import PredictionVectorEnv
 
-Road = Literal["replay", "live"]
+Mode = Literal["replay", "live"]
 Grid = Literal["episodes", "cells"]
 
 
 class Rollout(NamedTuple):
-    """The rows of an agent on one setting, and what it could not be asked ("" where nothing was left out)."""
+    """An agent's rows, and why some questions or episodes were left out ("" if none were)."""
 
     rows: list[dict[str, Any]]
     left_out: str
@@ -36,8 +37,16 @@ def prompts_of(episode: Episode, grid: Grid = "episodes") -> list[Prompt]:
     ]
 
 
+def questions(episodes: Iterable[Episode], grid: Grid = "episodes") -> Iterator[tuple[Prompt, dict[str, Any]]]:
+    """Yield every question that is asked in some episodes, with its row; see `question_row`."""
+    for episode in episodes:
+        ideal = episode.beliefs("ideal")
+        for prompt in prompts_of(episode, grid):
+            yield prompt, question_row(prompt, ideal[prompt.step][prompt.question])
+
+
 def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -> Rollout:
-    """Ask everything at once; prompts that are too long for the agent are left out, and said."""
+    """Ask all questions at once; those whose prompt is too long for the agent are left out."""
     prompts = [p for e in episodes for p in prompts_of(e, grid)]
     left_out = ""
     try:
@@ -47,26 +56,23 @@ def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -
         gone = set(error.prompts)
         prompts = [p for i, p in enumerate(prompts) if i not in gone]
         predictions = agent.predict(prompts) if prompts else []
-    ideal = _ideal(episodes)
-    rows = [row(p, q, ideal[id(p.episode)][p.step][p.question]) for p, q in zip(prompts, predictions, strict=True)]
-    return Rollout(rows, left_out)
+    return Rollout([answer_row(p, q) for p, q in zip(prompts, predictions, strict=True)], left_out)
 
 
 def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
-    """Play through the vector environment, the agent's greedy answer being the action of each step."""
+    """Step through the vector environment; the agent's greedy answer is the action of each step."""
     # Answers go in as choices: a greedy answer that is none of them exactly, " C" against "C" say, stays wrong.
     envs = PredictionVectorEnv(game, num_envs=len(seeds), steps=steps, answer="choice")
     reader = agent.live()
     try:
         envs.reset(seed=seeds.start)
         episodes = envs.episodes
-        ideal = _ideal(episodes)
         rows = []
         for t in range(steps):
             prompts = [Prompt(e, t) for e in episodes]
             predictions = reader.predict(prompts)
             _, rewards, *_ = envs.step(np.array([p.greedy for p in predictions]))
-            new = [row(p, q, ideal[id(p.episode)][t][0]) for p, q in zip(prompts, predictions, strict=True)]
+            new = [answer_row(p, q) for p, q in zip(prompts, predictions, strict=True)]
             wrong = [
                 r["episode"] for r, reward in zip(new, rewards, strict=True) if r["greedy_correct"] != bool(reward)
             ]
@@ -84,10 +90,16 @@ def episodes_of(game: Game, seeds: Iterable[int], steps: int, ask: int | Literal
     return [unroll(game, seed, steps, ask) for seed in seeds]
 
 
-def accuracy(rows: Sequence[dict[str, Any]]) -> float:
-    """Return the share of greedy answers that are right."""
-    return float(np.mean([r["greedy_correct"] for r in rows]))
+def determined_accuracy(agent: Agent, episodes: Sequence[Episode]) -> float:
+    """Return the share of right greedy answers among the questions whose answer the transcript determines.
 
+    NaN where there is no such question.
 
-def _ideal(episodes: Sequence[Episode]) -> dict[int, list[list[Distribution]]]:
-    return {id(e): e.beliefs("ideal") for e in episodes}
+    Raises:
+        ContextError: a prompt is too long for the agent.
+    """
+    asked = list(questions(episodes))
+    answers = agent.predict([prompt for prompt, _ in asked])
+    found = zip(asked, answers, strict=True)
+    hits = [a.greedy in prompt.asked.accepted for (prompt, row), a in found if row["determined"]]
+    return float(np.mean(hits)) if hits else math.nan

@@ -1,6 +1,6 @@
 """What all training here has in common: `transformers.Trainer` on data that is a function of config and row number.
 
-It resumes from its last checkpoint, logs to W&B (offline unless told otherwise), and runs on several GPUs under
+It resumes from its last checkpoint, logs to W&B (offline by default), and runs on several GPUs under
 torchrun, where the rows of a step are shared out.
 """
 
@@ -14,28 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from nextstate.agents.config import ConfigError, Strict
+from nextstate.agents.config import ConfigError
+from nextstate.agents.training_config import Optimisation
 
 # Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
 TRAINING_STREAM = 1
 _log = logging.getLogger(__name__)
-
-
-class Optimisation(Strict):
-    """How a model is trained, whatever on: AdamW, its rate falling linearly to 0."""
-
-    rows: int = Field(default=16, ge=1, description="of a step, over all processes")
-    steps: int = Field(default=9000, ge=1)
-    learning_rate: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    evaluate_every: int = Field(default=500, ge=1)
-    save_every: int = Field(default=500, ge=1)
-    threads: int | None = None
 
 
 def claim(decides: Mapping[str, Any], out: Path) -> None:
@@ -62,7 +49,7 @@ def fit(
     quiet: bool = False,
     **given: Any,
 ) -> Trainer:
-    """Train, going on from the last checkpoint in `out`.
+    """Train, from the last checkpoint in `out` if there is one.
 
     Args:
         make: `transformers.Trainer`, or a kind of it.
@@ -70,9 +57,9 @@ def fit(
         out: folder of the run; checkpoints go below.
         name: of the W&B run.
         seed: of what the trainer itself draws.
-        callbacks: told what goes on; those with an attribute `trainer` get the trainer there.
+        callbacks: of the trainer; the attribute `trainer` of those that have one is set to it.
         mode: of W&B; where it is not disabled and the variable WANDB_MODE is set, that counts.
-        quiet: print nothing; callbacks tell what goes on.
+        quiet: print nothing.
         given: what the trainer is made with besides: model, train_dataset, data_collator.
     """
     if settings.threads:
@@ -99,8 +86,7 @@ def fit(
             logging_steps=min(50, settings.steps),
             remove_unused_columns=False,
             bf16=gpu and torch.cuda.is_bf16_supported(),
-            report_to=["wandb"] if mirrored else [],
-            run_name=name,
+            report_to=[],
             seed=seed,
             dataloader_num_workers=0,
             dataloader_pin_memory=gpu,
@@ -108,7 +94,7 @@ def fit(
             disable_tqdm=quiet,
             ddp_backend=None if gpu or processes == 1 else "gloo",
         ),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([_Logger(mirrored)] if mirrored else [])],
         **given,
     )
     if quiet:
@@ -119,8 +105,19 @@ def fit(
     saved = out / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
     if mirrored is not None:
-        mirrored.finish()  # or the next model's training goes on in the same run
+        mirrored.finish()
     return trainer
+
+
+class _Logger(TrainerCallback):  # type: ignore[misc]
+    """Logs the trainer's numbers to a W&B run of its own; that of transformers would use any run that is active."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        numbers = {f"train/{key}": value for key, value in logs.items()}
+        self.run.log(numbers | {"train/global_step": state.global_step})
 
 
 def _mirror(out: Path, name: str, mode: str, quiet: bool) -> Any:
@@ -133,7 +130,7 @@ def _mirror(out: Path, name: str, mode: str, quiet: bool) -> Any:
     settings = wandb.Settings(silent=quiet, console="off", disable_git=True, save_code=False, init_timeout=20)
     project = os.environ.get("WANDB_PROJECT", "nextstate")
     try:
-        return wandb.init(mode=wanted, dir=str(out), project=project, name=name, settings=settings)
+        return wandb.init(mode=wanted, dir=str(out), project=project, name=name, settings=settings, reinit="create_new")
     except (wandb.errors.Error, OSError) as error:
         _log.warning("W&B cannot start %s (%s); the files of %s are not affected", wanted, error, out)
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ from nextstate.agents.branches import Tree, Trunk, pack
 from nextstate.agents.config import ConfigError, Strict
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import PathMasks, Places
-from nextstate.agents.rollout import accuracy, episodes_of, replay, seeds_for
+from nextstate.agents.rollout import determined_accuracy, episodes_of, seeds_for
 from nextstate.agents.text import Encoder, begins_with
-from nextstate.agents.trainer import TRAINING_STREAM, Optimisation, claim, fit
+from nextstate.agents.trainer import TRAINING_STREAM, claim, fit
+from nextstate.agents.training_config import Optimisation
 from nextstate.envs.game import Episode, GameError, Sample, score, unroll
 from nextstate.envs.games import game_class, make_game
 
@@ -267,11 +269,8 @@ class CellAccuracy(TrainerCallback):  # type: ignore[misc]
             return
         model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
         agent = LanguageModel("in training", loaded=(model, self.tokenizer))
-        determined = {
-            name: [row for row in replay(agent, episodes).rows if row["determined"]]
-            for name, episodes in self.cells.items()
-        }
-        self.trainer.log({f"accuracy/{name}": accuracy(rows) for name, rows in determined.items() if rows})
+        found = {name: determined_accuracy(agent, episodes) for name, episodes in self.cells.items()}
+        self.trainer.log({f"accuracy/{name}": share for name, share in found.items() if not math.isnan(share)})
         model.train()
 
 

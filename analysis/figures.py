@@ -1,27 +1,15 @@
-"""Figures of a run, as plotly figures: heatmaps over size and step, curves, determined or not, where shortcuts fail.
+"""What the figures of all studies share: colours, the scale of heatmaps, and the layout.
 
-Backgrounds are transparent and nothing depends on the theme's colours, so that the report can set ink and grid lines
-for light and dark. Colours are told apart by colour-blind readers, and each agent keeps its own in every figure.
+Backgrounds are transparent and nothing depends on the theme's colours, so that the page can set ink and grid lines for
+light and dark. Colour-blind readers can tell the colours apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
-import polars as pl
-
-from nextstate.analysis import tables
-from nextstate.analysis.tables import Run
-
-Value = Literal["accuracy", "ceiling", "over_ceiling"]
-VALUES: dict[Value, str] = {
-    "accuracy": "Accuracy of {agent}",
-    "ceiling": "Ceiling: accuracy of the ideal reader",
-    "over_ceiling": "Accuracy over ceiling",
-}
 # Light to dark in even steps of lightness (after ColorBrewer's YlGnBu): for every kind of sight, and in print.
 SCALE: list[tuple[float, str]] = [
     (0.0, "#fbf7d5"), (0.125, "#e6f2bd"), (0.25, "#c1e4b8"), (0.375, "#8dcfba"), (0.5, "#58b9c0"),
@@ -29,10 +17,6 @@ SCALE: list[tuple[float, str]] = [
 ]  # fmt: skip
 WIDE = 20  # sizes that many times as large as the smallest are drawn on a logarithmic axis
 DARK, LIGHT, TURN = "#16181b", "#ffffff", 0.75  # ink on a cell, from which value on it is light: contrast over 4.5
-CELL = (
-    "accuracy %{customdata[0]} (95 %: %{customdata[1]} to %{customdata[2]})<br>n %{customdata[3]}"
-    "<br>ceiling %{customdata[4]}, over ceiling %{customdata[6]}<br>chance %{customdata[5]}"
-)
 
 
 class Style(NamedTuple):
@@ -44,48 +28,9 @@ class Style(NamedTuple):
     marker: str = "circle"
 
 
-# After Okabe and Ito (and Tol's muted set for the rest); mid tones, so that they stand on white and on near-black.
-MODELS = (
-    Style("#0072b2"),
-    Style("#d55e00", marker="square"),
-    Style("#aa4499", marker="diamond"),
-    Style("#56b4e9", marker="triangle-up"),
-    Style("#b8860b", marker="cross"),
-)
-REFERENCES = {
-    "ideal": Style("#009e73", "solid", 2.0, "line-ns-open"),
-    "chance": Style("#8c8c8c", "dot", 2.0, "line-ns-open"),
-    "shortcut:last_mention": Style("#e69f00", "dash", 1.4, "x-thin"),
-    "shortcut:action_only": Style("#cc79a7", "dashdot", 1.4, "x-thin"),
-    "shortcut:state_only": Style("#56b4e9", "longdash", 1.4, "x-thin"),
-    "shortcut:most_frequent": Style("#999933", "longdashdot", 1.4, "x-thin"),
-    "shortcut:stay": Style("#b0656b", "5px 2px", 1.4, "x-thin"),
-    "shortcut:first_listed": Style("#7f7fbf", "2px 3px", 1.4, "x-thin"),
-}
-OTHER = Style("#a0a0a0", "3px 3px", 1.4, "x-thin")
-
-
-def styles(run: Run) -> dict[str, Style]:
-    """Return the style of each agent of the run; models take theirs in the order of the run."""
-    models = {name: MODELS[i % len(MODELS)] for i, name in enumerate(run.models)}
-    return {agent: models.get(agent) or REFERENCES.get(agent, OTHER) for agent in run.agents}
-
-
-def label(agent: str) -> str:
-    """Return an agent's name for readers: "shortcut:last_mention" becomes "last mention"."""
-    if agent == "ideal":
-        return "ideal reader (ceiling)"
-    return agent.removeprefix("shortcut:").replace("_", " ") if agent.startswith("shortcut:") else agent
-
-
 def plain(text: str) -> str:
     """Return a text escaped for plotly, which reads a few HTML tags."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def place(game: str, variant: str) -> str:
-    """Return how a game and its variant are named on an axis."""
-    return f"{game} {variant.replace('density=', '')}".strip()
 
 
 def rounded(values: Iterable[float | None]) -> list[float | None]:
@@ -112,253 +57,7 @@ def layout(title: str, height: int, x: str, y: str = "", **more: Any) -> dict[st
     return base | more
 
 
-def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}".removeprefix("0")
-
-
-def heatmap(
-    cells: pl.DataFrame, game: str, variant: str, agent: str, value: Value, size_name: str = "size"
-) -> go.Figure:
-    """Draw `value` of `agent` (all questions) over size (up) and step (right), from the table `tables.cells` makes.
-
-    The colour scale runs from 0 to 1 in every heatmap. A cell that was not asked stays empty.
-    """
-    here = (
-        (pl.col("game") == game)
-        & (pl.col("variant") == variant)
-        & (pl.col("agent") == agent)
-        & (pl.col("subset") == "all")
-    )
-    part = cells.filter(here)
-    by_cell = {(row["size"], row["step"]): row for row in part.iter_rows(named=True)}
-    sizes, steps = sorted(part["size"].unique()), sorted(part["step"].unique())
-    grid = [[by_cell.get((size, step)) for step in steps] for size in sizes]
-    shown = ("accuracy", "accuracy_low", "accuracy_high", "n", "ceiling", "chance", "over_ceiling")
-    hover = [
-        [[row and (row[c] if row[c] is None else round(row[c], 3)) for c in shown] if row else None for row in line]
-        for line in grid
-    ]
-    trace = go.Heatmap(
-        z=[[row[value] if row else None for row in line] for line in grid],
-        x=[str(s) for s in steps],
-        y=[str(s) for s in sizes],
-        customdata=hover,
-        zmin=0,
-        zmax=1,
-        colorscale=SCALE,
-        xgap=1,
-        ygap=1,
-        hoverongaps=False,
-        colorbar={"thickness": 10, "outlinewidth": 0, "tickvals": [0, 0.25, 0.5, 0.75, 1]},
-        hovertemplate=f"{size_name} %{{y}}, step %{{x}}<br>{CELL}<extra></extra>",
-    )
-    filled = [row for line in grid for row in line if row and row[value] is not None]
-    numbers = go.Scatter(
-        x=[str(row["step"]) for row in filled],
-        y=[str(row["size"]) for row in filled],
-        text=[_text(row[value]) for row in filled],
-        mode="text",
-        textfont={"size": 11, "color": [LIGHT if row[value] >= TURN else DARK for row in filled]},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    # The numbers would widen the axes beyond the cells.
-    across, up = (
-        {"type": "category", "showgrid": False, "ticks": "", "range": [-0.5, len(ticks) - 0.5]}
-        for ticks in (steps, sizes)
-    )
-    height = 27 * max(len(sizes), 3) + 74
-    title = VALUES[value].format(agent=plain(agent))
-    return go.Figure([trace, numbers], layout(title, height, "step", size_name, xaxis=across, yaxis=up))
-
-
-def curve(
-    curves: pl.DataFrame,
-    game: str,
-    variant: str,
-    axis: Literal["size", "step", "states"],
-    look: Mapping[str, Style],
-    axis_name: str = "",
-) -> go.Figure:
-    """Draw accuracy against `axis` for every agent that played, from what `tables.curves` or `states.curves` makes.
-
-    Bands are 95 % intervals over episodes, for models. Ideal reader and chance are drawn at their expected accuracy.
-    """
-    here = (
-        (pl.col("game") == game)
-        & (pl.col("variant") == variant)
-        & (pl.col("axis") == axis)
-        & (pl.col("subset") == "all")
-    )
-    part = curves.filter(here).sort("at")
-    traces: list[Any] = []
-    agents = set(part["agent"])
-    name = axis_name or axis
-    for agent in sorted(
-        (a for a in look if a in agents), key=lambda a: (a in REFERENCES) - 2 * a.startswith("shortcut:")
-    ):
-        rows, style = part.filter(pl.col("agent") == agent), look[agent]
-        x = rows["at"].to_list()
-        y = rows[{"ideal": "ceiling", "chance": "chance"}.get(agent, "accuracy")].to_list()
-        low, high = rows["accuracy_low"].to_list(), rows["accuracy_high"].to_list()
-        model = style in MODELS
-        if model:
-            traces.append(
-                go.Scatter(
-                    x=x + x[::-1], y=high + low[::-1], fill="toself", fillcolor=rgba(style.colour, 0.2), mode="lines",
-                    line={"width": 0}, hoverinfo="skip", showlegend=False, legendgroup=agent,
-                )
-            )  # fmt: skip
-        mode = "lines+markers" if model or len(x) == 1 else "lines"
-        bounds = [[_text(a), _text(b), n] for a, b, n in zip(low, high, rows["n"], strict=True)] if model else None
-        traces.append(
-            go.Scatter(
-                x=x, y=y, name=plain(label(agent)), legendgroup=agent, mode=mode,
-                line={"color": style.colour, "dash": style.dash, "width": style.width},
-                marker={"size": 5, "symbol": style.marker if model else "circle", "color": style.colour},
-                customdata=bounds,
-                hovertemplate=f"{plain(label(agent))}<br>{name} %{{x}}: %{{y:.3f}}"
-                + ("<br>95 %: %{customdata[0]} to %{customdata[1]}, n %{customdata[2]}" if model else "")
-                + "<extra></extra>",
-            )
-        )  # fmt: skip
-    at = sorted(part["at"].unique())
-    ticks: dict[str, Any] = {"showgrid": False}
-    if axis == "states":
-        ticks |= {"type": "log", "dtick": 1, "minor": {"dtick": "D1", "ticks": "outside", "ticklen": 2}}
-    elif axis == "size" and 0 < len(at) <= 12:
-        wide = at[-1] >= WIDE * max(at[0], 1)
-        ticks |= {"tickvals": at} | ({"type": "log", "ticktext": [f"{n:,}" for n in at]} if wide else {})
-    elif at:
-        ticks |= {"range": [at[0] - 0.5, at[-1] + 0.5]} | ({"dtick": 1} if at[-1] <= 12 else {})
-    upright = {"range": [-0.02, 1.03], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
-    over = {"size": "all steps", "step": "all sizes", "states": "number of states, all steps"}[axis]
-    title = f"Accuracy against {name} ({over})"
-    return go.Figure(traces, layout(title, 300, name, "accuracy", xaxis=ticks, yaxis=upright))
-
-
 def rgba(colour: str, alpha: float) -> str:
     """Return a colour such as "#0072b2" with an opacity from 0 to 1."""
     r, g, b = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({r},{g},{b},{alpha})"
-
-
-def _bars(rows: pl.DataFrame) -> dict[str, Any]:
-    """Return plotly's asymmetric error bars to the 95 % interval of the accuracy."""
-    up = (rows["accuracy_high"] - rows["accuracy"]).clip(0, None)
-    down = (rows["accuracy"] - rows["accuracy_low"]).clip(0, None)
-    return {"type": "data", "array": up.to_list(), "arrayminus": down.to_list(), "thickness": 1.2, "width": 3}
-
-
-def _rows_layout(title: str, x: str, labels: Sequence[str], pitch: int) -> dict[str, Any]:
-    ticks = list(range(len(labels)))
-    yaxis = {
-        "tickvals": ticks,
-        "ticktext": [plain(text) for text in labels],
-        "range": [len(labels) - 0.4, -0.6],
-        "showgrid": False,
-        "ticks": "",
-    }
-    xaxis = {"range": [0, 1.02], "tickvals": [0, 0.25, 0.5, 0.75, 1]}
-    return layout(title, pitch * len(labels) + 84, x, xaxis=xaxis, yaxis=yaxis)
-
-
-def determined(totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
-    """Draw `agent`'s accuracy on determined and on undetermined questions, a row a game and variant.
-
-    `totals` is `tables.pooled(rows, ("agent", "game", "variant"))`. Ticks: ceiling (green), chance (grey).
-    """
-    mine = totals.filter(pl.col("agent") == agent).sort("game", "variant")
-    names = [place(g, v) for g, v in mine.select("game", "variant").unique(maintain_order=True).iter_rows()]
-    traces: list[Any] = []
-    for subset, offset, symbol in (("determined", -0.17, "circle"), ("undetermined", 0.17, "diamond-open")):
-        rows = mine.filter(pl.col("subset") == subset)
-        y = [names.index(place(g, v)) + offset for g, v in rows.select("game", "variant").iter_rows()]
-        for column in ("ceiling", "chance"):
-            tick = {
-                "symbol": "line-ns-open",
-                "size": 13,
-                "color": REFERENCES["ideal" if column == "ceiling" else column].colour,
-            }
-            tick["line"] = {"width": 2.5}
-            hover = f"{column} %{{x:.3f}} ({subset})<extra></extra>"
-            first = subset == "determined"
-            traces.append(
-                go.Scatter(
-                    x=rows[column].to_list(),
-                    y=y,
-                    mode="markers",
-                    marker=tick,
-                    name=column,
-                    showlegend=first,
-                    hovertemplate=hover,
-                )
-            )
-        hover = "%{customdata[1]}, " + subset + ": %{x:.3f}<br>n %{customdata[0]}<extra></extra>"
-        data = [[n, place(g, v)] for n, g, v in rows.select("n", "game", "variant").iter_rows()]
-        marker = {"symbol": symbol, "size": 9, "color": style.colour, "line": {"width": 2, "color": style.colour}}
-        traces.append(
-            go.Scatter(
-                x=rows["accuracy"].to_list(), y=y, mode="markers", marker=marker, name=subset,
-                error_x=_bars(rows) | {"color": style.colour}, customdata=data, hovertemplate=hover,
-            )
-        )  # fmt: skip
-    return go.Figure(
-        traces, _rows_layout(f"Determined and undetermined questions, {plain(agent)}", "accuracy", names, 46)
-    )
-
-
-def hard(table: pl.DataFrame, totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
-    """Draw `agent`'s accuracy on the determined questions that each shortcut gets wrong.
-
-    `table` comes from `tables.on_hard`, `totals` from `tables.pooled` by agent, game and variant. A small circle marks
-    the accuracy on all determined questions: a bar far to the left of it says that the agent leans on the shortcut.
-    Grey ticks: chance.
-    """
-    rows = table.filter((pl.col("agent") == agent) & (pl.col("n") > 0)).sort("game", "variant", "shortcut")
-    known = totals.filter((pl.col("agent") == agent) & (pl.col("subset") == "determined"))
-    rows = rows.join(
-        known.select("game", "variant", whole="accuracy"), on=["game", "variant"], how="left", maintain_order="left"
-    )
-    names = [f"{place(g, v)}: {label(s)}" for g, v, s in rows.select("game", "variant", "shortcut").iter_rows()]
-    y = list(range(len(names)))
-    hover = "%{customdata[0]} is wrong: accuracy %{x:.3f}<br>n %{customdata[1]}, %{customdata[2]:.0%} of the determined"
-    bar = go.Bar(
-        x=rows["accuracy"].to_list(), y=y, orientation="h", width=0.62, name="where the shortcut fails",
-        marker={"color": rgba(style.colour, 0.45)}, error_x=_bars(rows) | {"color": style.colour},
-        customdata=list(zip(names, rows["n"], rows["share"], strict=True)), hovertemplate=hover + "<extra></extra>",
-    )  # fmt: skip
-    ring = {"symbol": "circle-open", "size": 9, "color": style.colour, "line": {"width": 2}}
-    tick = {"symbol": "line-ns-open", "size": 13, "color": REFERENCES["chance"].colour, "line": {"width": 2.5}}
-    all_ = go.Scatter(
-        x=rows["whole"].to_list(), y=y, mode="markers", marker=ring, name="on all determined questions",
-        hovertemplate="on all determined questions %{x:.3f}<extra></extra>",
-    )  # fmt: skip
-    chance = go.Scatter(
-        x=rows["chance"].to_list(),
-        y=y,
-        mode="markers",
-        marker=tick,
-        name="chance",
-        hovertemplate="chance %{x:.3f}<extra></extra>",
-    )
-    title = f"Where the shortcut fails, {plain(agent)}"
-    return go.Figure([bar, all_, chance], _rows_layout(title, "accuracy", names, 27))
-
-
-def every(run: Run, answers: pl.DataFrame, cells: pl.DataFrame, totals: pl.DataFrame) -> dict[str, go.Figure]:
-    """Draw all figures of a run, by name; `answers` from `tables.narrow`, the rest as in `heatmap` and `determined`."""
-    look, out = styles(run), dict[str, go.Figure]()
-    curves, table = tables.curves(answers), tables.on_hard(answers)
-    settings = {(s["game"], s["variant"]): s.get("size_name", "size") for s in run.info["settings"]}
-    for (game, variant), size_name in settings.items():
-        head = f"{game} {variant}".strip()
-        out[f"{head} by size"] = curve(curves, game, variant, "size", look, size_name)
-        out[f"{head} by step"] = curve(curves, game, variant, "step", look)
-        for agent in run.focus:
-            for value in VALUES:
-                out[f"{head} {agent} {value}"] = heatmap(cells, game, variant, agent, value, size_name)
-    for agent in run.focus:
-        out[f"determined {agent}"] = determined(totals, agent, look[agent])
-        out[f"hard {agent}"] = hard(table, totals, agent, look[agent])
-    return out

@@ -24,6 +24,7 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
+from nextstate.agents.agent import AgentError
 from nextstate.agents.config import AgentConfig, Strict
 from nextstate.agents.identity import device_kind, model_identity
 from nextstate.analysis.progress import Progress
@@ -100,6 +101,7 @@ class Run(Generic[C]):
         self.given: Any = None  # a loaded model, used instead of loading one
         self.loading = False  # an agent is being loaded, or could not be
         self._agent: tuple[str, Any] | None = None
+        self._unloadable: dict[str, str] = {}  # agents, and why
         self._left = 0  # of the current job
         self._saved, self._memory = saved, dict[Any, Any]()
         self._began, self._before = time.monotonic(), float(record.get("seconds", 0.0))
@@ -168,12 +170,18 @@ class Run(Generic[C]):
         """Return an agent, made by `make` the first time; only the last one that was asked for is kept in memory.
 
         Raises:
-            AgentError: it cannot be loaded. `go` then leaves out its other jobs too.
+            AgentError: it cannot be loaded, which is tried once. `go` then leaves out the other jobs of the agent.
         """
         if self._agent is None or self._agent[0] != name:
             self._agent, self.loading = None, True  # frees the memory of the one before
+            if name in self._unloadable:
+                raise AgentError(self._unloadable[name])
             self.progress.on(f"loading {name}")
-            self._agent = name, make()
+            try:
+                self._agent = name, make()
+            except AgentError as error:
+                self._unloadable[name] = str(error)
+                raise
             self.loading = False
         found: T = self._agent[1]
         return found
@@ -319,10 +327,20 @@ class Run(Generic[C]):
                 self.describe(agent)
         return True
 
-    def set_aside(self, key: str, reason: str) -> None:
-        """Move a table to `set-aside/`, and keep the reason in `run.json`."""
-        path, count = self.file(key), 1
-        while (to := self.path / "set-aside" / f"{key}.{count}.parquet").exists():
+    def fits(self, key: str, identity: Mapping[str, Any]) -> bool:
+        """Return whether a finished table is there, undamaged and with this identity; it may then be used."""
+        try:
+            about = read_about(self.file(key))
+        except Damaged:
+            return False
+        if not difference(about["identity"], identity):
+            self.about[key] = about
+        return key in self.about
+
+    def set_aside(self, key: str, reason: str, suffix: str = ".parquet") -> None:
+        """Move a table, or with suffix "" a folder, to `set-aside/`, and keep the reason in `run.json`."""
+        path, count = self.path / f"{key}{suffix}", 1
+        while (to := self.path / "set-aside" / f"{key}.{count}{suffix}").exists():
             count += 1
         try:
             to.parent.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,13 @@ class Study(ABC, Generic[C]):
         """
         return {}
 
+    def stale(self, job: Job, run: Run[C]) -> str:
+        """Return why a finished table may not be used although its identity fits, "" where it may.
+
+        For tables about other files of the run, such as a trained model. Must not import torch.
+        """
+        return ""
+
     @abstractmethod
     def do(self, job: Job, run: Run[C]) -> pl.DataFrame | Mapping[str, pl.DataFrame]:
         """Do a job; return its table, or several by key, among them the one that `job.key` names.
@@ -225,19 +232,21 @@ def _do_all(study: Study[C], run: Run[C], jobs: Sequence[Job], accept_mixed: boo
             run.left_out(job.agent, job.title, unusable[job.agent], failed=True)
         else:
             identity = identity_of(study, job, run)
-            if not _finished(run, job.key, identity, accept_mixed):
+            if not _finished(study, run, job, identity, accept_mixed):
                 _do(study, run, job, identity, unusable, mirror)
                 continue  # which has advanced the progress bar
         run.progress.advance(job.cost)
 
 
-def _finished(run: Run[C], key: str, identity: dict[str, Any], accept_mixed: bool) -> bool:
-    if not run.check(key, identity, accept_mixed):
+def _finished(study: Study[C], run: Run[C], job: Job, identity: dict[str, Any], accept_mixed: bool) -> bool:
+    if not run.check(job.key, identity, accept_mixed):
         return False
-    others = run.about[key]["notes"].get("with", [])
-    if all([run.check(other, identity, accept_mixed) for other in others]):
+    others = run.about[job.key]["notes"].get("with", [])
+    if not all([run.check(other, identity, accept_mixed) for other in others]):
+        reason = "a table that was made with it is missing or set aside"
+    elif not (reason := study.stale(job, run)):
         return True
-    run.set_aside(key, "a table that was made with it is missing or set aside")
+    run.set_aside(job.key, reason)
     return False
 
 
@@ -283,7 +292,7 @@ def _summarise(study: Study[C], run: Run[C], jobs: Sequence[Job]) -> bool:
         "versions": versions(("numpy", "polars", "scipy")), "inputs": inputs,
     }  # fmt: skip
     names = run.record.get("summary", [])
-    if names and all([run.check(f"summary/{name}", identity, False) for name in names]):
+    if names and all([run.fits(f"summary/{name}", identity) for name in names]):
         return False
     run.progress.on("statistics")
     made = guarded(lambda: dict(study.summarise(run)), passing=(RunError, AgentError, GameError))

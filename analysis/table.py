@@ -36,11 +36,17 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 @cache
-def code_digest() -> str:
-    """Return a digest of the modules that compute results (not of the command line and the pages)."""
+def code_digest(*parts: str) -> str:
+    """Return a digest of the modules that compute results.
+
+    Args:
+        parts: files and folders below the package, such as `envs/grammar`; by default all of `envs`, `agents` and
+            `analysis` without the pages.
+    """
     root = Path(__file__).resolve().parent.parent
-    files = (p for room in ROOMS for p in sorted((root / room).rglob("*.py")) if "page" not in p.parts[:-1])
-    return file_digest(*files)
+    found = (root / part for part in parts or ROOMS)
+    files = (file for path in found for file in ([path] if path.is_file() else sorted(path.rglob("*.py"))))
+    return file_digest(*(file for file in files if "page" not in file.parts[:-1]))
 
 
 def weights_digest(model: Any) -> str:
@@ -70,7 +76,9 @@ def write_table(
 
     def write(partial: Path) -> None:
         try:
-            frame.write_parquet(partial, compression_level=9, metadata={_KEY: json.dumps(about, sort_keys=True)})
+            frame.write_parquet(
+                partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
+            )
         except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
             raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
         data = partial.read_bytes()

@@ -28,7 +28,7 @@ from nextstate.agents.agent import AgentError
 from nextstate.agents.identity import BUILT_IN
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import SiteError
-from nextstate.folder import hardware
+from nextstate.analysis.run import hardware
 from tests.exactness import DFA, JOBS, ROADS, Job, measure, noise, tolerance, truths
 from tests.zoo import BOTH_WAYS, FAST, NAMES, build
 

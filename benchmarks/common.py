@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from nextstate.folder import hardware
+from nextstate.analysis.run import hardware
 
 T = TypeVar("T")
 

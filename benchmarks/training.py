@@ -20,8 +20,9 @@ from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.common import Result, finish, parse
-from nextstate.agents.architectures import ARCHITECTURES, Architecture, new_model
-from nextstate.agents.grammar_training import SPECIAL, GrammarTraining, ModelSpec, Windows, load, train
+from nextstate.agents.architectures import ARCHITECTURES, new_model
+from nextstate.agents.grammar_training import Windows, load, train
+from nextstate.agents.training_config import SPECIAL, Architecture, GrammarTraining, ModelSpec
 from nextstate.envs.grammar.sources import published
 
 GRAMMAR = published("cfg3b")

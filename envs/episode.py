@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
@@ -21,6 +21,7 @@ class Episode:
     start: State
     opening: str
     steps: tuple[Step, ...]
+    _beliefs: dict[str, list[list[Distribution]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def told(self) -> tuple[str, ...]:
@@ -49,7 +50,15 @@ class Episode:
         return head + asked[-1].stem
 
     def beliefs(self, name: str) -> list[list[Distribution]]:
-        """Return what `name` ("ideal", "chance" or a shortcut) believes, for each step and question."""
+        """Return what `name` ("ideal", "chance" or a shortcut) believes, for each step and question.
+
+        Each reader reads the episode once; later calls return the same lists.
+        """
+        if name not in self._beliefs:
+            self._beliefs[name] = self._read(name)
+        return self._beliefs[name]
+
+    def _read(self, name: str) -> list[list[Distribution]]:
         if name == "chance":
             return [[uniform(len(q.choices)) for q in step.questions] for step in self.steps]
         reader = self.game.reader(self.start)

@@ -188,22 +188,24 @@ def _show(frame: pl.DataFrame) -> None:
             name.replace("_", " ") + (" (95 %)" if f"{name}_low" in ends else ""),
             justify="right" if numeric else "left",
         )
+    small = {c for c in shown if frame.schema[c].is_float() and not (frame[c].abs().max() or 0) >= 0.01}  # type: ignore[operator]
     for row in frame.iter_rows(named=True):
         cells = []
         for name in shown:
-            low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-            interval = "" if low is None or high is None else f" ({number(low)} to {number(high)})"
-            cells.append(escape(number(row[name]) + interval))
+            value, low, high = (row.get(f"{name}{end}") for end in ("", "_low", "_high"))
+            words = _number(value, name in small)
+            if low is not None and high is not None:
+                words += f" ({_number(low, name in small)} to {_number(high, name in small)})"
+            cells.append(escape(words))
         table.add_row(*cells)
     console.print(table)
 
 
-def number(value: Any) -> str:
-    """Return a cell of a table of the terminal: three digits after the point, a dash for nothing."""
+def _number(value: Any, small: bool) -> str:
+    """Return a cell of a table of the terminal; `small` if all numbers of its column are below a hundredth."""
     if value is None:
         return "–"
     if isinstance(value, float):
-        small = value != 0 and abs(value) < 1e-3
         return f"{value:.2g}" if small else f"{round(value, 3) + 0.0:.3f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 

@@ -164,7 +164,7 @@ def test_errors_are_one_message_and_no_traceback(arguments: list[str], message: 
 
 
 def test_run_and_report(tmp_path: Path) -> None:
-    games = 'games=[{"game": "Cycle", "over": {"period": [2, 3]}, "steps": 5, "episodes": 4}]'
+    games = 'games=[{"game": "Cycle", "grid": {"period": [2, 3]}, "steps": 5, "episodes": 4}]'
     code, out, err = nextstate("run", "quickstart", "agents=[ideal,chance]", games, cwd=tmp_path)
     assert code == 0, err
     page = tmp_path / "runs" / "quickstart" / "report.html"
@@ -177,7 +177,7 @@ def test_run_and_report(tmp_path: Path) -> None:
 
 
 def test_files_in_the_way_are_named_with_what_to_do(tmp_path: Path) -> None:
-    games = 'games=[{"game": "Cycle", "over": {"period": [2]}, "steps": 3, "episodes": 2}]'
+    games = 'games=[{"game": "Cycle", "grid": {"period": [2]}, "steps": 3, "episodes": 2}]'
     given = ("run", "quickstart", "agents=[ideal]", "wandb=disabled", games, "--out")
     assert nextstate(*given, str(tmp_path / "run"))[0] == 0
     (tmp_path / "run" / "report.html").unlink()

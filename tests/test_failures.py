@@ -20,18 +20,17 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from nextstate import cli, experiment
+from nextstate import cli
 from nextstate.agents.agent import Agent
-from nextstate.analysis import plays, tables
-from nextstate.analysis.run import ModelFailed, read_record
+from nextstate.analysis.run import ModelFailed
 from nextstate.analysis.study import find_study, go
-from nextstate.experiment import Config
-from nextstate.folder import answered, left_out
 from tests.checkpoints import Tensors, build, edit_tensors, save
+from tests.runs import answered, frame, left_out, make, page_of, record
+from tests.test_playing import played
 
 SMALL: dict[str, Any] = {
     "name": "small",
-    "games": [{"game": "Cycle", "over": {"period": [2, 3]}, "steps": 3, "episodes": 4}],
+    "games": [{"game": "Cycle", "grid": {"period": [2, 3]}, "steps": 3, "episodes": 4}],
     "wandb": "disabled",
 }
 
@@ -64,9 +63,8 @@ def overflowing(folder: Path) -> Path:
     return folder
 
 
-def info(folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    return read
+def agents_of(folder: Path) -> dict[str, dict[str, Any]]:
+    return {agent["name"]: agent for agent in record(folder)["agents"]}
 
 
 def test_broken_models_are_left_out_in_a_line_each_and_the_others_are_answered(tmp_path: Path) -> None:
@@ -87,12 +85,11 @@ def test_broken_models_are_left_out_in_a_line_each_and_the_others_are_answered(t
     assert last[1].startswith("./mute failed: the opening ")
     folder = tmp_path / "run"
     assert [answered(folder, a) for a in ("./broken", "./mute", "./good", "ideal")] == [False, False, True, True]
-    assert {(x["agent"], x["setting"], x["failed"]) for x in left_out(folder)} == {
+    assert {(x["agent"], x["what"], x["failed"]) for x in left_out(folder)} == {
         (agent, f"Cycle-period={n}", True) for agent in ("./broken", "./mute") for n in (2, 3)
     }
-    assert info(folder)["finished"]
-    page = (folder / "report.html").read_text()
-    assert "9 tensors are missing" in page
+    assert record(folder)["finished"]
+    assert "9 tensors are missing" in page_of(folder)
     # With --debug the traceback is there too, and once the models are mended the same command finishes the run.
     code, out, err = nextstate("--debug", "run", str(config), "--out", "run", cwd=tmp_path)
     assert code == 1
@@ -101,11 +98,10 @@ def test_broken_models_are_left_out_in_a_line_each_and_the_others_are_answered(t
     for name in (broken, mute):
         shutil.rmtree(name)
         shutil.copytree(good, name)
-    experiment_config = Config(**json.loads(config.read_text()))
     before = Path.cwd()
     os.chdir(tmp_path)
     try:
-        experiment.run(experiment_config, folder)
+        make(json.loads(config.read_text()), folder)
     finally:
         os.chdir(before)
     assert left_out(folder) == []
@@ -114,11 +110,11 @@ def test_broken_models_are_left_out_in_a_line_each_and_the_others_are_answered(t
 def test_a_model_that_cannot_answer_one_cell_may_answer_another(tmp_path: Path) -> None:
     good, bad = save("gpt2", tmp_path / "good"), overflowing(tmp_path / "bad")
     games = [
-        {"game": "Cycle", "over": {"period": [2]}, "steps": 3, "episodes": 4},
-        {"game": "DFA", "over": {"states": [9]}, "steps": 8, "episodes": 1},  # too long to be read
+        {"game": "Cycle", "grid": {"period": [2]}, "steps": 3, "episodes": 4},
+        {"game": "DFA", "grid": {"states": [9]}, "steps": 8, "episodes": 1},  # too long to be read
     ]
-    experiment.run(Config(**SMALL | {"games": games, "agents": [str(bad), str(good)]}), tmp_path / "run")
-    reasons = {(x["agent"], x["setting"].split("-")[0]): x for x in left_out(tmp_path / "run")}
+    make(SMALL | {"games": games, "agents": [str(bad), str(good)]}, tmp_path / "run")
+    reasons = {(x["agent"], x["what"].split("-")[0]): x for x in left_out(tmp_path / "run")}
     assert "not finite" in reasons[str(bad), "Cycle"]["reason"]
     assert reasons[str(bad), "Cycle"]["failed"]
     assert "too long" in reasons[str(good), "DFA"]["reason"]
@@ -136,7 +132,7 @@ def test_after_something_unforeseen_a_model_is_asked_no_more(tmp_path: Path, mon
         return ""
 
     monkeypatch.setattr(Agent, "remark", remark)
-    experiment.run(Config(**SMALL | {"agents": ["chance", "ideal"]}), tmp_path / "run")
+    make(SMALL | {"agents": ["chance", "ideal"]}, tmp_path / "run")
     assert asked == ["chance", "ideal", "ideal"]
     assert {x["reason"] for x in left_out(tmp_path / "run")} == {
         "chance failed: ZeroDivisionError: nobody foresaw this"
@@ -148,7 +144,7 @@ def test_after_something_unforeseen_a_model_is_asked_no_more(tmp_path: Path, mon
 
     monkeypatch.setattr(Agent, "remark", stop)
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(Config(**SMALL | {"agents": ["ideal"]}), tmp_path / "stopped")
+        make(SMALL | {"agents": ["ideal"]}, tmp_path / "stopped")
 
 
 def test_where_every_agent_fails_the_last_line_says_why(tmp_path: Path) -> None:
@@ -176,10 +172,10 @@ def test_runs_of_one_model_say_why_it_failed(tmp_path: Path, what: str, given: d
     config = {"name": "one", "wandb": "disabled", "model": folder, **given}
     study = find_study(what)
     with pytest.raises(ModelFailed, match="9 tensors are missing"):
-        go(study, study.config(**config), tmp_path / "run")
-    for left in read_record(tmp_path / "run")["left_out"]:
-        assert left["agent"] == folder
-    assert "9 tensors are missing" in read_record(tmp_path / "run")["left_out"][0]["reason"]
+        go(study, study.config.model_validate(config), tmp_path / "run")
+    left = left_out(tmp_path / "run")
+    assert {x["agent"] for x in left} == {folder}
+    assert all(x["failed"] for x in left if "9 tensors are missing" in x["reason"])
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     refused = CliRunner().invoke(cli.app, [what, str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run")])
     assert isinstance(refused.exception, ModelFailed)
@@ -204,22 +200,14 @@ def test_incomplete_models_are_marked_in_every_row_and_on_the_page(tmp_path: Pat
     broken = str(without_layer(tmp_path / "broken"))
     agents = [{"name": broken, "allow_incomplete": True}, "ideal"]
     play = [{"game": "Cycle", "settings": {"period": 3}, "steps": 3, "episodes": 3}]
-    page = experiment.run(Config(**SMALL | {"agents": agents, "play": play}), tmp_path / "run")
-    loaded = tables.load(tmp_path / "run")
-    for frame in (loaded.rows.collect(), plays.load(loaded)):
-        marked = dict(frame.group_by("agent").agg(pl.col("incomplete").all()).iter_rows())
+    make(SMALL | {"agents": agents, "play": play}, tmp_path / "run")
+    for table in (frame(tmp_path / "run"), played(tmp_path / "run")):
+        marked = dict(table.group_by("agent").agg(pl.col("incomplete").all()).iter_rows())
         assert {agent: value for agent, value in marked.items() if value} == {broken: True}
-    (remark,) = info(tmp_path / "run")["remarks"]
-    assert "incomplete checkpoint (9 tensors are missing" in remark
-    assert "<strong>Incomplete checkpoint.</strong>" in page.read_text()
-    assert "9 tensors are missing" in info(tmp_path / "run")["agents"][0]["incomplete"]
-
-
-def test_tables_of_earlier_versions_are_those_of_complete_models(tmp_path: Path) -> None:
-    experiment.run(Config(**SMALL | {"agents": ["ideal"]}), tmp_path / "run")
-    for file in (tmp_path / "run").glob("rows/*/*.parquet"):
-        pl.read_parquet(file).drop("incomplete").write_parquet(file)
-    assert not tables.load(tmp_path / "run").rows.collect()["incomplete"].any()
+    (warning,) = record(tmp_path / "run")["warnings"]
+    assert "incomplete checkpoint (9 tensors are missing" in warning
+    assert "<strong>Incomplete checkpoint.</strong>" in page_of(tmp_path / "run")
+    assert "9 tensors are missing" in agents_of(tmp_path / "run")[broken]["incomplete"]
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -270,4 +258,4 @@ def test_a_hub_that_is_down_is_asked_once_and_models_kept_here_load(tmp_path: Pa
     assert _Hub.asked["/someone/missing/resolve/main/config.json"] == 1
     found = {path for path in _Hub.asked if "someone" in path}
     assert found == {f"/someone/{name}/resolve/main/config.json" for name in ("missing", "kept")}
-    assert info(folder)["agents"][0]["revision"] == "a" * 40
+    assert agents_of(folder)["someone/kept"]["revision"] == "a" * 40

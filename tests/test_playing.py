@@ -13,22 +13,24 @@ import pytest
 from corridor import register
 from polars.testing import assert_frame_equal
 
-from nextstate import experiment
 from nextstate.agents.config import ConfigError, read_config
-from nextstate.analysis import log, plays, report, tables
-from nextstate.analysis.tables import RunError
+from nextstate.analysis.play import statistics as plays
+from nextstate.analysis.play.config import play_cells
+from nextstate.analysis.play.tables import PLAYS
+from nextstate.analysis.predict.config import PredictConfig
+from nextstate.analysis.predict.study import Predict
+from nextstate.analysis.run import RunError
+from nextstate.analysis.study import checked, open_run, write_page
 from nextstate.envs.game import GameError
-from nextstate.experiment import Config
-from nextstate.folder import ExperimentError, answered, left_out
-from nextstate.playing import SCHEMA, play_settings
+from tests.runs import answered, left_out, make, opened, page_of, record
 
-BOX = {"game": "Box", "over": {"boxes": [2, 3]}, "steps": 5, "episodes": 20}
+BOX = {"game": "Box", "grid": {"boxes": [2, 3]}, "steps": 5, "episodes": 20}
 SMALL: dict[str, Any] = {
     "name": "played",
     "agents": ["ideal"],
     "play": [
         BOX,
-        {"game": "DFA", "over": {"states": [3, 5]}, "settings": {"density": "min"}, "steps": 9, "episodes": 20},
+        {"game": "DFA", "grid": {"states": [3, 5]}, "game_args": {"density": "min"}, "steps": 9, "episodes": 20},
     ],
     "wandb": "disabled",
 }
@@ -39,28 +41,23 @@ def played(folder: Path) -> pl.DataFrame:
     return pl.concat([pl.read_parquet(f) for f in files]).sort("agent", "setting", "episode")
 
 
-def info(folder: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((folder / "run.json").read_text())
-    return read
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of play alone."""
     folder = tmp_path_factory.mktemp("played") / "run"
-    experiment.run(Config(**SMALL), folder)
+    make(SMALL, folder)
     return folder
 
 
 def test_every_episode_played_is_a_row(run: Path) -> None:
     table = played(run)
-    assert dict(table.schema) == SCHEMA
+    assert dict(table.schema) == {k: v() if isinstance(v, type) else v for k, v in PLAYS.items()}
     assert table.height == 2 * 4 * 20
     assert set(table["agent"]) == {"random", "walkthrough"}
-    assert [p["slug"] for p in info(run)["plays"]] == [
+    assert opened(run).summary("grid").filter("played")["slug"].to_list() == [
         "Box-boxes=2", "Box-boxes=3", "DFA-density=min-states=3", "DFA-density=min-states=5",
     ]  # fmt: skip
-    assert info(run)["finished"]
+    assert record(run)["finished"]
     assert not list(run.rglob("*.partial"))
     known = table.filter(agent="walkthrough")
     assert known["success"].all()
@@ -70,38 +67,38 @@ def test_every_episode_played_is_a_row(run: Path) -> None:
 
 
 def test_resuming_makes_what_is_missing_again_and_nothing_else(run: Path, tmp_path: Path) -> None:
-    config = Config(**SMALL)
-    experiment.run(config, tmp_path / "run")
+    config = SMALL
+    make(config, tmp_path / "run")
     files = sorted((tmp_path / "run" / "plays").glob("*/*.parquet"))
     before = {f: f.stat().st_mtime_ns for f in files}
     whole = played(tmp_path / "run")
     assert_frame_equal(whole, played(run))
     files[1].unlink()
     files[-1].unlink()
-    experiment.run(config, tmp_path / "run")
+    make(config, tmp_path / "run")
     assert_frame_equal(played(tmp_path / "run"), whole)
     assert [f for f in files if f.stat().st_mtime_ns != before[f]] == [files[1], files[-1]]
 
 
 def test_a_model_is_asked_and_plays_the_same_settings(tmp_path: Path, folders: dict[str, Path]) -> None:
     model = str(folders["gpt2"])
-    games = [{"game": "Box", "over": {"boxes": [2, 3]}, "steps": 4, "episodes": 6}]
+    games = [{"game": "Box", "grid": {"boxes": [2, 3]}, "steps": 4, "episodes": 6}]
     entries = [{**BOX, "episodes": 6}, {**BOX, "episodes": 6, "writes": True}]
     config = SMALL | {"agents": [model, "ideal"], "games": games, "play": entries}
     folder = tmp_path / "run"
-    page = experiment.run(Config(**config | {"wandb": "offline"}), folder)
+    make(config | {"wandb": "offline"}, folder)
     table = played(folder)
     assert set(table["setting"]) == {f"Box-boxes={n}{end}" for n in (2, 3) for end in ("", "-writes")}
     mine = table.filter(agent=model)
     assert mine.filter(~pl.col("setting").str.ends_with("writes"))["illegal"].sum() == 0
     assert mine.filter(pl.col("setting").str.ends_with("writes"))["illegal"].sum() > 0
     assert not left_out(folder)
-    text = page.read_text(encoding="utf-8")
+    text = page_of(folder)
     assert text.count("Next-state accuracy against boxes") == 2 * 2  # caption and label, for the picked and the written
     assert "writes a line of its own" in text
-    experiment.run(Config(**config | {"name": "alone", "play": entries[:1], "games": []}), tmp_path / "alone")
+    make(config | {"name": "alone", "play": entries[:1], "games": []}, tmp_path / "alone")
     drawn = [p.name for p in folder.glob("wandb/offline-run-*/files/media/**/*.plotly.json")]
-    assert sum("play-Box" in name for name in drawn) == 2
+    assert sum("success-in-play" in name for name in drawn) == 2 * 2  # against boxes and |Q|
     picked = mine.filter(~pl.col("setting").str.ends_with("writes"))
     assert_frame_equal(played(tmp_path / "alone").filter(agent=model), picked)
 
@@ -109,12 +106,12 @@ def test_a_model_is_asked_and_plays_the_same_settings(tmp_path: Path, folders: d
 def test_heads_are_left_out_of_play_too(tmp_path: Path, folders: dict[str, Path]) -> None:
     model = str(folders["llama"])
     base = SMALL | {"agents": [model], "players": [], "play": [BOX]}
-    experiment.run(Config(**base | {"intervene": {"heads": [[0, 1], [1, 2]]}}), tmp_path / "zero")
+    make(base | {"intervene": {"heads": [[0, 1], [1, 2]]}}, tmp_path / "zero")
     commands = played(tmp_path / "zero").group_by("agent", maintain_order=True).agg("commands")
     assert commands.height == 2
     assert commands["commands"][0].to_list() != commands["commands"][1].to_list()
-    experiment.run(Config(**base | {"intervene": {"heads": [[0, 1]], "mode": "mean"}}), tmp_path / "mean")
-    assert {x["setting"] for x in left_out(tmp_path / "mean")} == {
+    make(base | {"intervene": {"heads": [[0, 1]], "mode": "mean"}}, tmp_path / "mean")
+    assert {x["what"] for x in left_out(tmp_path / "mean")} == {
         "Box-boxes=2 (play)", "Box-boxes=3 (play)",
     }  # fmt: skip
     assert all("does not play" in x["reason"] for x in left_out(tmp_path / "mean"))
@@ -123,15 +120,15 @@ def test_heads_are_left_out_of_play_too(tmp_path: Path, folders: dict[str, Path]
 def test_a_transcript_that_is_too_long_ends_its_episode_and_it_is_said(
     tmp_path: Path, folders: dict[str, Path]
 ) -> None:
-    entry = {"game": "DFA", "over": {"states": [4]}, "steps": 60, "episodes": 3, "writes": True}
-    config = Config(**SMALL | {"agents": [str(folders["gpt2"])], "players": [], "play": [entry]})
-    page = experiment.run(config, tmp_path)
+    entry = {"game": "DFA", "grid": {"states": [4]}, "steps": 60, "episodes": 3, "writes": True}
+    config = SMALL | {"agents": [str(folders["gpt2"])], "players": [], "play": [entry]}
+    make(config, tmp_path)
     (left,) = left_out(tmp_path)
-    assert left["setting"] == "DFA-states=4-writes (play)"
+    assert left["what"] == "DFA-states=4-writes (play)"
     assert "played until the transcript was too long" in left["reason"]
-    (row,) = plays.table(plays.load(tables.load(tmp_path))).to_dicts()
+    (row,) = plays.table(played(tmp_path)).to_dicts()
     assert (row["success"], row["cut"], row["over"]) == (0.0, 3, None)
-    assert "(3 cut)" in page.read_text(encoding="utf-8")
+    assert "(3 cut)" in page_of(tmp_path)
 
 
 def test_what_cannot_be_played_is_left_out_and_the_others_go_on(
@@ -139,9 +136,9 @@ def test_what_cannot_be_played_is_left_out_and_the_others_go_on(
 ) -> None:
     register(monkeypatch)
     missing = str(tmp_path / "nothing")
-    entry = {"game": "Corridor", "over": {"rooms": [4, 6]}, "steps": 20, "episodes": 8, "max_states": 4}
-    experiment.run(Config(**SMALL | {"agents": [missing], "play": [entry]}), tmp_path / "run")
-    reasons = {(x["agent"], x["setting"]): x["reason"] for x in left_out(tmp_path / "run")}
+    entry = {"game": "Corridor", "grid": {"rooms": [4, 6]}, "steps": 20, "episodes": 8, "max_states": 4}
+    make(SMALL | {"agents": [missing], "play": [entry]}, tmp_path / "run")
+    reasons = {(x["agent"], x["what"]): x["reason"] for x in left_out(tmp_path / "run")}
     assert "is no model" in reasons[missing, "Corridor-rooms=4 (play)"]
     assert "max_states=4 is not enough" in reasons["walkthrough", "Corridor-rooms=6 (play)"]
     assert not answered(tmp_path / "run", missing)
@@ -153,10 +150,10 @@ def test_what_cannot_be_played_is_left_out_and_the_others_go_on(
 
 
 def test_seeds_are_those_of_the_questions(run: Path) -> None:
-    seeds = {tuple(p.setting.seeds) for p in play_settings(Config(**SMALL).play, 0)}
+    seeds = {tuple(p.cell.seeds) for p in play_cells(PredictConfig(**SMALL).play, 0)}
     assert seeds == {tuple(range(20))}
-    other = play_settings(Config(**SMALL).play, 3)
-    assert other[0].setting.seeds == range(3 * 10**9, 3 * 10**9 + 20)
+    other = play_cells(PredictConfig(**SMALL).play, 3)
+    assert other[0].cell.seeds == range(3 * 10**9, 3 * 10**9 + 20)
 
 
 @pytest.mark.parametrize(
@@ -171,18 +168,18 @@ def test_seeds_are_those_of_the_questions(run: Path) -> None:
 def test_wrong_configs_are_told_what_is_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     (tmp_path / "c.yaml").write_text(json.dumps(SMALL | change))
     with pytest.raises(ConfigError, match=message):
-        read_config(str(tmp_path / "c.yaml"), [], Config)
+        read_config(str(tmp_path / "c.yaml"), [], PredictConfig)
 
 
 def test_impossible_play_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     for entry, error, message in (
         ({"game": "Bxo"}, GameError, "did you mean 'Box'"),
-        ({"game": "DFA", "over": {"states": [99]}}, GameError, "states=99 is not possible"),
+        ({"game": "DFA", "grid": {"states": [99]}}, GameError, "states=99 is not possible"),
     ):
         with pytest.raises(error, match=message):
-            experiment.run(Config(**SMALL | {"play": [entry]}), tmp_path / "run")
-    with pytest.raises(ExperimentError, match="two entries of `play` have the same settings"):
-        experiment.run(Config(**SMALL | {"play": [BOX, BOX]}), tmp_path / "run")
+            make(SMALL | {"play": [entry]}, tmp_path / "run")
+    with pytest.raises(RunError, match="two entries of `play` have the same settings"):
+        make(SMALL | {"play": [BOX, BOX]}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -190,8 +187,7 @@ def test_impossible_play_is_refused_before_anything_is_written(tmp_path: Path) -
 
 
 def test_the_table_of_play_is_what_can_be_counted_by_hand(run: Path) -> None:
-    loaded = tables.load(run)
-    found = plays.table(plays.load(loaded))
+    found = opened(run).summary("plays")
     assert found.height == 2 * 4
     raw = played(run)
     for row in found.iter_rows(named=True):
@@ -205,7 +201,7 @@ def test_the_table_of_play_is_what_can_be_counted_by_hand(run: Path) -> None:
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
         assert row["success_low"] < row["success_high"]
         assert row["score_low"] < row["score_high"]
-    pooled = plays.table(plays.load(loaded), ("game", "agent"))
+    pooled = opened(run).summary("plays_by_game")
     assert pooled["episodes"].to_list() == [40] * 4
 
 
@@ -221,7 +217,7 @@ def test_a_mean_has_an_interval_where_there_are_episodes_to_tell_it() -> None:
 
 
 def test_success_stands_against_size_and_against_the_number_of_states(run: Path) -> None:
-    found = plays.curves(plays.load(tables.load(run)))
+    found = opened(run).summary("play_curves")
     box = found.filter((pl.col("game") == "Box") & (pl.col("agent") == "walkthrough"))
     assert sorted(box.filter(axis="size")["at"]) == [2, 3]
     assert sorted(box.filter(axis="states")["at"]) == [4, 27]
@@ -230,19 +226,19 @@ def test_success_stands_against_size_and_against_the_number_of_states(run: Path)
 
 
 def test_a_page_of_play_alone_has_its_section_and_hides_the_others(run: Path) -> None:
-    text, loaded = report.write(run).read_text(encoding="utf-8"), tables.load(run)
+    text = page_of(run)
     assert '<section id="play">' in text
     for section in ("determined", "shortcuts", "episodes", "cells"):
         assert f'<section id="{section}"' not in text
     assert "random wins" in text
     assert "walkthrough wins 100" in text
-    assert text.count('<details class="played">') == len(plays.sample(loaded, plays.load(loaded))) >= 5
+    assert text.count('<details class="played">') == len(opened(run).summary("shown_plays")) >= 5
 
 
 def test_a_page_of_questions_alone_has_no_play(tmp_path: Path) -> None:
-    games = [{"game": "Cycle", "over": {"period": [3]}, "steps": 5, "episodes": 4}]
-    config = Config(**{"name": "asked", "agents": ["ideal"], "games": games, "wandb": "disabled"})
-    text = experiment.run(config, tmp_path / "run").read_text(encoding="utf-8")
+    games = [{"game": "Cycle", "grid": {"period": [3]}, "steps": 5, "episodes": 4}]
+    make({"name": "asked", "agents": ["ideal"], "games": games, "wandb": "disabled"}, tmp_path / "run")
+    text = page_of(tmp_path / "run")
     assert 'id="play"' not in text
     assert '<section id="cells">' in text
     assert not (tmp_path / "run" / "plays").exists()
@@ -251,32 +247,33 @@ def test_a_page_of_questions_alone_has_no_play(tmp_path: Path) -> None:
 def test_what_was_played_is_text_on_the_page(run: Path, tmp_path: Path) -> None:
     evil = "</details><script>alert(1)</script>"
     copy = Path(shutil.copytree(run, tmp_path / "run"))
-    for file in copy.glob("plays/*/*.parquet"):
-        frame = pl.read_parquet(file)
-        told = pl.lit([evil]).repeat_by("steps").list.eval(pl.element().explode())
-        frame.with_columns(opening=pl.lit(evil), goal=pl.lit(evil), commands=told, observations=told).write_parquet(
-            file
-        )
-    text = report.write(copy).read_text(encoding="utf-8")
+    study, found = open_run(copy)
+    shown = found.summary("shown_plays")
+    told = pl.lit([evil]).repeat_by("steps").list.eval(pl.element().explode())
+    evils = shown.with_columns(opening=pl.lit(evil), goal=pl.lit(evil), commands=told, observations=told)
+    found.keep("summary/shown_plays", evils, {})
+    write_page(study, found)
+    text = page_of(copy)
     assert evil not in text
     assert "&lt;/details&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
-def test_a_broken_table_is_named(run: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(run, tmp_path / "run"))
-    file = sorted(copy.glob("plays/*/*.parquet"))[0]
-    pl.read_parquet(file).drop("success").write_parquet(file)
-    with pytest.raises(RunError, match=f"{file.name} has no column 'success'"):
-        report.write(copy)
-    file.write_bytes(b"no parquet")
-    with pytest.raises(RunError, match=f"{file.name} cannot be read"):
-        report.write(copy)
-
-
 def test_metrics_of_a_cell_have_names_of_their_own(run: Path) -> None:
-    file = run / "plays" / "random" / "DFA-density=min-states=5.parquet"
-    (entry,) = (p for p in info(run)["plays"] if p["slug"] == file.stem)
-    metrics = log.play_metrics(entry, "random", pl.read_parquet(file))
+    found = opened(run)
+    (job,) = (j for j in checked(Predict(), found.config) if j.key == "plays/random/DFA-density=min-states=5")
+    metrics = Predict().metrics(job, found.table(job.key))
     head = "play/DFA/states=5/density=min/random"
     assert metrics.keys() == {f"{head}/{key}" for key in ("success", "score", "steps_over", "illegal")}
-    assert metrics[f"{head}/success"] == pl.read_parquet(file)["success"].mean()
+    assert metrics[f"{head}/success"] == found.table(job.key)["success"].mean()
+
+
+def test_the_headline_has_play_beside_the_questions(tmp_path: Path) -> None:
+    games = [{"game": "Cycle", "grid": {"period": [3]}, "steps": 5, "episodes": 4}]
+    run = make(SMALL | {"games": games}, tmp_path / "run")
+    headline = Predict().headline(run)
+    assert headline.select("game", "agent").rows()[0] == ("Cycle", "ideal")
+    assert set(headline.select("game", "agent").rows()[1:]) == {
+        (game, player) for game in ("Box", "DFA") for player in ("walkthrough", "random")
+    }
+    assert headline.filter(agent="walkthrough")["won"].to_list() == [1, 1]
+    assert "questions" not in Predict().headline(make(SMALL, tmp_path / "alone")).columns

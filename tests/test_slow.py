@@ -10,7 +10,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from nextstate.analysis import tables
+from nextstate.analysis.predict.statistics import pooled
+from tests.runs import frame
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -32,13 +33,13 @@ def test_a_benchmark_agrees_with_its_peer_and_ends_in_json(name: str) -> None:
 def test_the_quickstart_has_ceilings_that_its_ideal_reader_reaches(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nextstate.cli", "run", "configs/quickstart.yaml", "--out", str(tmp_path / "run")]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    run = tables.load(tmp_path / "run")
-    assert run.rows.select("setting").unique().collect().height >= 30
-    cells = tables.pooled(run.rows, ("agent", "game", "variant", "size")).filter(subset="all")
+    rows = frame(tmp_path / "run")
+    assert rows["setting"].n_unique() >= 30
+    cells = pooled(rows, ("agent", "game", "variant", "size")).filter(subset="all")
     assert {"nextstate/tiny", "ideal", "chance", "shortcut:last_mention"} <= set(cells["agent"])
     for column in ("accuracy", "accuracy_low", "accuracy_high", "ceiling", "chance", "n"):
         assert cells[column].is_not_null().all(), column
-    ideal = run.rows.filter(agent="ideal").collect()
+    ideal = rows.filter(agent="ideal")
     by_cell = ideal.group_by("game", "variant", "size", "step").agg(
         n=pl.len(),
         off=pl.col("greedy_correct").mean() - pl.col("ceiling").mean(),

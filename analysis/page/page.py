@@ -159,8 +159,13 @@ def write(page: Page, record: Mapping[str, Any], folder: Path) -> Path:
     """
     from nextstate.analysis.page import vector
 
+    names = set()
     for name, data in vector.files(page.figures.figures):
+        names.add(name)
         write_atomic(folder / "figures" / name, functools.partial(Path.write_bytes, data=data))
+    for old in (folder / "figures").glob("*.*"):
+        if old.name not in names:
+            old.unlink()  # of an earlier state of this run
     return write_text(folder / "report.html", render(page, record))
 
 

@@ -21,7 +21,8 @@ from transformers import (
 from nextstate.agents.agent import AgentError, ContextError, Prompt
 from nextstate.agents.certificate import _Ladder
 from nextstate.agents.forward import Forward
-from nextstate.agents.intervene import Intervened, Intervention
+from nextstate.agents.intervene import Intervened
+from nextstate.agents.intervention import Intervention
 from nextstate.agents.language import LanguageModel
 from nextstate.analysis.heads.patch import sweep
 from tests.exactness import ROADS, Job, lived, measure, noise, replayed, sample, tokens_of, tolerance, truth, truths

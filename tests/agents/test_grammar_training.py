@@ -16,9 +16,6 @@ import torch
 
 from nextstate.agents.config import ConfigError
 from nextstate.agents.grammar_training import (
-    SPECIAL,
-    GrammarTraining,
-    ModelSpec,
     Windows,
     codes_of,
     flops_per_token,
@@ -27,6 +24,7 @@ from nextstate.agents.grammar_training import (
     matmul_peak,
     train,
 )
+from nextstate.agents.training_config import SPECIAL, GrammarTraining, ModelSpec, check_training
 from nextstate.envs import GameError
 from nextstate.envs.grammar.derivation import sample
 from nextstate.envs.grammar.grammar import Grammar
@@ -163,7 +161,8 @@ def test_processes_share_the_rows(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 import numpy as np
-from nextstate.agents.grammar_training import GrammarTraining, ModelSpec, train
+from nextstate.agents.grammar_training import train
+from nextstate.agents.training_config import GrammarTraining, ModelSpec
 from nextstate.envs.grammar.sources import random_grammar
 train(GrammarTraining(**{TINY!r}), ModelSpec(), random_grammar(np.random.default_rng(0), levels=3),
       Path({str(tmp_path / "two")!r}), mode="disabled")
@@ -211,7 +210,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="holds a training run of another config"):
             train(*changed, tmp_path / "a", mode="disabled")
     with pytest.raises(ConfigError, match="terminals <mask> have names of special tokens"):
-        make_tokenizer(Grammar.read("S -> <mask> b"))
+        check_training(config, Grammar.read("S -> <mask> b"))
     with pytest.raises(GameError, match=r"rate=1\.5 is not possible"):
         Perturbation("token", 0.5, 1.5)
     with pytest.raises(GameError, match="kind='word' is not possible"):

@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
 import torch
 from circuits import circuit
 from polars.testing import assert_frame_equal
 
-from nextstate import experiment
 from nextstate.agents.agent import AgentError, Prompt
 from nextstate.agents.config import ConfigError, read_config
-from nextstate.agents.intervene import _REFERENCE_SEED, Intervened, Intervention, InterventionError, drawn
+from nextstate.agents.intervene import _REFERENCE_SEED, Intervened, drawn
+from nextstate.agents.intervention import Intervention, InterventionError
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, live, prompts_of, replay
 from nextstate.agents.sites import SiteError
-from nextstate.analysis import report, tables
+from nextstate.analysis.predict.config import PredictConfig
+from nextstate.analysis.predict.study import Predict
+from nextstate.analysis.predict.tables import QUESTION
+from nextstate.analysis.study import go
 from nextstate.envs import make_game, unroll
 from nextstate.envs.contrast import pieces
-from nextstate.folder import answered, left_out
+from tests.runs import answered, frame, left_out, make, page_of
 
 GAMES: list[tuple[str, dict[str, Any], int]] = [
     ("Box", {"boxes": 4}, 4),
@@ -234,8 +236,8 @@ def test_references_that_do_not_fit_are_asked_earlier(folders: dict[str, Path]) 
 
 def config(folders: dict[str, Path], **change: Any) -> dict[str, Any]:
     games = [
-        {"game": "Box", "over": {"boxes": [2, 3]}, "steps": 3, "episodes": 12},
-        {"game": "DFA", "over": {"states": [3]}, "steps": 4, "episodes": 12},
+        {"game": "Box", "grid": {"boxes": [2, 3]}, "steps": 3, "episodes": 12},
+        {"game": "DFA", "grid": {"states": [3]}, "steps": 4, "episodes": 12},
     ]
     return {"name": "i", "agents": [str(folders["gpt2"]), "ideal"], "games": games, "wandb": "disabled"} | change
 
@@ -243,21 +245,21 @@ def config(folders: dict[str, Path], **change: Any) -> dict[str, Any]:
 def test_a_run_asks_each_model_with_and_without(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "c.yaml").write_text(json.dumps(config(folders)))
     read = read_config(
-        str(tmp_path / "c.yaml"), ["intervene.heads=[[1,2],[0,3]]", "intervene.mode=mean"], experiment.Config
+        str(tmp_path / "c.yaml"), ["intervene.heads=[[1,2],[0,3]]", "intervene.mode=mean"], PredictConfig
     )
-    page = experiment.run(read, tmp_path / "run").read_text()
+    run = go(Predict(), read, tmp_path / "run")
+    page = page_of(tmp_path / "run")
     model = str(folders["gpt2"])
     other = f"{model} [without 1.2, 0.3: mean]"
-    loaded = tables.load(tmp_path / "run")
-    rows = loaded.rows.collect()
+    rows = frame(tmp_path / "run")
     assert set(rows["agent"]) == {model, other, "ideal"}
     assert rows.filter(agent=model).height == rows.filter(agent=other).height == 12 * (3 + 3 + 4)
-    experiment.run(read_config(str(tmp_path / "c.yaml"), [], experiment.Config), tmp_path / "plain")
-    alone = tables.load(tmp_path / "plain").rows.collect()
-    keys = list(tables.QUESTION)
+    make(config(folders), tmp_path / "plain")
+    alone = frame(tmp_path / "plain")
+    keys = list(QUESTION)
     assert_frame_equal(rows.filter(agent=model).sort(keys), alone.filter(agent=model).sort(keys))
     assert rows.filter(agent=model)["p_accepted"].to_list() != rows.filter(agent=other)["p_accepted"].to_list()
-    shown = report.without(loaded, tables.narrow(loaded.rows))
+    shown = run.summary("without").rows(named=True)
     assert [(r["game"], r["subset"]) for r in shown] == [(g, s) for s in ("determined", "all") for g in ("Box", "DFA")]
     for row in shown:
         mine = rows.filter(game=row["game"])
@@ -272,17 +274,16 @@ def test_a_run_asks_each_model_with_and_without(tmp_path: Path, folders: dict[st
     assert "With and without these heads" in section[0]
     assert "heads 1.2, 0.3" in section[0]
     assert section[0].count("<tr>") == 5
-    assert 'id="without"' not in (tmp_path / "plain" / "report.html").read_text()
+    assert 'id="without"' not in page_of(tmp_path / "plain")
 
 
 def test_a_head_out_of_range_is_left_out_and_said(tmp_path: Path, folders: dict[str, Path]) -> None:
-    read = experiment.Config(**config(folders, intervene={"heads": [[5, 0]]}))
-    experiment.run(read, tmp_path)
+    make(config(folders, intervene={"heads": [[5, 0]]}), tmp_path)
     left = left_out(tmp_path)
     assert len(left) == 3
     assert all("layer=5 is not possible: gpt2 has layers 0 to 1" in x["reason"] for x in left)
     assert answered(tmp_path, str(folders["gpt2"]))
-    assert pl.scan_parquet(tmp_path / "rows" / "*" / "*.parquet").collect()["agent"].n_unique() == 2
+    assert frame(tmp_path)["agent"].n_unique() == 2
 
 
 @pytest.mark.parametrize(
@@ -300,4 +301,4 @@ def test_wrong_interventions_are_told(tmp_path: Path, folders: dict[str, Path], 
     base = config(folders, intervene={"heads": [[1, 2]]}) if override.startswith("agents") else config(folders)
     (tmp_path / "c.yaml").write_text(json.dumps(base))
     with pytest.raises(ConfigError, match=words):
-        read_config(str(tmp_path / "c.yaml"), [override], experiment.Config)
+        read_config(str(tmp_path / "c.yaml"), [override], PredictConfig)

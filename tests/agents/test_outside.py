@@ -21,11 +21,11 @@ from nextstate.agents.config import ConfigError, KindConfig, read_config
 from nextstate.agents.reference import Reference
 from nextstate.agents.registry import kind_of, spec_of, specs_of
 from nextstate.agents.rollout import episodes_of
-from nextstate.entrants import participants
+from nextstate.analysis.predict.config import PredictConfig, participants
+from nextstate.analysis.run import RunError
 from nextstate.envs.games import make_game
-from nextstate.experiment import Config
-from nextstate.folder import ExperimentError
 from tests.outside_agent import NGRAM, write_package
+from tests.runs import frame
 
 GAMES = [{"game": "DFA", "settings": {"states": 3}, "steps": 6, "episodes": 5}]
 BROKEN = """
@@ -60,8 +60,7 @@ def test_module_entry_point_and_mapping_give_the_same_rows_in_a_run(site: Path) 
     path = os.pathsep.join([str(site), *sys.path])
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    table = pl.concat([pl.read_parquet(f) for f in (site / "run" / "rows").glob("*/*.parquet")])
-    by_name = {name: rows.drop("agent") for (name,), rows in table.sort("episode", "step").group_by("agent")}
+    by_name = {name: rows.drop("agent") for (name,), rows in frame(site / "run").group_by("agent")}
     bigram = by_name["ngram"]
     assert_frame_equal(by_name["ngrams:NGram"], bigram)
     assert_frame_equal(by_name["ngram(n=2)"], bigram)
@@ -144,7 +143,7 @@ def test_two_agents_of_one_name_are_both_named(site: Path, rival: str, name: str
 def test_an_entry_of_the_wrong_form_is_refused_with_the_config(tmp_path: Path, agents: str, said: str) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"name": "x", "agents": ["ideal"], "games": GAMES}))
     with pytest.raises(ConfigError) as caught:
-        read_config(str(tmp_path / "config.yaml"), [f"agents={agents}"], Config)
+        read_config(str(tmp_path / "config.yaml"), [f"agents={agents}"], PredictConfig)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -153,13 +152,13 @@ def test_a_config_can_be_written_as_names_or_as_mappings() -> None:
     names = ["ideal", "chance", "shortcut:stay", "nextstate/tiny"]
     mappings = [{"kind": "ideal"}, {"kind": "chance"}, {"kind": "shortcut", "name": "stay"}, {"name": "nextstate/tiny"}]
     mappings_of_kind = [*mappings[:3], {"kind": "model", "name": "nextstate/tiny"}]
-    read = [Config(name="x", games=GAMES, agents=agents) for agents in (names, mappings, mappings_of_kind)]  # type: ignore[arg-type]
+    read = [PredictConfig(name="x", games=GAMES, agents=agents) for agents in (names, mappings, mappings_of_kind)]  # type: ignore[arg-type]
     one, two, three = ([spec for spec in specs_of(config.agents, [])] for config in read)
     assert one == two == three
     assert [s.name for s in one] == names
     assert [s.kind for s in one] == ["ideal", "chance", "shortcut", "model"] == [kind_of(a) for a in read[1].agents]
     assert read[1].model_dump_json() == read[2].model_dump_json()
-    assert Config.model_validate_json(read[1].model_dump_json()) == read[1]
+    assert PredictConfig.model_validate_json(read[1].model_dump_json()) == read[1]
 
 
 def test_shortcuts_are_those_of_the_games_and_asked_where_they_are() -> None:
@@ -174,7 +173,7 @@ def test_shortcuts_are_those_of_the_games_and_asked_where_they_are() -> None:
 
 
 def test_a_run_refuses_names_that_would_share_a_table_and_players_that_answer_nothing() -> None:
-    with pytest.raises(ExperimentError, match="gpt2 is given twice"):
-        participants(["gpt2", "ideal", "gpt2"], [], None, [], [])
-    with pytest.raises(ExperimentError, match=r"random gives commands .* put it under `players`"):
-        participants(["random"], [], None, [], [])
+    with pytest.raises(RunError, match="gpt2 is given twice"):
+        participants(PredictConfig(name="x", games=GAMES, agents=["gpt2", "ideal", "gpt2"]), [], [])
+    with pytest.raises(RunError, match=r"random gives commands .* put it under `players`"):
+        participants(PredictConfig(name="x", games=GAMES, agents=["random"]), [], [])

@@ -24,15 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from nextstate import experiment
 from nextstate.agents.agent import Prompt
 from nextstate.agents.config import read_config
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import Grid, episodes_of, prompts_of, replay
+from nextstate.analysis.grid import Cell
 from nextstate.analysis.heads.pairs import TokenPair
 from nextstate.analysis.heads.patch import sweep
+from nextstate.analysis.predict.config import PredictConfig, asked_cells
 from nextstate.envs.games import make_game
-from nextstate.grid import Setting
 from tests.exactness import BOX, noise, tokens_of, tolerance, truth
 from tests.plain import PATHS, Plain, agent_of, tokenizer
 from tests.zoo import widen
@@ -78,16 +78,16 @@ def own_noise(family: str) -> float:
 
 
 @cache
-def cells(grid: Grid) -> dict[str, Setting]:
+def cells(grid: Grid) -> dict[str, Cell]:
     """Return the cells of all published grids, by name; the grid of episodes asks after every step up to the last."""
     out = {}
     for path in CONFIGS:
-        config = read_config(str(path), [], experiment.Config)
+        config = read_config(str(path), [], PredictConfig)
         assert config.grid == "cells"
         if grid == "episodes":
             games = [g.model_copy(update={"steps": max(g.steps)}) for g in config.games]  # type: ignore[arg-type]
             config = config.model_copy(update={"grid": grid, "games": games})
-        out |= {setting.slug: setting for setting in experiment.settings_of(config)}
+        out |= {cell.slug: cell for cell in asked_cells(config)}
     return out
 
 
@@ -98,16 +98,16 @@ def fits(who: LanguageModel, prompt: Prompt) -> bool:
     return len(tokens_of(who.encoder, prompt)) + longest - 1 <= who.context
 
 
-def check(who: LanguageModel, own: float, setting: Setting, grid: Grid, episodes: int, most: int) -> tuple[int, int]:
+def check(who: LanguageModel, own: float, cell: Cell, grid: Grid, episodes: int, most: int) -> tuple[int, int]:
     """Hold the deepest question of a cell and others to plain passes; return the longest, and how many are left out."""
-    asked = episodes_of(setting.game, setting.seeds[:episodes], setting.steps, setting.ask)
+    asked = episodes_of(cell.game, cell.seeds[:episodes], cell.steps, cell.questions_per_step)
     prompts = [p for e in asked for p in prompts_of(e, grid)]
     found = replay(who, asked, grid)
     kept = [p for p in prompts if fits(who, p)]
     rows = [(r["episode"], r["step"], r["question"]) for r in found.rows]
     assert rows == [(p.episode.seed, p.step + 1, p.question) for p in kept]  # nothing is cut, nothing else left out
     gone = len(prompts) - len(kept)
-    assert found.left_out.startswith(f"{gone} of {len(prompts)} prompts of {setting.game.name}") == (gone > 0)
+    assert found.left_out.startswith(f"{gone} of {len(prompts)} prompts of {cell.game.name}") == (gone > 0)
     lengths = [r["prompt_tokens"] for r in found.rows]
     if not kept:
         return 0, gone
@@ -116,13 +116,13 @@ def check(who: LanguageModel, own: float, setting: Setting, grid: Grid, episodes
         known = truth(who.model, who.encoder, kept[i])
         assert lengths[i] == len(tokens_of(who.encoder, kept[i]))
         bound = tolerance(who.model, known.spread, own)
-        assert found.rows[i]["logprobs"] == pytest.approx(known.logprobs, abs=bound), (setting.slug, kept[i].step)
+        assert found.rows[i]["logprobs"] == pytest.approx(known.logprobs, abs=bound), (cell.slug, kept[i].step)
     return max(lengths), gone
 
 
 def test_the_fifteen_models_are_of_three_architectures() -> None:
     for path in CONFIGS:
-        named = [a for a in read_config(str(path), [], experiment.Config).agents if isinstance(a, str) and "/" in a]
+        named = [a for a in read_config(str(path), [], PredictConfig).agents if isinstance(a, str) and "/" in a]
         families = [family for name in named for start, family in FAMILIES.items() if name.startswith(start)]
         assert len(named) == len(families) == 15
         assert {family: families.count(family) for family in FAMILIES.values()} == {

@@ -13,7 +13,8 @@ from corridor import register
 
 from nextstate.agents.agent import Agent, AgentError, ContextError, OutOfMemory, Prediction, Prompt
 from nextstate.agents.human import GivenUp, HumanPlayer, meant
-from nextstate.agents.intervene import Intervened, Intervention
+from nextstate.agents.intervene import Intervened
+from nextstate.agents.intervention import Intervention
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.play import (
     AgentPlayer,

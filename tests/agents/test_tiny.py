@@ -6,7 +6,7 @@ import pytest
 
 from nextstate.agents.identity import BUILT_IN
 from nextstate.agents.language import LanguageModel
-from nextstate.agents.rollout import accuracy, episodes_of, prompts_of, replay, seeds_for
+from nextstate.agents.rollout import determined_accuracy, episodes_of, prompts_of, seeds_for
 from nextstate.envs.games import make_game
 
 EPISODES = 60
@@ -20,7 +20,7 @@ def tiny() -> LanguageModel:
 def determined(agent: LanguageModel, game: str, steps: int, **settings: object) -> float:
     """Greedy accuracy on determined questions, where the ceiling is 1."""
     episodes = episodes_of(make_game(game, **settings), seeds_for(77, EPISODES), steps)
-    return accuracy([r for r in replay(agent, episodes).rows if r["determined"]])
+    return determined_accuracy(agent, episodes)
 
 
 def test_it_is_small(tiny: LanguageModel) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from nextstate.agents.generation import Codes
-from nextstate.analysis.constituents import Constituents, constituents, means, peaks, rows
+from nextstate.analysis.grammar.constituents import Constituents, constituents, means, peaks, rows
 from nextstate.envs import GameError
 from nextstate.envs.grammar.derivation import Derivation, sample
 from nextstate.envs.grammar.grammar import Grammar

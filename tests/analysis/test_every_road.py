@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nextstate.agents import session
 from nextstate.agents.agent import Prompt
-from nextstate.agents.intervene import _REFERENCE_SEED, Intervened, Intervention, drawn
+from nextstate.agents.intervene import _REFERENCE_SEED, Intervened, drawn
+from nextstate.agents.intervention import Intervention
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.sites import SiteError
 from nextstate.analysis.heads.patch import TokenPair, sweep

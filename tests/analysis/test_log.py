@@ -6,24 +6,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 
-from nextstate.analysis import tables
-from nextstate.analysis.log import Log, cell_metrics
+from nextstate.analysis.log import Log
+from nextstate.analysis.predict.study import Predict
+from nextstate.analysis.study import checked
 from tests.analysis.conftest import MODEL
+from tests.runs import opened
+
+NAME = MODEL.replace(":", "-")
 
 
-def mirror(run: Path, folder: Path, mode: Any) -> dict[str, float | None]:
-    loaded = tables.load(run)
-    log = Log(mode)
-    log.start(folder, loaded.name, {"seed": 0})
+def mirror(path: Path, folder: Path, mode: Any) -> dict[str, float | None]:
+    study, run, log = Predict(), opened(path), Log(mode)
+    log.start(folder, run.config.name, {"seed": 0})
     metrics: dict[str, float | None] = {}
-    for setting in loaded.info["settings"][:3]:
-        rows = loaded.rows.filter((pl.col("agent") == MODEL) & (pl.col("setting") == setting["slug"])).collect()
-        metrics |= cell_metrics(setting, MODEL, rows)
-        log.cell(cell_metrics(setting, MODEL, rows))
-    log.finish(loaded)
+    for job in [job for job in checked(study, run.config) if job.agent in ("", MODEL)][:12]:
+        found = study.metrics(job, run.table(job.key))
+        metrics |= found
+        log.job(found)
+    log.finish(study.headline(run), study.page(run), run.record)
+    log.close()
     return metrics
 
 
@@ -42,22 +45,17 @@ def test_offline_files_read_back(run_path: Path, tmp_path: Path, capfd: pytest.C
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     told = read_back(file)
     found, summary = json.dumps(told), told["summary"]
-    assert "Box/boxes=2/nextstate-tiny/accuracy" in metrics
-    for name in (
-        *metrics,
-        "summary/Box/nextstate-tiny/determined/accuracy",
-        "questions",
-        "figures/",
-        "by_step/DFA/size=3",
-    ):
+    assert "Box/boxes=2/ceiling" in metrics
+    assert any(name.startswith("Box/boxes=2/") and name.endswith("/accuracy") for name in metrics)
+    for name in (*metrics, f"summary/Box/{NAME}/accuracy", f"summary/Box/{NAME}/accuracy_low", "figures/"):
         assert name in found, name
-    assert [summary[f"certificate/nextstate-tiny/{how}/road"] for how in ("replay", "live")] == ["fork", "step"]
+    assert [summary[f"certificate/{NAME}/{how}/road"] for how in ("replay", "live")] == ["fork", "step"]
     proved = {"error": 1.2e-05, "tolerance": 0.00026, "depth": 1253, "columns": 1277, "seconds": 0.29}
-    assert {key: summary[f"certificate/nextstate-tiny/replay/{key}"] for key in proved} == proved
+    assert {key: summary[f"certificate/{NAME}/replay/{key}"] for key in proved} == proved
     names = [p.name for p in tmp_path.glob("wandb/offline-run-*/files/media/*/**/*") if p.is_file()]
-    assert any(n.startswith("questions") for n in names)
-    assert any(n.startswith("cells") for n in names)
-    assert sum(n.endswith("plotly.json") for n in names) == 5 * (2 + 3) + 2
+    for table in ("headline", "cells", "shown_questions", "shown_answers"):
+        assert any(n.startswith(table) for n in names), table
+    assert sum(n.endswith("plotly.json") for n in names) == 5 * (2 + 3) + 1 + 2  # |Q| of Box
 
 
 def test_disabled_writes_nothing(run_path: Path, tmp_path: Path) -> None:
@@ -97,8 +95,10 @@ def test_a_failing_service_does_not_stop_the_run(
 
     log = Log("offline")
     log._sink = Broken()  # type: ignore[assignment]
-    log.cell({"a": 1.0})
-    log.finish(run_path)
+    log.job({"a": 1.0})
+    run = opened(run_path)
+    log.finish(Predict().headline(run), Predict().page(run), run.record)
+    log.close()
     assert "service is gone" in caplog.text
 
 

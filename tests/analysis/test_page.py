@@ -14,23 +14,22 @@ import jinja2
 import plotly.graph_objects as go
 import polars as pl
 import pytest
-from nextstate.analysis.heads_figures import COLOURS
 
-from nextstate.analysis import grammar_report, report, tables
-from nextstate.analysis.grammar_tables import load
+from nextstate.analysis.grammar.study import GrammarStudy
+from nextstate.analysis.heads.figures import COLOURS
 from nextstate.analysis.page import vector
 from nextstate.analysis.page.formats import cell
 from nextstate.analysis.page.page import FigureList, Page, Section, environment, render, sha256, write
+from nextstate.analysis.study import open_run
 from tests.analysis.conftest import EVIL
-from tests.analysis.test_grammar_report import info, lay
-from tests.analysis.test_grammar_report import tables as grammar_tables
+from tests.analysis.test_grammar_page import make as make_grammar_run
 from tests.pages import data, loads_nothing, markup, places, shown
 
 RECORD = {
     "name": "small", "command": "nextstate lens", "started": "2026-01-01T00:00:00+00:00", "finished": None,
-    "seconds": 1.5, "seed": 3, "config": {"name": "small"}, "config_hash": "ab" * 32, "hardware": {"cores": 2},
-    "versions": {"nextstate": "0.1"}, "agents": [], "left_out": [{"agent": "a", "setting": "s", "reason": "too long"}],
-    "remarks": ["one remark"],
+    "seconds": 1.5, "seed": 3, "config": {"name": "small"}, "config_digest": "ab" * 32, "hardware": {"cores": 2},
+    "versions": {"nextstate": "0.1"}, "agents": [], "left_out": [{"agent": "a", "what": "s", "reason": "too long"}],
+    "warnings": ["one warning"], "set_aside": [], "mixed": [],
 }  # fmt: skip
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -58,7 +57,7 @@ def test_a_page_needs_sections_only() -> None:
     text = render(page(), RECORD)
     assert loads_nothing(text)
     for words in ("plain title", "plain lead", "plain section", "plain text", "plain word", "plain meaning",
-                  "0.500", "1,200", "−3", "nextstate lens", "too long", "one remark"):  # fmt: skip
+                  "0.500", "1,200", "−3", "nextstate lens", "too long", "one warning"):  # fmt: skip
         assert words in shown(text)
     assert re.findall(r'<a href="#([\w-]+)">', text) == re.findall(r'<section id="([\w-]+)"', text)
     assert re.findall(r'<section id="([\w-]+)"', text) == ["section-1", "run", "words"]
@@ -80,7 +79,7 @@ def test_without_words_figures_and_table_nothing_is_left_empty() -> None:
 
 def test_hostile_text_stays_text_everywhere() -> None:
     record = RECORD | {"name": EVIL, "command": EVIL, "remarks": [EVIL], "config": {EVIL: EVIL}}
-    record |= {"left_out": [{"agent": EVIL, "setting": EVIL, "reason": EVIL}], "versions": {EVIL: EVIL}}
+    record |= {"left_out": [{"agent": EVIL, "what": EVIL, "reason": EVIL}], "versions": {EVIL: EVIL}}
     text = render(page(EVIL), record)
     assert "<img" not in markup(text)
     assert text.count("</script>") == 3
@@ -145,17 +144,16 @@ def test_cells_of_tables(value: Any, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def real(run_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, go.Figure]:
-    loaded = tables.load(run_path)
-    answers = tables.narrow(loaded.rows)
-    out = dict(report.make_page(loaded, answers, tables.cells(answers)).figures.figures)
-    grammar = load(lay(tmp_path_factory.mktemp("grammar"), info(), grammar_tables()))
-    return out | grammar_report.make_page(grammar).figures.figures
+    study, run = open_run(run_path)
+    out = dict(study.page(run).figures.figures)
+    grammar = make_grammar_run(tmp_path_factory.mktemp("grammar") / "run")
+    return out | GrammarStudy().page(grammar).figures.figures
 
 
 KINDS = (
     "box-accuracy-of-", "box-accuracy-against-boxes", "dfa-density-min-accuracy-against-step", "determined-and",
-    "where-the-shortcut-fails", "written-strings", "from-nothing", "divergence-from", "loss", "from-the-whole-string",
-    "temperature", "rotary",
+    "where-the-shortcut-fails", "written-strings", "from-nothing", "divergence-from", "loss",
+    "ancestors-at-all-tokens-from-the-whole-string", "after-a-clean-prefix-temperature", "attention-pairs-rotary",
 )  # fmt: skip
 
 
@@ -188,17 +186,17 @@ def heatmap_cells(one: go.Figure) -> Iterator[tuple[str, str, str]]:
 
 
 def test_numbers_of_heatmaps_curves_and_bars_are_those_of_the_figure(real: dict[str, go.Figure]) -> None:
-    maps = real["box-accuracy-of-nextstate-tiny"]
+    maps = next(figure for name, figure in real.items() if name.startswith("box-accuracy-of-"))
     assert [(r["x"], r["y"], r["z"]) for r in rows(maps)] == list(heatmap_cells(maps))
     numbers = next(t for t in maps.data if t.type == "scatter")
     assert set(numbers.text) <= set(texts(vector.svg(maps)))
     curve = real["box-accuracy-against-boxes-all-steps"]
-    model = [r for r in rows(curve) if r["series"] == "nextstate/tiny"]
+    model = [r for r in rows(curve) if r["series"] == "tests.analysis.conftest:Noisy"]
     band = next(t for t in curve.data if t.fill == "toself")
     assert [float(r["low"]) for r in model] == list(band.y[len(model) :])[::-1]
     assert [float(r["high"]) for r in model] == list(band.y[: len(model)])
     assert all(float(r["low"]) <= float(r["y"]) <= float(r["high"]) for r in model)
-    apart = rows(real["determined-and-undetermined-questions-nextstate-tiny"])
+    apart = rows(real["determined-and-undetermined-questions-tests-analysis-conftest-noisy"])
     assert {r["y"] for r in apart} == {"Box", "Cycle", "DFA middle", "DFA min", "FruitStore"}
     assert {r["series"] for r in apart} == {"ceiling", "chance", "determined", "undetermined"}
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from nextstate.agents.generation import Codes
-from nextstate.analysis.probe import (
+from nextstate.analysis.grammar.config import ProbeConfig
+from nextstate.analysis.grammar.probe import (
     PositionProbe,
-    ProbeConfig,
     Target,
     Wanted,
     evaluate_probes,

@@ -17,7 +17,8 @@ from circuits import circuit
 from safetensors import safe_open
 
 from nextstate.agents.agent import Prompt
-from nextstate.agents.intervene import Intervened, Intervention
+from nextstate.agents.intervene import Intervened
+from nextstate.agents.intervention import Intervention
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, live, prompts_of, replay
 from nextstate.agents.sites import SITES, SiteError

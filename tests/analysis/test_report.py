@@ -1,22 +1,25 @@
 from __future__ import annotations
 
 import errno
-import json
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
-from nextstate.analysis import report, tables
 from nextstate.analysis.page.formats import percent
 from nextstate.analysis.page.page import pack, replace, sha256
-from nextstate.analysis.tables import RunError
+from nextstate.analysis.predict import statistics, viewer
+from nextstate.analysis.study import open_run, write_page
 from nextstate.envs.files import PathError
-from tests.analysis.conftest import EVIL, MODEL, SMALL, make_run
+from nextstate.envs.games import make_game
+from tests.analysis.conftest import EVIL, MODEL, make_run
 from tests.pages import loads_nothing, markup, unpack
+from tests.runs import frame, opened
 
 
 class Page(HTMLParser):
@@ -49,32 +52,45 @@ class Page(HTMLParser):
         return unpack(next(text for attrs, text in self.scripts if attrs.get("id") == f"data-{name}"))
 
 
+def text_of(path: Path) -> str:
+    return (path / "report.html").read_text(encoding="utf-8")
+
+
+def words_of(path: Path) -> str:
+    return " ".join(" ".join(Page(text_of(path)).words).split())
+
+
+def rewritten(path: Path, copy: Path, **changes: Any) -> Path:
+    """Return a copy of a run with other entries in `run.json`, and the page that is then written."""
+    shutil.copytree(path, copy)
+    study, run = open_run(copy)
+    run.record.update(changes)
+    write_page(study, run)
+    return copy
+
+
 @pytest.fixture(scope="module")
-def evil(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evil(run_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose every name is hostile."""
-    specs = [(g, s, f"x={EVIL}" if g == "DFA" else v, t) for g, s, v, t in SMALL]
-    run = make_run(tmp_path_factory.mktemp("evil") / "run", specs, episodes=3, name=EVIL)
-    info = json.loads((run / "run.json").read_text().replace(MODEL, "MODEL"))
-    info["agents"][0]["name"] = EVIL
-    info["versions"][EVIL] = info["hardware"][EVIL] = info["command"] = EVIL
-    info["left_out"] = [{"agent": EVIL, "setting": EVIL, "reason": EVIL}]
-    for setting in info["settings"]:
-        setting["size_name"] = EVIL
-    (run / "run.json").write_text(json.dumps(info))
-    for file in run.glob("rows/*/*.parquet"):
-        rows = pl.read_parquet(file).with_columns(
-            agent=pl.col("agent").replace(MODEL, EVIL), stem=pl.lit(EVIL), truth=pl.lit(EVIL)
-        )
-        rows.write_parquet(file)
-    for file in run.glob("transcripts/*.parquet"):
-        pl.read_parquet(file).with_columns(opening=pl.lit(EVIL + "\u2028")).write_parquet(file)
-    return run
+    path = Path(shutil.copytree(run_path, tmp_path_factory.mktemp("evil") / "run"))
+    study, run = open_run(path)
+    agent, variant = pl.col("agent").replace(MODEL, EVIL), pl.col("variant").replace("density=min", f"x={EVIL}")
+    changes = {"agent": agent, "variant": variant, "size_name": pl.lit(EVIL), "opening": pl.lit(EVIL + "\u2028")}
+    changes |= {"stem": pl.lit(EVIL), "truth": pl.lit(EVIL)}
+    for name, table in run.summaries().items():
+        own = {column: change for column, change in changes.items() if column in table.columns}
+        run.keep(f"summary/{name}", table.with_columns(**own), {})
+    found = next(a for a in run.record["agents"] if a["name"] == MODEL)
+    found["name"] = run.record["versions"][EVIL] = run.record["hardware"][EVIL] = run.record["command"] = EVIL
+    run.record["left_out"] = [{"agent": EVIL, "what": EVIL, "reason": EVIL}]
+    run.record["warnings"] = [EVIL]
+    write_page(study, run)
+    return path
 
 
 @pytest.mark.parametrize("which", ["run_path", "evil", "many_path"])
 def test_page_is_whole_and_harmless(which: str, request: pytest.FixtureRequest) -> None:
-    path = report.write(request.getfixturevalue(which))
-    text = path.read_text(encoding="utf-8")
+    text = text_of(request.getfixturevalue(which))
     page = Page(text)
     assert text.count("</script>") == 5
     assert [attrs.get("type") for attrs, _ in page.scripts] == ["text/plain"] * 3 + [None] * 2
@@ -91,7 +107,7 @@ def test_page_is_whole_and_harmless(which: str, request: pytest.FixtureRequest) 
 
 
 def test_policy_allows_just_the_two_scripts(run_path: Path) -> None:
-    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    page = Page(text_of(run_path))
     policy = next(
         a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy"
     )
@@ -103,13 +119,15 @@ def test_policy_allows_just_the_two_scripts(run_path: Path) -> None:
 
 
 def test_every_cell_and_figure_is_there(run_path: Path) -> None:
-    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    page = Page(text_of(run_path))
     cells = page.data("cells")
     assert isinstance(cells, dict)
-    expected = tables.cells(tables.load(run_path).rows)
+    expected = statistics.cells(frame(run_path))
     assert len(cells["columns"]["accuracy"]) == len(expected)
     assert cells["columns"]["accuracy"] == pytest.approx(expected["accuracy"].to_list(), abs=6e-4)
-    assert pl.read_parquet(run_path / "cells.parquet").equals(expected)
+    keys = ["agent", "game", "variant", "size", "step", "subset"]
+    assert_frame_equal(opened(run_path).summary("cells"), expected, check_row_order=False)
+    assert expected.select(keys).is_unique().all()
     drawn = page.data("figures")
     assert isinstance(drawn, dict)
     assert {a["data-figure"] for t, a in page.tags if "data-figure" in a} == set(drawn)
@@ -119,7 +137,7 @@ def test_every_cell_and_figure_is_there(run_path: Path) -> None:
 
 
 def test_each_figure_is_saved_under_a_name_of_its_own(run_path: Path) -> None:
-    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    page = Page(text_of(run_path))
     drawn = page.data("figures")
     assert isinstance(drawn, dict)
     slugs = list(drawn)
@@ -133,7 +151,7 @@ def test_each_figure_is_saved_under_a_name_of_its_own(run_path: Path) -> None:
 
 
 def test_viewer_tells_the_story(run_path: Path) -> None:
-    page = Page(report.write(run_path).read_text(encoding="utf-8"))
+    page = Page(text_of(run_path))
     sample = page.data("episodes")
     assert isinstance(sample, dict)
     assert {s["game"] for s in sample["settings"]} == {"Box", "DFA", "Cycle", "FruitStore"}
@@ -146,21 +164,20 @@ def test_viewer_tells_the_story(run_path: Path) -> None:
     )
     question = dfa["steps"][0]["asked"][0]
     model = question["by"][str(sample["agents"].index(MODEL))]
-    assert len(model["top"]) <= report.TOP
+    assert len(model["top"]) <= viewer.TOP
     assert all(0 <= p <= 1 for _, p in model["top"])
 
 
 def test_headline_has_the_numbers(run_path: Path) -> None:
-    words = " ".join(Page(report.write(run_path).read_text(encoding="utf-8")).words)
-    totals = tables.pooled(tables.load(run_path).rows, ("agent", "game"))
+    words = " ".join(Page(text_of(run_path)).words)
+    totals = statistics.pooled(frame(run_path), ("agent", "game"))
     mine = totals.filter((pl.col("agent") == MODEL) & (pl.col("subset") == "determined"))
     for value in (mine["accuracy"].max(), mine["accuracy"].min()):
         assert percent(value) in words  # type: ignore[arg-type]
-    assert "26 of its symbols are not one token" in words
 
 
 def test_on_a_phone_the_headline_table_is_stacked(run_path: Path) -> None:
-    text = report.write(run_path).read_text(encoding="utf-8")
+    text = text_of(run_path)
     table = text[text.index('<table class="stacked" aria-describedby="summary">') :]
     titles = re.findall(r'<th class="num">(.*?)</th>', table[: table.index("</thead>")])
     body = table[table.index("<tbody>") : table.index("</tbody>")]
@@ -169,28 +186,29 @@ def test_on_a_phone_the_headline_table_is_stacked(run_path: Path) -> None:
 
 
 def test_where_nothing_is_determined_the_page_says_so(tmp_path: Path) -> None:
-    path = report.write(make_run(tmp_path, [("DFA", {"states": 4}, "", 1)]))
-    words = " ".join(Page(path.read_text(encoding="utf-8")).words)
+    words = words_of(make_run(tmp_path, [("DFA", {"states": 4}, 1)]))
     assert "The transcript settles the answer of none of them" in words
     assert "Easy against hard" not in words
 
 
 def test_easy_against_hard_needs_two_sizes(run_path: Path, tmp_path: Path) -> None:
-    words = " ".join(Page(report.write(run_path).read_text(encoding="utf-8")).words)
+    words = " ".join(Page(text_of(run_path)).words)
     assert "Easy against hard, on determined questions:" in words
-    one = report.write(make_run(tmp_path, [("Box", {"boxes": 3}, "", 3), ("DFA", {"states": 4}, "", 1)]))
-    words = " ".join(Page(one.read_text(encoding="utf-8")).words)
+    words = words_of(make_run(tmp_path, [("Box", {"boxes": 3}, 3), ("DFA", {"states": 4}, 1)]))
     assert "of questions in Box" in words
     assert "Easy against hard" not in words
-    assert " and on " not in " ".join(words.split())  # of DFA no question is determined, so that Box is not compared
+    assert " and on " not in words  # of DFA no question is determined, so that Box is not compared
 
 
-def test_writing_again_replaces(run_path: Path) -> None:
-    first = report.write(run_path).read_text(encoding="utf-8")
-    (run_path / "report.html").write_text("old")
-    assert report.write(run_path).read_text(encoding="utf-8") == first
-    assert not list(run_path.glob(".report*"))
-    assert not list(run_path.glob(".cells*"))
+def test_the_page_is_written_again_from_the_summary_alone(run_path: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_path, tmp_path / "run"))
+    for name in ("questions", "answers", "figures"):
+        shutil.rmtree(copy / name)
+    (copy / "report.html").write_text("old")
+    write_page(*open_run(copy))
+    assert text_of(copy) == text_of(run_path)
+    assert {p.name for p in (copy / "figures").iterdir()} == {p.name for p in (run_path / "figures").iterdir()}
+    assert not list(copy.glob(".report*"))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +216,7 @@ def test_writing_again_replaces(run_path: Path) -> None:
     [
         (OSError(errno.EROFS, "Read-only file system"), "read-only file system; copy the folder"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on device; free some space"),
-        (PermissionError("Permission denied (os error 13)"), "permission denied; let yourself read and write"),
+        (PermissionError("Permission denied (os error 13)"), "permission denied; make it readable and writable"),
         (pl.exceptions.ComputeError("parquet: No space left on device"), "[Nn]o space left on device; free some space"),
     ],
 )
@@ -213,27 +231,10 @@ def test_a_page_that_cannot_be_written_is_named(error: Exception, said: str, tmp
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("report.html", "old")]
 
 
-def test_reports_without_a_model_and_unfinished(run_path: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(run_path, tmp_path / "run"))
-    info = json.loads((run / "run.json").read_text())
-    info["agents"] = [a for a in info["agents"] if a["kind"] != "model"]
-    (run / "run.json").write_text(json.dumps(info | {"finished": None, "seconds": None}))
-    shutil.rmtree(run / "rows" / "nextstate-tiny")
-    next(run.glob("rows/chance/*.parquet")).unlink()
-    words = " ".join(Page(report.write(run).read_text(encoding="utf-8")).words)
-    assert "not finished" in words
-    assert "1 of its files are still to come" in words
-
-
-def test_missing_transcripts_are_named(run_path: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(run_path, tmp_path / "run"))
-    file = sorted(run.glob("transcripts/Box*.parquet"))[0]
-    file.write_bytes(b"no parquet")
-    with pytest.raises(RunError, match=f"{file.name} cannot be read"):
-        report.write(run)
-    file.unlink()
-    with pytest.raises(RunError, match=f"{file.name} is missing"):
-        report.write(run)
+def test_reports_without_a_model_show_the_first_agent(tmp_path: Path) -> None:
+    path = make_run(tmp_path, [("Box", {"boxes": 3}, 3)], agents=["chance", "ideal"])
+    assert "reference agents in Box" in words_of(path)
+    assert "ideal answered 18 questions" in words_of(path)
 
 
 def test_packed_data_is_plain_letters_and_comes_back_whole() -> None:
@@ -243,36 +244,55 @@ def test_packed_data_is_plain_letters_and_comes_back_whole() -> None:
 
 
 def test_cells_asked_late_in_long_episodes_are_in_the_viewer(tmp_path: Path) -> None:
-    from nextstate import experiment
+    games = [{"game": "DFA", "grid": {"states": [3]}, "steps": [1, 60], "episodes": 3}]
+    path = make_run(tmp_path, [], grid="cells", agents=["ideal"], games=games)
+    late = Page(text_of(path)).data("episodes")["settings"][-1]["episodes"][0]  # type: ignore[index]
+    (step,) = late["steps"]
+    assert (step["step"], len(step["asked"])) == (60, 1)
+    assert late["opening"].count("go to state") == 59
+    assert (
+        late["opening"] + step["told"] + step["asked"][0]["stem"]
+        == (opened(path).table("questions/DFA-states=3-steps=60")["prompt"][0])
+    )
 
-    games = [{"game": "DFA", "over": {"states": [3]}, "steps": [1, 60], "episodes": 3}]
-    config = {"name": "cells", "grid": "cells", "agents": ["ideal"], "games": games, "wandb": "disabled"}
-    experiment.run(experiment.Config.model_validate(config), tmp_path / "cells")
-    late = report.sample(tables.load(tmp_path / "cells"))["settings"][-1]["episodes"][0]
-    assert [bool(step["asked"]) for step in late["steps"]] == [False] * 59 + [True]
-    story = late["opening"] + "".join(step["told"] for step in late["steps"])
-    assert story.count("go to state") == 59
+
+def test_the_viewer_gives_back_the_text_that_was_read(tmp_path: Path) -> None:
+    games = [make_game(name) for name in ("Box", "DFA", "FruitStore", "TextWorld")]
+    chosen = [(g.name, {"feedback": f}, min(4, g.max_steps or 4)) for g in games for f in g.feedbacks]
+    assert {s["feedback"] for _, s, _ in chosen} == {"inline", "branch"}
+    path = make_run(tmp_path, chosen, episodes=2, ask="all", agents=["ideal"])
+    run = opened(path)
+    for setting in Page(text_of(path)).data("episodes")["settings"]:  # type: ignore[index]
+        inline = any(episode["inline"] for episode in setting["episodes"])
+        prompts = run.table(f"questions/{setting['slug']}")
+        for episode in setting["episodes"]:
+            transcript = episode["opening"]
+            mine = prompts.filter(episode=episode["id"])
+            for step in episode["steps"]:
+                transcript += step["told"]
+                for i, asked in enumerate(step["asked"]):
+                    row = mine.filter(step=step["step"], question=i).row(0, named=True)
+                    assert transcript + asked["stem"] == row["prompt"]
+                    if inline:
+                        (answer,) = {c for c in row["choices"] if c.strip() == row["truth"]}
+                        transcript += asked["stem"] + answer + row["closing"]
+                transcript += step["outcome"]
 
 
 def test_how_each_model_was_run_and_what_was_left_out(run_path: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(run_path, run)
-    info = json.loads((run / "run.json").read_text())
     reason = "someone/bert is refused: it is not causal"
-    refused = [{"agent": "someone/bert", "setting": f"DFA-states={n}", "reason": reason} for n in range(3, 8)]
-    (run / "run.json").write_text(json.dumps(info | {"left_out": refused}))
-    text = report.write(run).read_text(encoding="utf-8")
-    words = " ".join(" ".join(Page(text).words).split())
+    refused = [{"agent": "someone/bert", "what": f"DFA-states={n}", "reason": reason} for n in range(3, 8)]
+    path = rewritten(run_path, tmp_path / "run", left_out=refused)
+    text, words = text_of(path), words_of(path)
     table = words[words.index("How each model was run") : words.index("Left out")]
-    assert "nextstate/tiny fork 1.2e-05 2.6e-04 1,253 1,277 0.3 tree : off by 3.1 nats: " + EVIL in table
-    assert "nextstate/tiny step live 1.2e-05 2.6e-04 1,253 1,277 12.0 –" in table
+    assert f"{MODEL} fork 1.2e-05 2.6e-04 1,253 1,277 0.3 tree : off by 3.1 nats: {EVIL}" in table
+    assert f"{MODEL} step live 1.2e-05 2.6e-04 1,253 1,277 12.0 –" in table
     for road in ("tree", "fork", "step", "rows"):
         assert f" {road} (" in table
     assert EVIL not in text
     assert "half precision" not in table
     assert text.count(reason) == 1
     assert "DFA-states=3, DFA-states=4, DFA-states=5 and 2 more" in words
-    for agent in info["agents"]:
-        agent.pop("certificates", None)  # as earlier versions wrote them
-    (run / "run.json").write_text(json.dumps(info))
-    assert "How each model was run" not in report.write(run).read_text(encoding="utf-8")
+    plain = [{k: v for k, v in a.items() if k != "certificates"} for a in opened(run_path).record["agents"]]
+    path = rewritten(run_path, tmp_path / "plain", agents=plain)
+    assert "How each model was run" not in text_of(path)

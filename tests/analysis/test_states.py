@@ -10,39 +10,41 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nextstate import experiment
-from nextstate.analysis import states, tables
+from nextstate.analysis.predict import states
+from nextstate.analysis.predict.config import asked_cells
+from nextstate.analysis.predict.statistics import narrow
+from nextstate.analysis.predict.tables import rows
 from nextstate.envs import make_game
-from nextstate.experiment import Config
+from tests.runs import frame, make, opened
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = Config(
-        name="whole",
-        agents=["ideal", "chance", "shortcuts"],
-        games=[
-            {"game": "TextWorld", "over": {"objects": [1, 3]}, "settings": {"games": 3}, "steps": 6, "episodes": 12,
-             "ask": "all"},
-            {"game": "Box", "over": {"boxes": [2, 5]}, "steps": 5, "episodes": 12, "ask": "all"},
-            {"game": "DFA", "over": {"states": [4]}, "steps": 5, "episodes": 12, "ask": "all"},
-            {"game": "Box", "over": {"boxes": [3]}, "steps": 4, "episodes": 5},
+    config = {
+        "name": "whole",
+        "agents": ["ideal", "chance", "shortcuts"],
+        "games": [
+            {"game": "TextWorld", "grid": {"objects": [1, 3]}, "game_args": {"games": 3}, "steps": 6, "episodes": 12,
+             "questions_per_step": "all"},
+            {"game": "Box", "grid": {"boxes": [2, 5]}, "steps": 5, "episodes": 12, "questions_per_step": "all"},
+            {"game": "DFA", "grid": {"states": [4]}, "steps": 5, "episodes": 12, "questions_per_step": "all"},
+            {"game": "Box", "grid": {"boxes": [3]}, "steps": 4, "episodes": 5},
         ],
-        wandb="disabled",
-    )  # fmt: skip
+        "wandb": "disabled",
+    }  # fmt: skip
     out = tmp_path_factory.mktemp("states") / "run"
-    experiment.run(config, out)
+    make(config, out)
     return out
 
 
 Answers = dict[str, dict[str, Any]]  # of one step, by variable
 
 
-def steps_of(run: tables.Run) -> Iterator[tuple[str, str, Answers, Answers]]:
+def steps_of(path: Path) -> Iterator[tuple[str, str, Answers, Answers]]:
     """Yield (agent, game, answers one step earlier, answers) for every step but the first of each episode."""
     by_step: dict[tuple[str, str, int], dict[int, Answers]] = defaultdict(lambda: defaultdict(dict))
     games = {}
-    for row in run.rows.collect().iter_rows(named=True):
+    for row in frame(path).iter_rows(named=True):
         if row["setting"] == "Box-boxes=3":
             continue  # asks one question a step
         by_step[row["agent"], row["setting"], row["episode"]][row["step"]][row["variable"]] = row
@@ -52,12 +54,20 @@ def steps_of(run: tables.Run) -> Iterator[tuple[str, str, Answers, Answers]]:
             yield agent, games[setting], told[step - 1], told[step]
 
 
+def whole(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    run = opened(path)
+    asked = rows(run, [cell for cell in asked_cells(run.config) if cell.questions_per_step == "all"])
+    found = states.whole(asked)
+    assert found.equals(run.summary("whole"))
+    assert found.equals(states.whole(rows(run).filter(pl.col("setting") != "Box-boxes=3")))
+    return {(r["agent"], r["game"], r["form"]): r for r in found.iter_rows(named=True)}
+
+
 def test_forms_agree_with_plain_python(path: Path) -> None:
-    run = tables.load(path)
-    found = {(r["agent"], r["game"], r["form"]): r for r in states.whole(run).iter_rows(named=True)}
+    found = whole(path)
     assert {game for _, game, _ in found} == {"TextWorld", "Box"}  # DFA has one variable: its questions say it all
     sums: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for agent, game, before, now in steps_of(run):
+    for agent, game, before, now in steps_of(path):
         if game == "DFA":
             continue
         one = sums[agent, game]
@@ -99,20 +109,19 @@ def test_forms_agree_with_plain_python(path: Path) -> None:
 
 
 def test_the_ideal_reader_tells_what_the_commands_change(path: Path) -> None:
-    found = {(r["agent"], r["game"], r["form"]): r for r in states.whole(tables.load(path)).iter_rows(named=True)}
+    found = whole(path)
     assert found["ideal", "Box", "state"]["exact"] == found["ideal", "Box", "difference"]["exact"] == 1
     assert found["ideal", "TextWorld", "changed"]["by_fact"] > found["ideal", "TextWorld", "unchanged"]["by_fact"]
     assert found["ideal", "TextWorld", "state"]["exact"] > found["chance", "TextWorld", "state"]["exact"]
 
 
 def test_sizes_are_those_of_the_games_played(path: Path) -> None:
-    run = tables.load(path)
-    sizes = states.sizes(run)
+    run = opened(path)
     game = make_game("TextWorld", objects=3, games=3)
-    mine = sizes.filter(pl.col("setting") == "TextWorld-games=3-objects=3")["states"].to_list()
-    assert set(mine) <= {w.n_states for w in game.worlds}
-    assert set(sizes.filter(pl.col("setting") == "Box-boxes=5")["states"]) == {5**5}
-    curves = states.curves(run, tables.narrow(run.rows))
+    mine = run.table("questions/TextWorld-games=3-objects=3")["states"].to_list()
+    assert set(mine) <= {w.n_states for w in game.worlds}  # type: ignore[attr-defined]
+    assert set(run.table("questions/Box-boxes=5")["states"]) == {5**5}
+    curves = states.curves(narrow(rows(run)))
     assert set(curves["game"]) == {"TextWorld", "Box"}  # the size of an automaton is its number of states
     asked = curves.filter((pl.col("agent") == "ideal") & (pl.col("subset") == "all") & (pl.col("game") == "Box"))
     assert sorted(asked["at"].unique()) == [4, 27, 3125]

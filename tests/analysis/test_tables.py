@@ -1,9 +1,8 @@
+"""The statistics of questions and answers, against plain Python and against what intervals promise."""
+
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nextstate.analysis import stats, tables
-from nextstate.analysis.tables import RunError
+from nextstate.analysis import stats
+from nextstate.analysis.predict import statistics
+from nextstate.analysis.predict.tables import CELL, QUESTION, ROWS, rows
 from tests.analysis.conftest import MODEL
-
-
-def frame(run: Path) -> pl.DataFrame:
-    return tables.load(run).rows.collect()
+from tests.runs import frame, opened
 
 
 @pytest.mark.parametrize("which", ["run_path", "many_path"])
@@ -28,13 +25,13 @@ def test_cells_agree_with_plain_python(which: str, request: pytest.FixtureReques
     for row in rows.iter_rows(named=True):
         for subset in ("all", "determined" if row["determined"] else "undetermined"):
             groups[row["agent"], row["game"], row["variant"], row["size"], row["step"], subset].append(row)
-    cells = tables.cells(rows)
+    cells = statistics.cells(rows)
     assert len(cells) == len(groups)
     for cell in cells.iter_rows(named=True):
         mine = groups[tuple(cell[k] for k in ("agent", "game", "variant", "size", "step", "subset"))]
         n = len(mine)
         assert (cell["n"], cell["episodes"]) == (n, len({r["episode"] for r in mine}))
-        for column, name in tables.MEANS.items():
+        for column, name in statistics.MEANS.items():
             assert cell[name] == pytest.approx(sum(r[column] for r in mine) / n)
         assert cell["over_ceiling"] == pytest.approx(
             sum(r["greedy_correct"] for r in mine) / sum(r["ceiling"] for r in mine)
@@ -45,7 +42,7 @@ def test_cells_agree_with_plain_python(which: str, request: pytest.FixtureReques
 
 def test_curves_pool_over_the_other_axis(run_path: Path) -> None:
     rows = frame(run_path)
-    curves = tables.curves(rows)
+    curves = statistics.curves(rows)
     mine = rows.filter((pl.col("agent") == MODEL) & (pl.col("game") == "DFA") & (pl.col("variant") == "density=min"))
     for axis in ("size", "step"):
         found = curves.filter(
@@ -58,15 +55,15 @@ def test_curves_pool_over_the_other_axis(run_path: Path) -> None:
 
 
 def test_ideal_reader_is_right_on_every_determined_question(run_path: Path) -> None:
-    cells = tables.cells(frame(run_path)).filter((pl.col("agent") == "ideal") & (pl.col("subset") == "determined"))
+    cells = statistics.cells(frame(run_path)).filter((pl.col("agent") == "ideal") & (pl.col("subset") == "determined"))
     assert cells["accuracy"].to_list() == [1.0] * len(cells)
     assert cells["over_ceiling"].min() == 1.0
 
 
 def test_hard_questions_are_those_the_shortcut_gets_wrong(run_path: Path) -> None:
     rows = frame(run_path)
-    table = tables.on_hard(rows)
-    by_key = {tuple(r[k] for k in (*tables.QUESTION, "agent")): r for r in rows.iter_rows(named=True)}
+    table = statistics.on_hard(rows)
+    by_key = {tuple(r[k] for k in (*QUESTION, "agent")): r for r in rows.iter_rows(named=True)}
     for line in table.filter(pl.col("agent") == MODEL).iter_rows(named=True):
         hits, seen = [], 0
         for key, row in by_key.items():
@@ -88,7 +85,7 @@ def test_hard_questions_are_those_the_shortcut_gets_wrong(run_path: Path) -> Non
 def test_a_copier_of_the_shortcut_is_found_out(run_path: Path) -> None:
     rows = frame(run_path)
     copier = rows.filter(pl.col("agent") == "shortcut:action_only").with_columns(agent=pl.lit("copier"))
-    table = tables.on_hard(pl.concat([rows, copier])).filter(pl.col("agent") == "copier")
+    table = statistics.on_hard(pl.concat([rows, copier])).filter(pl.col("agent") == "copier")
     mine = table.filter((pl.col("shortcut") == "shortcut:action_only") & (pl.col("n") > 0))
     assert len(mine)
     assert mine["accuracy"].to_list() == [0.0] * len(mine)
@@ -96,15 +93,15 @@ def test_a_copier_of_the_shortcut_is_found_out(run_path: Path) -> None:
 
 def test_paired_is_zero_against_itself(run_path: Path) -> None:
     rows = frame(run_path)
-    same = tables.paired(rows, MODEL, MODEL)
+    same = statistics.paired(rows, MODEL, MODEL)
     assert same.select("difference", "low", "high").to_numpy().any() == False  # noqa: E712
-    gaps = tables.paired(rows, MODEL).filter(pl.col("subset") == "determined")
+    gaps = statistics.paired(rows, MODEL).filter(pl.col("subset") == "determined")
     assert gaps["difference"].max() <= 0  # type: ignore[operator]
 
 
 def test_the_same_generator_gives_the_same_intervals(many_path: Path) -> None:
     rows = frame(many_path)
-    one, two = (tables.cells(rows, np.random.default_rng(3)) for _ in range(2))
+    one, two = (statistics.cells(rows, np.random.default_rng(3)) for _ in range(2))
     assert one.equals(two)
 
 
@@ -114,7 +111,7 @@ def clustered(rng: np.random.Generator, agent: str, episodes: int = 50, asked: i
     hit = rng.random((episodes, asked)) < p[:, None]
     episode, question = np.indices(hit.shape)
     base = {"agent": agent, "game": "G", "setting": "s", "size": 1, "variant": "", "step": 1, "determined": True}
-    rest = {"ceiling": 1.0, "chance": 0.5, "p_accepted": 0.5, "rank": 1}
+    rest = {"ceiling": 1.0, "chance": 0.5, "p_accepted": 0.5, "rank": 1, "states": 1}
     flat = {c: hit.ravel() for c in ("greedy_correct", "choice_correct", "choice_token_correct", "choice_byte_correct")}
     data = {"episode": episode.ravel(), "question": question.ravel(), **flat}
     return pl.DataFrame(data).with_columns(**{k: pl.lit(v) for k, v in (base | rest).items()})
@@ -123,7 +120,7 @@ def clustered(rng: np.random.Generator, agent: str, episodes: int = 50, asked: i
 def test_bootstrap_over_episodes_covers() -> None:
     rng = np.random.default_rng(1)
     rows = pl.concat([clustered(rng, f"agent {i}") for i in range(400)])
-    cells = tables.cells(rows).filter(pl.col("subset") == "all")
+    cells = statistics.cells(rows).filter(pl.col("subset") == "all")
     covered = ((cells["accuracy_low"] <= 0.6) & (cells["accuracy_high"] >= 0.6)).mean()
     assert 0.92 <= float(covered) <= 0.975  # type: ignore[arg-type]
     # Wilson's with n questions would be far too narrow here.
@@ -136,7 +133,7 @@ def test_settings_with_the_same_seeds_are_no_new_evidence() -> None:
     copies = [one.with_columns(size=pl.lit(s), setting=pl.lit(f"s{s}")) for s in range(9)]
     apart = [c.with_columns(episode=pl.col("episode") + 1000 * s) for s, c in enumerate(copies)]
     by = ("agent", "game", "variant", "step")
-    alone, shared, separate = (tables.pooled(pl.concat(x), by).row(0, named=True) for x in ([one], copies, apart))
+    alone, shared, separate = (statistics.pooled(pl.concat(x), by).row(0, named=True) for x in ([one], copies, apart))
     width = {k: r["accuracy_high"] - r["accuracy_low"] for k, r in (("1", alone), ("9", shared), ("9 apart", separate))}
     assert (shared["episodes"], separate["episodes"]) == (50, 450)
     assert width["9"] == pytest.approx(width["1"], rel=0.2)
@@ -144,62 +141,29 @@ def test_settings_with_the_same_seeds_are_no_new_evidence() -> None:
 
 
 def test_all_right_still_has_an_interval(many_path: Path) -> None:
-    cells = tables.cells(frame(many_path)).filter((pl.col("agent") == "ideal") & (pl.col("game") == "Box"))
+    cells = statistics.cells(frame(many_path)).filter((pl.col("agent") == "ideal") & (pl.col("game") == "Box"))
     assert cells["accuracy"].min() == 1
     assert 0.5 < cells["accuracy_low"].max() < 1  # type: ignore[operator]
 
 
-def test_many_rows_take_seconds() -> None:
-    rng = np.random.default_rng(2)
-    one = clustered(rng, "a", episodes=50, asked=20)
-    sizes = [one.with_columns(size=pl.lit(s), setting=pl.lit(f"s{s}"), step=pl.col("question") + 1) for s in range(20)]
-    rows = pl.concat([r.with_columns(agent=pl.lit(f"agent {i}")) for i in range(10) for r in sizes])
-    assert len(rows) == 200_000
-    start = time.perf_counter()
-    tables.cells(rows)
-    tables.curves(rows)
-    assert time.perf_counter() - start < 10
-
-
-def broken(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "run"))
-
-
-def test_missing_and_broken_files_are_named(run_path: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"run\.json is missing"):
-        tables.load(tmp_path)
-    run = broken(run_path, tmp_path)
-    file = sorted(run.glob("rows/*/*.parquet"))[0]
-    whole = file.read_bytes()
-
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(RunError, match=rf"{file.name} cannot be read.*delete it and run `nextstate run"):
-        tables.load(run)
-    pl.read_parquet(whole).drop("rank").write_parquet(file)
-    with pytest.raises(RunError, match=r"no column 'rank'"):
-        tables.load(run)
-    file.write_bytes(whole)
-    next(run.glob("rows/ideal/*.parquet")).unlink()
-    with pytest.raises(RunError, match=r"1 of its files are missing.*'ideal'"):
-        tables.load(run)
-
-    info = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(info | {"finished": None}))
-    assert len(tables.load(run).pending) == 1
-    (run / "run.json").write_text(json.dumps({k: v for k, v in info.items() if k != "agents"}))
-    with pytest.raises(RunError, match=r"no 'agents'"):
-        tables.load(run)
-    (run / "run.json").write_text("{")
-    with pytest.raises(RunError, match=r"is not JSON"):
-        tables.load(run)
-    (run / "run.json").write_text(json.dumps(info))
-    shutil.rmtree(run / "rows")
-    with pytest.raises(RunError, match=r"has no rows"):
-        tables.load(run)
+def test_rows_join_answers_with_their_questions_and_read_only_what_is_selected(run_path: Path) -> None:
+    run = opened(run_path)
+    found = frame(run_path)
+    assert dict(found.schema) == {name: kind() if isinstance(kind, type) else kind for name, kind in ROWS.items()}
+    keys = run.keys("answers/*")
+    assert len(found) == sum(len(run.table(key)) for key in keys) > 0
+    assert {k: found[k].n_unique() for k in ("setting", "agent")} == {
+        "setting": len(run.keys("questions/*")), "agent": len({key.split("/")[1] for key in keys}),
+    }  # fmt: skip
+    right = found.filter(pl.col("greedy") == pl.col("truth"))
+    assert right["greedy_correct"].all()
+    plan = rows(run).select("agent", "greedy_correct", *CELL).explain()
+    assert "prompt" not in plan
+    assert "logprobs" not in plan
 
 
 def test_agents_are_in_a_readers_order(run_path: Path) -> None:
-    run = tables.load(run_path)
-    assert run.agents[:3] == (MODEL, "ideal", "chance")
-    assert all(a.startswith("shortcut:") for a in run.agents[3:])
-    assert math.isclose(float(run.rows.select(pl.col("ceiling").max()).collect().item()), 1)
+    agents = opened(run_path).summary("agents")["agent"].to_list()
+    assert agents[:3] == [MODEL, "ideal", "chance"]
+    assert all(a.startswith("shortcut:") for a in agents[3:])
+    assert math.isclose(float(frame(run_path)["ceiling"].max()), 1)  # type: ignore[arg-type]

@@ -1,50 +1,16 @@
-"""From a finished run's files to numbers: accuracy, ceiling and chance of every cell, each with a 95 % interval."""
+"""Accuracy, ceiling and chance of questions and answers, each with a 95 % interval."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
 
 from nextstate.analysis import stats
+from nextstate.analysis.predict.tables import QUESTION
 
 SUBSETS = ("all", "determined", "undetermined")
-QUESTION = ("setting", "episode", "step", "question")  # what makes a question the same question for every agent
-ROWS: dict[str, pl.DataType] = {
-    "agent": pl.String(),
-    "game": pl.String(),
-    "setting": pl.String(),
-    "size": pl.Int64(),
-    "variant": pl.String(),
-    "episode": pl.Int64(),
-    "step": pl.Int64(),
-    "question": pl.Int64(),
-    "variable": pl.String(),
-    "stem": pl.String(),
-    "choices": pl.List(pl.String()),
-    "truth": pl.String(),
-    "accepted": pl.List(pl.String()),
-    "greedy": pl.String(),
-    "greedy_correct": pl.Boolean(),
-    "choice": pl.String(),
-    "choice_correct": pl.Boolean(),
-    "choice_token_correct": pl.Boolean(),
-    "choice_byte_correct": pl.Boolean(),
-    "logprobs": pl.List(pl.Float32()),
-    "p_accepted": pl.Float64(),
-    "rank": pl.Int64(),
-    "ceiling": pl.Float64(),
-    "determined": pl.Boolean(),
-    "chance": pl.Float64(),
-    "prompt_tokens": pl.Int64(),
-    "incomplete": pl.Boolean(),
-}
-LATER: dict[str, Any] = {"incomplete": False}  # columns that earlier versions did not write, and what they meant
 # What is averaged in a cell: column of the rows -> name in the tables. "accuracy" is that of the greedy answer.
 MEANS = {
     "greedy_correct": "accuracy",
@@ -57,109 +23,6 @@ MEANS = {
     "rank": "rank",
 }
 RATIOS = {"accuracy": "n", "choice": "n", "over_ceiling": "sum_ceiling"}  # what gets an interval, over which total
-
-
-class RunError(ValueError):
-    """A run's folder is not what it should be; the message names what is missing or broken and what to do."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run: what `run.json` says, and its rows, read only when they are collected."""
-
-    path: Path
-    info: dict[str, Any]
-    rows: pl.LazyFrame = field(repr=False)
-    pending: tuple[tuple[str, str], ...] = ()  # (agent, setting) without rows, of a run that has not finished
-
-    @property
-    def name(self) -> str:
-        """The name the run was given."""
-        return str(self.info["name"])
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """The agents that are language models, in the order of the run."""
-        return tuple(a["name"] for a in self.info["agents"] if a["kind"] == "model")
-
-    @property
-    def focus(self) -> tuple[str, ...]:
-        """The agents that get figures of their own: the models, or else the first agent there is."""
-        return self.models or self.agents[:1]
-
-    @property
-    def agents(self) -> tuple[str, ...]:
-        """All agents: models first, then ideal reader, chance, shortcuts."""
-        order = {"ideal": 1, "chance": 2}
-        names = [a["name"] for a in self.info["agents"]]
-        return tuple(sorted(names, key=lambda n: 0 if n in self.models else order.get(n, 3)))
-
-
-def load(run: Path) -> Run:
-    """Read `run.json` and scan the rows of the run in folder `run`.
-
-    Raises:
-        RunError: where the folder, `run.json`, a key of it, rows or a column are missing or cannot be read.
-    """
-    run = Path(run)
-    info = _info(run)
-    files = sorted(run.glob("rows/*/*.parquet"))
-    if not files and not (info.get("plays") and any(run.glob("plays/*/*.parquet"))):
-        raise RunError(f"{run} has no rows/*/*.parquet: the run has not got that far; run `{info['command']}` again")
-    rows = pl.concat([pl.LazyFrame(schema=ROWS), *(scan(file, info["command"], ROWS) for file in files)])
-    have = set(rows.select("agent", "setting").unique().collect().iter_rows())
-    left_out = {(x["agent"], x["setting"]) for x in info["left_out"]}
-    want = {(a["name"], s["slug"]) for a in info["agents"] for s in info["settings"] if not _optional(a["name"])}
-    missing = tuple(sorted(want - have - left_out))
-    if missing and info["finished"]:
-        agent, setting = missing[0]
-        raise RunError(
-            f"{run} says that it is finished, but {len(missing)} of its files are missing, among them that of agent "
-            f"{agent!r} on setting {setting!r}: run `{info['command']}` again, it makes what is missing"
-        )
-    return Run(run, info, rows, missing)
-
-
-def _optional(agent: str) -> bool:
-    return agent.startswith("shortcut:")  # each game has its own
-
-
-def _info(run: Path) -> dict[str, Any]:
-    path = run / "run.json"
-    if not path.is_file():
-        raise RunError(f"{path} is missing, so {run} is no run: expected the folder that `nextstate run` printed")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} is not JSON ({error}): run its experiment again") from error
-    if not isinstance(info, dict):
-        raise RunError(f"{path} holds a {type(info).__name__}, expected an object: run its experiment again")
-    for key in ("name", "command", "finished", "agents", "settings", "left_out"):
-        if key not in info:
-            raise RunError(f"{path} has no {key!r}: it was not written by this version; run its experiment again")
-    for key, needed in (("agents", ("name", "kind")), ("settings", ("slug", "game", "size", "variant"))):
-        for entry in info[key]:
-            lacking = [k for k in needed if k not in entry]
-            if lacking:
-                raise RunError(f"{path}: an entry of {key!r} has no {lacking[0]!r}: {entry!r}")
-    return info
-
-
-def scan(file: Path, command: str, columns: Mapping[str, pl.DataType]) -> pl.LazyFrame:
-    """Scan the `columns` of a table of the run that `command` began; `RunError` where it has not got them."""
-    frame = pl.scan_parquet(file)
-    try:
-        found = frame.collect_schema()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise RunError(f"{file} cannot be read ({error}): delete it and run `{command}` again") from error
-    frame = frame.with_columns(pl.lit(value).alias(key) for key, value in LATER.items() if key not in found)
-    for column in columns:
-        if column not in found and column not in LATER:
-            raise RunError(f"{file} has no column {column!r}: delete it and run `{command}` again")
-    return frame.select(pl.col(column).cast(kind) for column, kind in columns.items())
-
-
-# --- tables
 
 Rows = pl.LazyFrame | pl.DataFrame
 
@@ -250,8 +113,8 @@ def _strata(rows: Rows) -> pl.LazyFrame:
 
 
 def narrow(rows: Rows) -> pl.DataFrame:
-    """Read the columns that the tables need, and no others, so that several tables cost one reading of the files."""
-    return rows.lazy().select("agent", "game", "variant", "size", *QUESTION, "determined", *MEANS).collect()
+    """Return the columns that the statistics need, so that several of them cost one reading of the files."""
+    return rows.lazy().select("agent", "game", "variant", "size", *QUESTION, "states", "determined", *MEANS).collect()
 
 
 def cells(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:

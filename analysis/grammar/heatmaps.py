@@ -1,4 +1,4 @@
-"""Heat maps of a grammar study: what probes read of each level, where heads look by distance and towards ends."""
+"""Heat maps of a grammar study: accuracy of probes by level, attention of heads by distance and around ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
-from jaxtyping import Int
 
 from nextstate.analysis.figures import DARK, SCALE, TURN, layout, plain
 from nextstate.analysis.figures import LIGHT as PALE
-from nextstate.analysis.grammar_figures import brief, significant
+from nextstate.analysis.grammar.figures import brief, significant
 from nextstate.analysis.heads.figures import LIGHT
+from nextstate.analysis.page.formats import thousandths
 
 DEEPEST = 0.5  # share of a diverging scale that is used, so that the page's ink can be read on all of it
 FLOOR = 1e-4  # of attention: what is less has the colour of this
@@ -50,7 +50,7 @@ def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.F
     """Draw what a probe reads, a row a model or control, a column a level from the root to the terminals.
 
     Args:
-        lines: each with `label`, `told` (for the hover) and `values`, a mapping from the level to the share or null.
+        lines: each with `label`, `hover` (text by level) and `values`, a mapping from the level to the share or null.
         deepest: the last level that has constituents.
         title: of the figure.
     """
@@ -58,7 +58,7 @@ def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.F
     z = [[line["values"].get(level) for level in every] for line in lines]
     text = [["" if v is None else "100" if v == 1 else f"{100 * v:.1f}" for v in line] for line in z]
     hover = [
-        [f"{plain(line['label'])}, level {level}<br>{plain(line['told'].get(level, ''))}" for level in every]
+        [f"{plain(line['label'])}, level {level}<br>{plain(line['hover'].get(level, ''))}" for level in every]
         for line in lines
     ]
     labels = [brief(line["label"]) for line in lines]
@@ -68,39 +68,25 @@ def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.F
                   "level (2 next to the root)", "", yaxis=ticks)  # fmt: skip
 
 
-def _edges(longest: int) -> list[int]:
-    """Return where the bins of distances begin: one by one at first, then two to the octave."""
-    return sorted({0, 1, 2, 3, *(round(2 ** (k / 2)) for k in range(4, 64))} & set(range(longest + 1)))
-
-
 def profile(rows: pl.DataFrame, title: str) -> go.Figure:
     """Draw the mean attention of each head at each distance, on a logarithmic scale; a row a head.
 
     Args:
-        rows: of one model. Distances are binned; below 0 a token looks ahead.
-        title: of the figure. Within a layer heads are in the order of how far they look.
+        rows: of one model, from `nextstate.analysis.grammar.tables.binned`.
+        title: of the figure.
     """
-    rows = rows.drop_nulls("weight")
-    distance = rows["distance"].to_numpy()
-    edges: Int[np.ndarray, " bin"] = np.array(_edges(int(np.abs(distance).max())))
-    bins = np.sign(distance) * edges[np.searchsorted(edges, np.abs(distance), side="right") - 1]
-    rows = rows.with_columns(bin=pl.Series(bins, dtype=pl.Int64))
-    far = (pl.col("weight") * pl.col("distance").abs()).sum() / pl.col("weight").sum()
-    heads = rows.group_by("layer", "head").agg(far=far).sort("layer", "far", "head").rows()
-    mean = rows.group_by("layer", "head", "bin").agg(pl.col("weight").mean())
-    weight = {(a, b, c): w for a, b, c, w in mean.iter_rows()}
-    at = sorted(set(bins.tolist()))
-    grid = [[weight.get((layer, head, b)) for b in at] for layer, head, _ in heads]
-    names = [f"{layer}.{head}" for layer, head, _ in heads]
-    last = {edge: int(after) - 1 for edge, after in zip(edges.tolist(), [*edges[1:], edges[-1] + 1], strict=True)}
-    spans = [f"{b}" if last[abs(b)] == abs(b) else f"{b} to {int(np.sign(b)) * last[abs(b)]}" for b in at]
+    heads = rows.select("layer", "head").unique(maintain_order=True).rows()
+    cells = {(r["layer"], r["head"], r["first"]): r["weight"] for r in rows.iter_rows(named=True)}
+    bins = rows.select("first", "last").unique().sort("first").rows()
+    at = [first for first, _ in bins]
+    grid = [[cells.get((layer, head, b)) for b in at] for layer, head in heads]
+    names = [f"{layer}.{head}" for layer, head in heads]
+    spans = [f"{first}" if first == last else f"{first} to {last}" for first, last in bins]
     hover = [
-        [
-            f"head {name}, distance {span}<br>attention {0 if w is None else w:.2g}"
-            for w, span in zip(line, spans, strict=True)
-        ]
+        [f"head {name}, distance {span}<br>attention {0 if w is None else w:.2g}"
+         for w, span in zip(line, spans, strict=True)]
         for name, line in zip(names, grid, strict=True)
-    ]
+    ]  # fmt: skip
     pitch = max(4, min(20, 460 // len(heads)))
     trace = go.Heatmap(
         x=[str(b).replace("-", "−") for b in at], y=names, customdata=hover, hoverongaps=False,
@@ -110,7 +96,7 @@ def profile(rows: pl.DataFrame, title: str) -> go.Figure:
         ygap=1 if pitch > 8 else 0, hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
     first: dict[int, str] = {}
-    for name, (layer, _, _) in zip(names, heads, strict=True):
+    for name, (layer, _) in zip(names, heads, strict=True):
         first.setdefault(layer, name)
     ticks = {"tickvals": list(first.values()), "ticktext": [str(layer) for layer in first]} if pitch < 14 else {}
     axis = {"type": "category", "showgrid": False}
@@ -120,11 +106,11 @@ def profile(rows: pl.DataFrame, title: str) -> go.Figure:
 
 
 def _thousandths(value: float | None) -> str:
-    return "" if value is None else f"{round(1000 * value, 1) + 0.0:.1f}".replace("-", "−")
+    return "" if value is None else thousandths(value)
 
 
-def _residual(value: float | None, told: str) -> str:
-    return told if value is None else f"{told}<br>{_thousandths(value)} thousandths"
+def _residual(value: float | None, where: str) -> str:
+    return where if value is None else f"{where}<br>{_thousandths(value)} thousandths"
 
 
 def _signed(delta: int) -> str:
@@ -135,7 +121,7 @@ def ends(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     """Draw the mean residual attention to tokens of which the one δ further on ends a constituent; a row a level.
 
     Args:
-        rows: `level`, `delta`, `residual` of one model, as `GrammarRun.averaged` makes them.
+        rows: `level`, `delta`, `residual` of one model, as `tables.averaged` returns them.
         title: of the figure.
         reach: the colours run from -reach to reach.
     """
@@ -206,8 +192,8 @@ def _value(row: Mapping[str, Any] | None) -> float | None:
     return None if row is None else row["residual"]
 
 
-def _between(row: Mapping[str, Any] | None, told: str) -> str:
-    said = _residual(_value(row), told)
+def _between(row: Mapping[str, Any] | None, where: str) -> str:
+    mean = _residual(_value(row), where)
     if row is None or row["low"] is None or row["high"] is None:
-        return said
-    return f"{said} (95 %: {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"
+        return mean
+    return f"{mean} (95 %: {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"

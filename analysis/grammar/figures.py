@@ -1,7 +1,7 @@
-"""Figures of a grammar study: written strings, learning, divergence, robustness.
+"""Figures of a grammar study: written strings, learning curves, divergence, robustness.
 
-As in `nextstate.analysis.figures`, backgrounds are transparent and nothing depends on the theme's colours but what the
-page sets by `meta`. A model keeps its colour and mark in every figure; hollow marks are the paper's.
+A model has the same colour and mark in every figure; hollow marks are the paper's numbers. Each function returns None
+where there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -15,12 +15,8 @@ import plotly.graph_objects as go
 import polars as pl
 
 from nextstate.analysis.figures import WIDE, Style, layout, plain
-from nextstate.analysis.grammar_tables import (
-    PERTURBATIONS,
-    PREFIXES,
-    GrammarRun,
-    published_robustness,
-)
+from nextstate.analysis.grammar.paper import PERTURBATIONS, published_robustness
+from nextstate.analysis.grammar.tables import Summary
 from nextstate.analysis.page.formats import raised
 
 ARCHITECTURES = {
@@ -40,14 +36,15 @@ UNTRAINED = Style("#8c8c8c", "dot", 1.6, "x")
 MORE = ("#e69f00", "#117733", "#cc79a7", "#999933", "#7f7fbf")  # where an architecture was trained more than once
 DASHES = ("solid", "dash", "dot", "dashdot")
 MOST = 34  # letters of a model's name on an axis
+PREFIXES = ("nothing", "clean", "corrupted")
 
 
-def styles(run: GrammarRun) -> dict[str, Style]:
-    """Return how each model is drawn, everywhere: clean ones by architecture, perturbed ones by what was perturbed."""
+def styles(found: Summary) -> dict[str, Style]:
+    """Return how each model is drawn in all figures: by architecture, or by its kind of perturbation."""
     out: dict[str, Style] = {}
     spare = [Style(colour, "solid", 2.4, mark) for colour, mark in product(MORE, ("circle", "square", "diamond"))]
     count = dict.fromkeys(KINDS, 0)
-    for name, model in run.models.items():
+    for name, model in found.models.items():
         own = ARCHITECTURES[model["architecture"]]
         if model["untrained"]:
             out[name] = UNTRAINED
@@ -91,65 +88,64 @@ def _lines(title: str, x: str, names: Sequence[str], pitch: int, **more: Any) ->
     return layout(title, pitch * len(names) + 90, x, yaxis=up, **more)
 
 
-def generation(run: GrammarRun, title: str) -> go.Figure | None:
-    """Draw the share of written strings that are in the grammar, a row a trained model, from nothing and from a prefix.
+def generation(found: Summary, title: str) -> go.Figure | None:
+    """Draw the share of written strings that are in the grammar, from nothing and from a clean prefix, by model.
 
-    Intervals are Wilson's, 95 %. Hollow marks are the paper's of the same architecture.
+    Models that saw no perturbed strings, or all if there are only others.
     """
-    rows, names = run.written, [n for n in run.trained if n in run.of("generation")] or run.of("generation")
-    if rows is None or not len(rows.filter(pl.col("prefix") != "corrupted")):
+    rows = [r for r in found.rows("generation", nearest=True) if r["prefix"] != "corrupted"]
+    names = [n for n in found.trained if n in found.of("generation")] or found.of("generation")
+    if not rows:
         return None
-    look, traces, ends = styles(run), list[Any](), [1.0]
-    for prefix, offset, symbol in (("nothing", -0.17, "circle"), ("clean", 0.17, "diamond")):
-        mine = {
-            row["name"]: row for row in rows.filter(prefix=prefix).iter_rows(named=True) if row["accuracy"] is not None
-        }
-        words = (
-            "from nothing"
-            if prefix == "nothing"
-            else f"after {max([r['given'] for r in mine.values()], default=0)} tokens"
-        )
-        for at, name in enumerate(names):
-            style, found = look[name], mine.get(name)
-            paper = None if run.paper is None else run.paper.accuracy[prefix].get(run.who(name))
-            if found is not None:
-                ends.append(found["accuracy"] if found["low"] is None else found["low"])
-                traces.append(
-                    go.Scatter(
-                        x=[found["accuracy"]], y=[at + offset], mode="markers", name=f"{plain(name)}, {words}",
-                        marker={"symbol": symbol, "size": 9, "color": style.colour},
-                        error_x=_bars([found], "accuracy", "low", "high", style.colour),
-                        customdata=[[found["right"], found["strings"], plain(name)]],
-                        hovertemplate=f"%{{customdata[2]}}, {words}<br>%{{x:.2%}}: %{{customdata[0]:,}} of "
-                        "%{customdata[1]:,} strings<extra></extra>",
-                    )
-                )  # fmt: skip
-            if found is not None and paper is not None:
-                ends.append(paper)
-                traces.append(
-                    go.Scatter(
-                        x=[paper], y=[at + offset], mode="markers", marker=_hollow(style, symbol, 13),
-                        name=f"{plain(name)}, {words}, paper", hovertemplate="paper, "
-                        f"{'from nothing' if prefix == 'nothing' else 'after 50 tokens'} %{{x:.2%}}<extra></extra>",
-                    )
-                )  # fmt: skip
+    look, traces, ends = styles(found), list[Any](), [1.0]
+    for row in (row for name in names for row in rows if row["name"] == name):
+        name, style = plain(row["name"]), look[row["name"]]
+        offset, symbol = (-0.17, "circle") if row["prefix"] == "nothing" else (0.17, "diamond")
+        words, at = _after(row["given"]), names.index(row["name"]) + offset
+        ends.append(row["low"])
+        traces.append(
+            go.Scatter(
+                x=[row["accuracy"]], y=[at], mode="markers", name=f"{name}, {words}",
+                marker={"symbol": symbol, "size": 9, "color": style.colour},
+                error_x=_bars([row], "accuracy", "low", "high", style.colour),
+                customdata=[[row["right"], row["strings"], name]],
+                hovertemplate=f"%{{customdata[2]}}, {words}<br>%{{x:.2%}}: %{{customdata[0]:,}} of "
+                "%{customdata[1]:,} strings<extra></extra>",
+            )
+        )  # fmt: skip
+        if row["paper"] is not None:
+            ends.append(row["paper"])
+            theirs = _after(50 if row["given"] else 0)
+            traces.append(
+                go.Scatter(
+                    x=[row["paper"]], y=[at], mode="markers", marker=_hollow(style, symbol, 13),
+                    name=f"{name}, {words}, paper", hovertemplate=f"paper, {theirs} %{{x:.2%}}<extra></extra>",
+                )
+            )  # fmt: skip
     low = min(ends)
     right = {"range": [max(-0.02, low - 0.12 * (1 - low) - 0.002), 1 + 0.04 * (1 - low) + 0.001], "tickformat": "~%"}
     return go.Figure(traces, _lines(title, "share of written strings that are in the grammar", names, 40, xaxis=right))
 
 
-def learners(run: GrammarRun) -> list[str]:
-    """Return the models whose learning curves are drawn: clean ones, or all where there are none; never lone points."""
-    names = [n for n in run.of("curve") if run.tables["curve"].filter(name=n)["tokens"].n_unique() > 1]
-    return [n for n in names if n in run.plain] or names
+def _after(tokens: int) -> str:
+    return f"after {tokens} tokens" if tokens else "from nothing"
 
 
-def curve(run: GrammarRun, column: str, title: str, words: str) -> go.Figure | None:
-    """Draw a column of the learning curves against the tokens trained on; only what was measured."""
-    names = learners(run)
+def learners(found: Summary) -> list[str]:
+    """Return the models whose learning curves are drawn: those without perturbed strings, or all if there are none.
+
+    Models with only one point are left out.
+    """
+    names = [n for n in found.of("curve") if found.tables["curve"].filter(name=n)["tokens"].n_unique() > 1]
+    return [n for n in names if n in found.plain] or names
+
+
+def curve(found: Summary, column: str, title: str, words: str) -> go.Figure | None:
+    """Draw a column of the learning curves against the tokens trained on."""
+    names = learners(found)
     if not names:
         return None
-    rows = run.tables["curve"].drop_nulls(column).filter(pl.col("name").is_in(names)).sort("name", "tokens")
+    rows = found.tables["curve"].drop_nulls(column).filter(pl.col("name").is_in(names)).sort("name", "tokens")
     if column == "kl":
         rows = rows.filter(pl.col(column) > 0)
     seen = rows.filter(pl.col("tokens") > 0)["tokens"]
@@ -158,7 +154,7 @@ def curve(run: GrammarRun, column: str, title: str, words: str) -> go.Figure | N
     wide = seen.max() > WIDE * seen.min()  # type: ignore[operator]
     if wide:
         rows = rows.filter(pl.col("tokens") > 0)
-    look, traces = styles(run), []
+    look, traces = styles(found), []
     for name in names:
         mine, style = rows.filter(name=name), look[name]
         if len(mine):
@@ -192,16 +188,13 @@ def _decades(values: Sequence[float]) -> dict[str, Any]:
             "tickvals": [float(f"{d}e{power}") for d, power in ticks]}  # fmt: skip
 
 
-def divergence(run: GrammarRun, title: str) -> go.Figure | None:
+def divergence(found: Summary, title: str) -> go.Figure | None:
     """Draw the divergence of each model from the exact next tokens, on a logarithmic axis."""
-    if "diversity" not in run.tables:
-        return None
-    rows = run.tables["diversity"].filter(pl.col("kl") > 0)
-    by_name = {row["name"]: row for row in rows.iter_rows(named=True)}
-    names = [n for n in run.plain if n in by_name] or [n for n in run.models if n in by_name]
+    by_name = {row["name"]: row for row in found.rows("diversity") if (row["kl"] or 0) > 0}
+    names = [n for n in found.plain if n in by_name] or [n for n in found.models if n in by_name]
     if not names:
         return None
-    look, traces, seen = styles(run), list[Any](), []
+    look, traces, seen = styles(found), list[Any](), []
     for at, name in enumerate(names):
         row, style = by_name[name], look[name]
         low = row["kl_low"] if row["kl_low"] and row["kl_low"] > 0 else row["kl"]
@@ -214,8 +207,7 @@ def divergence(run: GrammarRun, title: str) -> go.Figure | None:
                 hovertemplate=f"{plain(name)}<br>%{{x:.3~g}} nats a token<extra></extra>",
             )
         )  # fmt: skip
-        paper = None if run.paper is None else run.paper.kl.get(run.who(name))
-        if paper is not None:
+        if (paper := row["paper_kl"]) is not None:
             seen.append(paper)
             traces.append(
                 go.Scatter(x=[paper], y=[at], mode="markers", marker=_hollow(style, style.marker, 13),
@@ -225,22 +217,15 @@ def divergence(run: GrammarRun, title: str) -> go.Figure | None:
                                     xaxis=_decades(seen)))  # fmt: skip
 
 
-def robustness(run: GrammarRun, prefix: str, temperature: float, title: str) -> go.Figure | None:
+def robustness(found: Summary, prefix: str, temperature: float, title: str) -> go.Figure:
     """Draw accuracy against the share of perturbed strings in training, a line a kind; dotted, the clean model."""
-    rows = run.at_length
-    rows = None if rows is None else rows.filter(prefix=prefix, temperature=temperature)
-    if rows is None or not len(rows):
-        return None
-    kept = pl.col("name").is_in([n for n, m in run.models.items() if not m["untrained"]])
-    table = rows.filter(kept).join(
-        run.tables["models"].select("name", "architecture", "perturbation", "fraction", "rate"), on="name"
-    )
-    perturbed = table.filter((pl.col("perturbation") != "") & pl.col("fraction").is_not_null())
-    clean = table.filter(
-        (pl.col("perturbation") == "") & pl.col("architecture").is_in(perturbed["architecture"].unique().to_list())
-    )
+    rows = found.tables["generation"].filter(prefix=prefix, temperature=temperature)
+    about = found.tables["models"].select("name", "architecture", "perturbation", "fraction", "rate")
+    table = rows.join(about, on="name", maintain_order="left")
+    perturbed = table.filter(pl.col("perturbation") != "")
+    clean = table.filter(pl.col("architecture").is_in(perturbed["architecture"].unique().to_list()), perturbation="")
     traces: list[Any] = []
-    look = styles(run)
+    look = styles(found)
     for row in clean.iter_rows(named=True):
         style = look[row["name"]]
         traces.append(
@@ -255,17 +240,17 @@ def robustness(run: GrammarRun, prefix: str, temperature: float, title: str) -> 
     ):
         style, dash = KINDS[str(kind)], DASHES[used[str(kind)] % len(DASHES)]
         used[str(kind)] += 1
-        found = mine.drop_nulls("accuracy").rows(named=True)
-        name = f"{architecture}, {kind}" + ("" if rate is None else f" at {rate:g}")
+        own = mine.rows(named=True)
+        name = f"{architecture}, {kind} at {rate:g}"
         traces.append(
             go.Scatter(
-                x=[r["fraction"] for r in found], y=[r["accuracy"] for r in found], mode="lines+markers", name=name,
+                x=[r["fraction"] for r in own], y=[r["accuracy"] for r in own], mode="lines+markers", name=name,
                 line={"color": style.colour, "width": 2.2, "dash": dash}, marker={"size": 7, "symbol": style.marker},
-                error_y=_bars(found, "accuracy", "low", "high", style.colour),
+                error_y=_bars(own, "accuracy", "low", "high", style.colour),
                 hovertemplate=f"{name}<br>%{{x:.0%}} of the strings perturbed: %{{y:.1%}}<extra></extra>",
             )
         )  # fmt: skip
-    for kind, values in published_robustness(str(run.grammar["name"]), prefix, temperature).items():
+    for kind, values in published_robustness(str(found.grammar["name"]), prefix, temperature).items():
         style = KINDS[kind] if kind else next((look[name] for name in clean["name"]), ARCHITECTURES["rotary"])
         traces.append(
             go.Scatter(x=list(values), y=list(values.values()), mode="markers", name=f"{kind or 'clean'}, paper",
@@ -279,11 +264,7 @@ def robustness(run: GrammarRun, prefix: str, temperature: float, title: str) -> 
     )
 
 
-def panels(run: GrammarRun) -> list[tuple[str, float]]:
+def panels(found: Summary) -> list[tuple[str, float]]:
     """Return for which prefixes and temperatures perturbed models were measured, in the order of the page."""
-    rows = run.at_length
-    perturbed = [n for n, m in run.models.items() if m["perturbation"]]
-    if rows is None or not perturbed:
-        return []
-    seen = set(rows.filter(pl.col("name").is_in(perturbed)).select("prefix", "temperature").rows())
-    return sorted(seen, key=lambda key: (PREFIXES.index(key[0]), key[1]))
+    rows = [r for r in found.rows("generation") if found.models[r["name"]]["perturbation"]]
+    return sorted({(r["prefix"], r["temperature"]) for r in rows}, key=lambda key: (PREFIXES.index(key[0]), key[1]))

@@ -1,4 +1,4 @@
-"""Linear probes that say where in the derivation a token stands: which constituents it is in, and which end with it.
+"""Linear probes for the place of a token in the derivation: which constituents it is in, and which end with it.
 
 "Physics of Language Models: Part 1" (arXiv 2305.13673), Results 4 and 5. The model is frozen; a probe sees its states
 of one layer, on fresh strings of the grammar, and mixes them over tokens by their positions alone. So what a probe
@@ -15,13 +15,12 @@ import numpy as np
 import polars as pl
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nextstate.agents.config import Strict
 from nextstate.agents.generation import Codes, Strings
 from nextstate.analysis import stats
+from nextstate.analysis.grammar.config import ProbeConfig
 from nextstate.envs.game import GameError, require, require_whole
 from nextstate.envs.grammar.derivation import Derivation, sample
 from nextstate.envs.grammar.grammar import Grammar
@@ -29,21 +28,6 @@ from nextstate.envs.grammar.sizes import bounds
 
 BETAS = (0.9, 0.98)
 _OUT = -100  # what functional.cross_entropy leaves out
-
-
-class ProbeConfig(Strict):
-    """How probes are trained and tested; the defaults are the paper's, without its number of held-out strings.
-
-    The optimiser is AdamW with betas (0.9, 0.98) and a constant learning rate.
-    """
-
-    heads: int = Field(16, ge=1)
-    dim: int = Field(1024, ge=1)  # of a position's vector in each head
-    steps: int = Field(30_000, ge=1)
-    rows: int = Field(60, ge=2)  # strings a step
-    learning_rate: float = Field(0.003, gt=0)
-    weight_decay: float = Field(0.001, ge=0)
-    strings: int = Field(200, ge=2)  # held out, to test on
 
 
 @dataclass(frozen=True)
@@ -54,9 +38,9 @@ class Wanted:
         layer: whose states it sees; 0 is the embedding, -1 what the model's head reads.
         reach: to how many tokens on either side it may look: 0 is the diagonal probe, 1 the tridiagonal one, None the
             full one.
-        shuffled: train on labels of other strings: what positions and base rates tell. Exactly that where the probe
-            can read a token's position off its states; where it cannot, it takes a label as a sign of the position, and
-            what it says may be right more often. Where all classes are as likely, it goes by noise.
+        shuffled: train on labels of other strings, so that only positions and base rates can be learned. This holds
+            exactly where the probe can read a token's position off its states; elsewhere labels are evidence about the
+            position, and accuracy may be higher. Where all classes are equally likely, answers follow noise.
     """
 
     layer: int = -1
@@ -69,7 +53,7 @@ class Wanted:
 
 
 class Target(NamedTuple):
-    """What a probe tells of each token: its ancestor of a level (which symbol of it), or whether that one ends here."""
+    """What a probe predicts for each token: its ancestor at a level (which symbol), or whether that one ends here."""
 
     target: str  # "ancestor" or "boundary"
     level: int  # from the root, which is 1
@@ -77,7 +61,7 @@ class Target(NamedTuple):
 
 
 def targets(grammar: Grammar) -> tuple[Target, ...]:
-    """Return what there is to tell: ancestors, then boundaries, of all levels between the root and the terminals."""
+    """Return what can be predicted: ancestors, then boundaries, of all levels between the root and the terminals."""
     require(
         len(grammar.levels) > 2, "levels", len(grammar.levels), "a grammar with 3 or more, so that some are between"
     )
@@ -95,7 +79,7 @@ class PositionProbe(nn.Module):
 
     Args:
         hidden: width of a state.
-        targets: what to tell.
+        targets: what to predict.
         positions: the longest string.
         heads: how many maps.
         dim: width of P.
@@ -194,7 +178,7 @@ def train_probes(
         rng: where strings and first weights are drawn from.
         config: sizes of probes and training.
         wanted: what to train.
-        progress: told how many steps are done.
+        progress: is called with the number of steps done.
 
     Raises:
         GameError: the model is in training mode or has no such layer, the grammar has other terminals than `codes`, a
@@ -267,11 +251,11 @@ def evaluate_probes(
     _check(model, codes, grammar)
     require_whole("strings", strings, 2, 10_000_000)
     drawn, resampled = rng.spawn(2)
-    given, told = sample(grammar, drawn, strings), targets(grammar)
-    half = len(told) // 2  # for each ancestor, then for each boundary
+    given, every = sample(grammar, drawn, strings), targets(grammar)
+    half = len(every) // 2  # for each ancestor, then for each boundary
     groups = [(t, "all") for t in range(2 * half)] + [(t, "ends") for t in range(half)]
     right = {want: np.zeros((strings, len(groups))) for want in probes}
-    tokens, classes = np.zeros((strings, len(groups))), [np.zeros(told[t].classes) for t, _ in groups]
+    tokens, classes = np.zeros((strings, len(groups))), [np.zeros(every[t].classes) for t, _ in groups]
     for low in range(0, strings, rows):
         batch = _run(model, codes, given[low : low + rows], [want.layer for want in probes])
         own = slice(low, low + len(batch.present))
@@ -284,7 +268,7 @@ def evaluate_probes(
             if where == "ends":
                 counted = batch.labels[..., half + t] == 1
             tokens[own, g] = counted.sum(1).cpu().numpy()
-            classes[g] += torch.bincount(labels[counted], minlength=told[t].classes).cpu().numpy()
+            classes[g] += torch.bincount(labels[counted], minlength=every[t].classes).cpu().numpy()
             for want in probes:
                 right[want][own, g] = (counted & (guesses[want][t] == labels)).sum(1).cpu().numpy()
     seed = int(resampled.integers(2**63))
@@ -294,8 +278,8 @@ def evaluate_probes(
         for g, (t, where) in enumerate(groups):
             n = tokens[:, g].sum()
             out.append(
-                {"layer": want.layer, "reach": want.reach, "shuffled": want.shuffled, "target": told[t].target,
-                 "level": told[t].level, "where": where, "accuracy": accuracy[g], "low": ends[0, g],
+                {"layer": want.layer, "reach": want.reach, "shuffled": want.shuffled, "target": every[t].target,
+                 "level": every[t].level, "where": where, "accuracy": accuracy[g], "low": ends[0, g],
                  "high": ends[1, g], "chance": classes[g].max() / n if n else np.nan, "tokens": int(n),
                  "strings": strings}
             )  # fmt: skip

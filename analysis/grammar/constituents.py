@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nextstate.agents.generation import Codes
 from nextstate.analysis import stats
-from nextstate.analysis.probe import padded, room
+from nextstate.analysis.grammar.probe import padded, room
 from nextstate.envs.game import GameError, require, require_whole
 from nextstate.envs.grammar.derivation import Derivation
 

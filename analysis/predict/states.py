@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from nextstate.analysis import stats, tables
-from nextstate.analysis.tables import Run, RunError
+from nextstate.analysis import stats
+from nextstate.analysis.predict import statistics
+from nextstate.analysis.predict.tables import QUESTION
 
 PER_DECADE = 2  # bins of |Q|
 FORMS = {
@@ -17,87 +18,64 @@ FORMS = {
     "changed": "what the last action changed",
     "unchanged": "what it did not change",
 }
+_NUMBERS = ("exact", "exact_low", "exact_high", "by_fact", "by_fact_low", "by_fact_high", "ceiling", "chance")
+WHOLE: dict[str, Any] = {
+    **dict.fromkeys(("agent", "game", "variant", "form"), pl.String), **dict.fromkeys(_NUMBERS, pl.Float64),
+    "n": pl.Int64, "episodes": pl.Int64,
+}  # fmt: skip
 _KEY = ("setting", "episode")
 _OF_KIND = (("by_fact", "right"), ("ceiling", "ceiling"), ("chance", "chance"))
 _SUMS = (("right", "greedy_correct"), ("asked", "one"), ("ceiling", "ceiling"), ("chance", "chance"))
 
 
-def sizes(run: Run) -> pl.DataFrame:
-    """Return |Q| of each episode's system (setting, episode, states), where it is known; from `transcripts/`.
-
-    Raises:
-        RunError: a file there cannot be read.
-    """
-    frames = []
-    for path in sorted((run.path / "transcripts").glob("*.parquet")):
-        try:
-            if "states" not in pl.read_parquet_schema(path):
-                continue
-            frame = pl.read_parquet(path, columns=["episode", "states"]).drop_nulls()
-        except (pl.exceptions.PolarsError, OSError) as error:
-            again = f"delete it and run `{run.info['command']}` again"
-            raise RunError(f"{path} cannot be read ({error}): {again}") from error
-        frames.append(frame.with_columns(setting=pl.lit(path.stem)))
-    return (
-        pl.concat(frames)
-        if frames
-        else pl.DataFrame(schema={"episode": pl.Int64, "states": pl.Int64, "setting": pl.String})
-    )
-
-
-def curves(run: Run, answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
+def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Return accuracy against |Q|, in bins of half a decade, for games whose size says something else than |Q|.
 
-    Columns as in `tables.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin. Empty
-    where there is no such game.
+    Columns as in `statistics.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin.
+    Empty where there is no such game.
     """
-    known = sizes(run).join(answers.select(*_KEY, "size").unique(), on=_KEY)
+    known = answers.select(*_KEY, "size", "states").drop_nulls().unique()
     other = known.filter(pl.col("states") != pl.col("size")).select("setting").unique()
     known = known.join(other, on="setting", how="semi").with_columns(
         bin=(pl.col("states").log10() * PER_DECADE).floor().cast(pl.Int64)
     )
-    joined = answers.join(known.select(*_KEY, "states", "bin"), on=_KEY)
+    joined = answers.join(known.select(*_KEY, "bin"), on=_KEY)
     if joined.is_empty():
         return pl.DataFrame()
     at = joined.group_by("game", "bin").agg(at=pl.col("states").log().mean().exp().round().cast(pl.Int64))
-    table = tables.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"), rng)
+    table = statistics.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"), rng)
     return table.with_columns(axis=pl.lit("states"))
 
 
-def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
+def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Put the answers of each step together: to a full state, and to what changed since the step before.
 
-    Only settings in which everything is asked after every step count, and only steps that have one before. The state
-    that an agent tells is made of its greedy answers; what it says has changed is where they differ from those one step
-    earlier: one fact became false, another true. A row a (agent, game, variant, form), with
-    - exact: share of steps with the whole state, or the whole difference, right; null for the last two forms;
-    - by_fact: share of variables right (of all, or of those that changed, or of the others); of differences the F1 of
-      the facts said to have become true or false;
-    - ceiling, chance: of exact, for the full state, as if guesses were independent; of by_fact for the last two forms;
-      null for differences (the ideal reader's own row says what it gets);
-    - n steps, episodes, and 95 % intervals `*_low`, `*_high` by bootstrap over episodes.
+    Only steps after the first of an episode count. The state that an agent believes in is made of its greedy answers;
+    what it believes to have changed is where they differ from those one step earlier: one fact became false, another
+    true.
+
+    Args:
+        answers: from `tables.rows`, of cells in which everything is asked after every step. Cells with one question a
+            step, or with several about one variable, are left out.
+        rng: for the resamples.
+
+    Returns:
+        One row for each agent, game, variant and form, with these columns:
+        - exact: share of steps with the whole state, or the whole difference, right; null for the last two forms;
+        - by_fact: share of variables right (of all, or of those that changed, or of the others); of differences the F1
+          of the facts believed to have become true or false;
+        - ceiling, chance: of exact, for the full state, as if guesses were independent; of by_fact for the last two
+          forms; null for differences (the ideal reader's own row has what it reaches);
+        - n steps, episodes, and 95 % intervals `*_low`, `*_high` by bootstrap over episodes.
     """
     rng = np.random.default_rng(0) if rng is None else rng
-    wanted = [
-        "agent",
-        "game",
-        "variant",
-        *tables.QUESTION,
-        "variable",
-        "truth",
-        "greedy",
-        "greedy_correct",
-        "ceiling",
-        "chance",
-    ]
-    asked = run.rows.group_by(*_KEY, "agent", "step").agg(n=pl.len(), kinds=pl.col("variable").n_unique())
+    wanted = ["agent", "game", "variant", *QUESTION, "variable", "truth", "greedy", "greedy_correct"]
+    rows = answers.select(*wanted, "ceiling", "chance").collect()
+    asked = rows.group_by(*_KEY, "agent", "step").agg(n=pl.len(), kinds=pl.col("variable").n_unique())
     complete = asked.group_by("setting").agg(
         least=pl.col("n").min(), most=pl.col("n").max(), same=(pl.col("n") == pl.col("kinds")).all()
     )
-    everything = _asked_all(run, complete.filter((pl.col("least") > 1) & pl.col("same")).select("setting"))
-    rows = run.rows.select(wanted).join(everything.lazy(), on="setting", how="semi").collect()
-    if rows.is_empty():
-        return pl.DataFrame()
+    rows = rows.join(complete.filter((pl.col("least") > 1) & pl.col("same")), on="setting", how="semi")
     order = ["agent", "setting", "episode", "variable", "step"]
     before = [pl.col(c).shift(1).over(order[:-1]).alias(f"old_{c}") for c in ("truth", "greedy", "step")]
     rows = rows.sort(order).with_columns(before).filter(pl.col("old_step") == pl.col("step") - 1)
@@ -112,13 +90,13 @@ def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
     )
     kinds = {"changed": pl.col("true") > 0, "unchanged": pl.col("true") == 0}
     rows = rows.with_columns(one=pl.lit(1))
-    steps = rows.group_by("agent", "game", "variant", *_KEY, "step").agg(
+    steps = rows.group_by("agent", "game", "variant", *_KEY, "step", maintain_order=True).agg(
         state=pl.col("greedy_correct").all(), right=pl.col("greedy_correct").sum(), asked=pl.len(),
         ceiling=pl.col("ceiling").product(), chance=pl.col("chance").product(),
         difference=pl.col("same").all(), hit=pl.col("hit").sum(), facts=(pl.col("true") + pl.col("said")).sum(),
         **{f"{name}_{form}": pl.col(of).filter(which).sum() for form, which in kinds.items() for name, of in _SUMS},
     )  # fmt: skip
-    sums = steps.group_by("agent", "game", "variant", *_KEY).agg(
+    sums = steps.group_by("agent", "game", "variant", *_KEY, maintain_order=True).agg(
         n=pl.len(), state=pl.col("state").sum(), right=pl.col("right").sum(), asked=pl.col("asked").sum(),
         ceiling=pl.col("ceiling").sum(), chance=pl.col("chance").sum(), difference=pl.col("difference").sum(),
         hit=2 * pl.col("hit").sum(), facts=pl.col("facts").sum(),
@@ -129,7 +107,7 @@ def whole(run: Run, rng: np.random.Generator | None = None) -> pl.DataFrame:
         for (agent, game, variant), part in sums.group_by("agent", "game", "variant", maintain_order=True)
         for form in FORMS
     ]
-    return pl.DataFrame(out).fill_nan(None)
+    return pl.DataFrame(out, schema=WHOLE).fill_nan(None)
 
 
 def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, Any]:
@@ -146,7 +124,7 @@ def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, A
     names = sorted({column for pair in ratios.values() for column in pair})
     totals = part.select(names).to_numpy().astype(np.float64)
     draws = stats.resampled_sums(totals, rng)
-    row: dict[str, Any] = dict.fromkeys(("exact", "exact_low", "exact_high", "by_fact", "ceiling", "chance"))
+    row: dict[str, Any] = dict.fromkeys(_NUMBERS)
     for name, (top, bottom) in ratios.items():
         a, b = names.index(top), names.index(bottom)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -155,11 +133,3 @@ def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, A
                 ends = stats.percentiles(draws[:, a] / draws[:, b])
                 row |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
     return row | {"n": int(part["n"].sum()), "episodes": len(part)}
-
-
-def _asked_all(run: Run, candidates: pl.LazyFrame) -> pl.DataFrame:
-    """Return the candidates of which the config says that everything is asked."""
-    config = run.info.get("config", {})
-    games = {g["game"] for g in config.get("games", []) if g.get("ask") == "all"}
-    named = [s["slug"] for s in run.info["settings"] if s["game"] in games]
-    return candidates.filter(pl.col("setting").is_in(named)).collect()

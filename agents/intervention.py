@@ -1,0 +1,78 @@
+"""What an intervention does to heads of a model; without torch, so that configs and names need none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from nextstate.agents.sites import Sites
+
+Mode = Literal["zero", "mean", "resample"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+_NAMED = 4  # heads that a name lists; of more it says how many there are
+
+
+class InterventionError(ValueError):
+    """An intervention cannot be what it is asked to be; the message names the argument and what is possible."""
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is put in place of what some heads hand to the output projection, at every token.
+
+    Heads of several layers are ablated together. Modes:
+    - "zero": zeros.
+    - "mean": the head's mean over the tokens of reference episodes, one vector for each head.
+    - "resample": what the head gave at one token of the reference episodes; which one, is drawn for each episode and
+      position alike in every head, batch and on both roads.
+
+    Reference episodes are of the same game, settings and length, of seeds that no experiment asks about; they are read
+    without intervention, up to their last question that fits into the model's context.
+
+    Args:
+        heads: (layer, head) of each, both from 0.
+        mode: "zero", "mean" or "resample".
+        episodes: number of reference episodes (mean and resample).
+
+    Raises:
+        InterventionError: no heads, or no such mode, or no episodes.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    mode: Mode = "zero"
+    episodes: int = 16
+
+    def __post_init__(self) -> None:
+        pairs = [tuple(map(int, head)) for head in self.heads]
+        if not pairs or any(len(pair) != 2 for pair in pairs):
+            raise InterventionError(f"heads={self.heads!r} is not possible: expected (layer, head) of at least one")
+        if self.mode not in MODES:
+            raise InterventionError(f"mode={self.mode!r} is not possible: expected one of {', '.join(MODES)}")
+        if self.episodes < 1:
+            raise InterventionError(f"episodes={self.episodes} is not possible: expected at least 1")
+        object.__setattr__(self, "heads", tuple(dict.fromkeys(pairs)))
+
+    def check(self, sites: Sites) -> None:
+        """Raise `SiteError` where the model has no such layer or head."""
+        for layer, head in self.heads:
+            sites.check("head", layer, head)
+
+    @property
+    def by_layer(self) -> dict[int, list[int]]:
+        """The heads of each layer."""
+        out: dict[int, list[int]] = {}
+        for layer, head in sorted(self.heads):
+            out.setdefault(layer, []).append(head)
+        return out
+
+    def named(self, model: str) -> str:
+        """Return how a model is called with it: "nextstate/tiny [without 3.1, 2.5]", and the mode if not zero."""
+        heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads[:_NAMED])
+        more = f" and {len(self.heads) - _NAMED} more" if len(self.heads) > _NAMED else ""
+        return f"{model} [without {heads}{more}{'' if self.mode == 'zero' else f': {self.mode}'}]"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what `run.json` says of it."""
+        reference = {} if self.mode == "zero" else {"episodes": self.episodes}
+        return {"heads": [list(head) for head in self.heads], "mode": self.mode, **reference}

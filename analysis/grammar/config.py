@@ -1,0 +1,90 @@
+"""What a grammar study is asked for. Importing this does not import torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from nextstate.agents.config import Strict
+from nextstate.agents.training_config import GrammarTraining, ModelSpec
+from nextstate.analysis.run import RunConfig
+
+REACHES = {"full": None, "tridiagonal": 1, "diagonal": 0}  # tokens on either side that a probe may look at
+
+
+class Writing(Strict):
+    """What the models write, and which prefixes they are given."""
+
+    strings: int = Field(default=1000, ge=1, description="for each kind of prefix and temperature")
+    prefix: int = Field(default=50, ge=1, description="tokens given; of a shorter string all but its last one")
+    kinds: list[Literal["nothing", "clean", "corrupted"]] = Field(default=["nothing", "clean"], min_length=1)
+    temperatures: list[float] = Field(default=[1.0], min_length=1)
+    corruption: float = Field(
+        default=0.15, ge=0, le=1,
+        description="share of the tokens of a corrupted prefix that are drawn anew; what follows is judged after the "
+        "right prefix",
+    )  # fmt: skip
+
+
+class ProbeConfig(Strict):
+    """How probes are trained and tested; the defaults are the paper's, except for the number of test strings.
+
+    The optimiser is AdamW with betas (0.9, 0.98) and a constant learning rate.
+    """
+
+    heads: int = Field(16, ge=1)
+    dim: int = Field(1024, ge=1)  # of a position's vector in each head
+    steps: int = Field(30_000, ge=1)
+    rows: int = Field(60, ge=2)  # strings a step
+    learning_rate: float = Field(0.003, gt=0)
+    weight_decay: float = Field(0.001, ge=0)
+    strings: int = Field(200, ge=2)  # held out, to test on
+
+
+class Probing(ProbeConfig):
+    """Probes for the ancestors of tokens and the ends of constituents."""
+
+    layers: list[int] = Field(default=[-1], min_length=1, description="0 is the embedding, -1 the last one")
+    reaches: list[Literal["full", "tridiagonal", "diagonal"]] = Field(
+        default=["full", "tridiagonal", "diagonal"], min_length=1
+    )
+    shuffled: bool = Field(default=True, description="also with labels of other strings, as a control")
+
+
+class Attending(Strict):
+    """Which attention is measured."""
+
+    strings: int = Field(default=100, ge=1)
+    models: list[str] = Field(default=[], description="by name; all by default")
+
+
+class GrammarConfig(RunConfig):
+    """Everything that decides what a grammar study finds."""
+
+    grammar: dict[str, Any] = Field(default={}, description="settings of the game CFG")
+    models: list[ModelSpec] = Field(default=[ModelSpec()], min_length=1)
+    training: GrammarTraining = GrammarTraining()
+    writing: Writing = Writing()
+    probes: Probing | None = None
+    attention: Attending | None = None
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> GrammarConfig:
+        titles = [spec.title for spec in self.models]
+        twice = sorted({t for t in titles if titles.count(t) > 1})
+        if twice:
+            raise ValueError(f"models has {', '.join(twice)} more than once: give each a name of its own")
+        unknown = sorted(set(self.attention.models if self.attention else ()) - set(titles))
+        if unknown:
+            raise ValueError(f"attention.models names {', '.join(unknown)}: expected some of {'; '.join(titles)}")
+        for part, name in ((self.writing, "kinds"), (self.writing, "temperatures"), (self.probes, "layers"),
+                           (self.probes, "reaches")):  # fmt: skip
+            given = getattr(part, name, [])
+            if len(set(given)) < len(given):
+                raise ValueError(f"{name}={given} names one twice")
+        return self
+
+    def attends(self, spec: ModelSpec) -> bool:
+        """Whether the attention of this model is measured."""
+        return self.attention is not None and (not self.attention.models or spec.title in self.attention.models)

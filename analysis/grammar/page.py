@@ -1,0 +1,220 @@
+"""The report page of a grammar study: written strings, divergence, probes, attention, robustness."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import plotly.graph_objects as go
+import polars as pl
+
+from nextstate.analysis.figures import SCALE, Style, plain
+from nextstate.analysis.grammar import figures, heatmaps
+from nextstate.analysis.grammar.config import REACHES, GrammarConfig
+from nextstate.analysis.grammar.paper import PERTURBATIONS, SOURCE
+from nextstate.analysis.grammar.tables import Summary, kind_of
+from nextstate.analysis.page.formats import percents
+from nextstate.analysis.page.page import FigureList, Page, Plot
+from nextstate.analysis.run import Run
+
+LONG = 20  # rules of a grammar that are shown unfolded, at most
+WORDS = {  # what a probe reads, and from which tokens
+    ("ancestor", "all"): ("Ancestors, at all tokens", "The symbol of each level that a token comes from."),
+    ("ancestor", "ends"): ("Ancestors, where a constituent ends",
+                           "The same, only of tokens that are the last ones of a constituent of the level."),
+    ("boundary", "all"): ("Boundaries", "Whether a token is the last one of a constituent of the level."),
+}  # fmt: skip
+SEEN = {
+    "full": "the whole string",
+    "tridiagonal": "the token and its neighbours",
+    "diagonal": "the token alone",
+}
+CURVES = {"accuracy": ("From nothing, against tokens", "in the grammar"), "kl": ("Divergence, against tokens",
+          "nats a token"), "loss": ("Loss, against tokens", "nats a token")}  # fmt: skip
+PREFIX = {"nothing": "From nothing", "clean": "After a clean prefix", "corrupted": "After a corrupted prefix"}
+DASH = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3"}
+MARKS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "✚", "star": "★", "x": "✖"}
+
+
+def page(run: Run[GrammarConfig]) -> Page:
+    """Return the page, from the tables of `summary/`."""
+    found, drawn = Summary(run.summaries()), FigureList()
+    rules = [line for line in found.grammar["rules"].splitlines() if line.strip()]
+    context = {
+        "models": list(found.models.values()),
+        "grammar": found.grammar,
+        "headline": headline(found),
+        "rules": rules,
+        "long": LONG,
+        "legend": [_key(name, style) for name, style in figures.styles(found).items()],
+        "learners": figures.learners(found),
+        "kinds": [_key(kind, figures.KINDS[kind]) for kind in PERTURBATIONS
+                  if any(m["perturbation"] == kind for m in found.models.values())],
+        "seen": SEEN,
+        "source": SOURCE,
+        "paper": found.paper is not None,
+        "ramp": ", ".join(colour for _, colour in SCALE),
+        "generation": _generation(found, drawn),
+        "probes": _probes(found, drawn),
+        "attention": _attention(found, drawn),
+        "robustness": _robustness(found, drawn),
+    }  # fmt: skip
+    which = "a drawn grammar" if found.grammar["name"] == "drawn" else f"the grammar {found.grammar['name']}"
+    title = f"{run.config.name}: what language models make of {which}"
+    return Page(title, template="grammar/page.html.jinja", context=context, figures=drawn)
+
+
+def _key(name: str, style: Style) -> dict[str, str]:
+    return {"name": name, "colour": style.colour, "dash": DASH[style.dash], "mark": MARKS[style.marker]}
+
+
+def headline(found: Summary) -> dict[str, Any]:
+    """Return the rows that the first lines of the page are about; models with perturbed strings have a line of theirs.
+
+    Probes are those of the whole string; attention is the mean over layers and heads.
+    """
+    at_ends = sorted(found.rows("at_ends"), key=lambda row: (row["untrained"], row["beside"] - row["at"]))
+    known = [r for r in found.rows("diversity") if r["name"] in found.trained and r["kl"] is not None]
+    kl = sorted(known, key=lambda row: row["kl"])
+    return {"written": _written(found), "kl": kl, "probes": _ancestors(found), "ends": at_ends,
+            "perturbed": _perturbed(found)}  # fmt: skip
+
+
+def _written(found: Summary) -> list[dict[str, Any]]:
+    out = []
+    for name in found.trained:
+        prefixes = {row["prefix"]: row for row in found.rows("generation", name=name, nearest=True)}
+        own = prefixes.get("nothing", prefixes.get("clean"))
+        if own is not None:
+            out.append(own | {"prefixes": prefixes})
+    return sorted(out, key=lambda row: -row["accuracy"])
+
+
+def _ancestors(found: Summary) -> dict[str, Any] | None:
+    """Return the model whose states hold most of the ancestors, and the controls."""
+    rows = [row for row in found.rows("ancestors") if row["name"] in found.plain]
+    models = [row for row in rows if not row["untrained"] and not row["shuffled"]]
+    best = max(models, key=lambda row: row["mean"], default=None)
+    random = next((row for row in rows if row["untrained"] and not row["shuffled"]), None)
+    shuffled = next((row for row in rows if row["shuffled"] and not row["untrained"]), None)
+    if best is None and random is None:
+        return None
+    there = [] if best is None or random is None else found.rows(
+        "probes", deepest=True, name=random["name"], shuffled=False, reach="full", target="ancestor", where="all",
+        level=best["hardest"],
+    )  # fmt: skip
+    at_hardest = there[0]["accuracy"] if there else None
+    return {"best": best, "random": random, "shuffled": shuffled, "random_at_hardest": at_hardest}
+
+
+def _perturbed(found: Summary) -> dict[str, Any] | None:
+    """Return the best perturbed model and the clean one after corrupted prefixes, at the lowest temperature."""
+    rows = found.rows("generation", prefix="corrupted")
+    lowest = min((row["temperature"] for row in rows), default=None)
+    rows = sorted((row for row in rows if row["temperature"] == lowest), key=lambda row: -row["accuracy"])
+    best = next((row for row in rows if row["name"] not in found.plain), None)
+    if best is None:
+        return None
+    own = found.models[best["name"]]["architecture"]
+    same = [name for name in found.trained if found.models[name]["architecture"] == own]
+    return {"best": best, "clean": next((row for row in rows if row["name"] in same), None)}
+
+
+def _plots(drawn: FigureList, where: str, *made: go.Figure | None) -> list[Plot]:
+    return [drawn.add(figure, where) for figure in made if figure is not None]
+
+
+def _generation(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
+    if not {"generation", "curve", "diversity"} & found.tables.keys():
+        return None
+    curves = [figures.curve(found, column, *words) for column, words in CURVES.items()]
+    names, prefixes = list(found.models), list(PREFIX)
+    rows = found.rows("generation")
+    rows.sort(key=lambda r: (names.index(r["name"]), prefixes.index(r["prefix"]), r["temperature"]))
+    return {
+        "accuracy": _plots(drawn, "", figures.generation(found, "Written strings that are in the grammar")),
+        "divergence": _plots(drawn, "", figures.divergence(found, "Divergence from the exact next tokens")),
+        "curves": _plots(drawn, "", *curves),
+        "rows": rows,
+        "diversity": found.rows("diversity"),
+    }
+
+
+def _lines(found: Summary, reach: str, target: str, where: str) -> list[dict[str, Any]]:
+    """Return the rows of a figure of probes: models with the paper's numbers below, shuffled labels, chance."""
+    probe = {"reach": reach, "target": target, "where": where}
+    rows = found.rows("probes", deepest=True, **probe)
+    out: list[dict[str, Any]] = []
+    paper = {} if found.paper is None or target != "ancestor" else found.paper.probes.get((reach, where), {})
+    for shuffled in (False, True):
+        for name, model in found.models.items():
+            mine = [row for row in rows if (row["name"], row["shuffled"]) == (name, shuffled)]
+            if not mine:
+                continue
+            out.append({"label": f"{name}, shuffled" if shuffled else name,
+                        "values": {r["level"]: r["accuracy"] for r in mine},
+                        "hover": {r["level"]: _interval(r) for r in mine}})  # fmt: skip
+            theirs = {} if shuffled or model["perturbation"] else paper.get(kind_of(model), {})
+            if theirs:
+                label = f"{kind_of(model)}, paper"
+                out.append({"label": label, "values": theirs, "hover": dict.fromkeys(theirs, SOURCE)})
+    if out:
+        chance = {row["level"]: row["chance"] for row in found.rows("chance", **probe)}
+        out.append({"label": "chance", "values": chance, "hover": dict.fromkeys(chance, "the commonest symbol")})
+    return out
+
+
+def _interval(row: dict[str, Any]) -> str:
+    layer = "last layer" if row["layer"] == -1 else f"layer {row['layer']}"
+    return (
+        f"{percents(row['accuracy'])} ({percents(row['low'])} to {percents(row['high'])}), "
+        f"{layer}, n {row['tokens']:,} tokens of {row['strings']:,} strings"
+    )
+
+
+def _probes(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
+    if "probes" not in found.tables:
+        return None
+    parts = []
+    for (target, where), (title, words) in WORDS.items():
+        lines = {reach: _lines(found, reach, target, where) for reach in REACHES}
+        deepest = len(found.grammar["levels"]) - 1
+        made = [heatmaps.levels(x, deepest, f"From {SEEN[reach]} (%)") for reach, x in lines.items() if x]
+        parts.append({"title": title, "words": words, "figures": _plots(drawn, title, *made)})
+    whose = pl.col("name").cast(pl.Enum(list(found.models)))
+    reach = pl.col("reach").cast(pl.Enum(list(REACHES)))
+    rows = found.tables["probes"].sort(whose, "shuffled", "target", "where", reach, "layer", "level")
+    return {"parts": [part for part in parts if part["figures"]], "rows": rows.rows(named=True)}
+
+
+def _attention(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
+    """Return the figures of attention by what they show, one a model; within each, colours are on one scale."""
+    profiles = [found.tables["profile"].filter(name=name) for name in found.of("profile")]
+    out = {"profile": _plots(drawn, "attention by distance", *(
+        heatmaps.profile(rows, plain(rows["name"][0])) for rows in profiles
+    ))}  # fmt: skip
+    scales = {}
+    for what, draw in (("ends", heatmaps.ends), ("depth", heatmaps.depth), ("pairs", heatmaps.pairs),
+                       ("adjacent", heatmaps.adjacent)):  # fmt: skip
+        names = found.of(what)
+        scale = max([1e-4, *(abs(row["residual"]) for row in found.rows(what) if row["residual"] is not None)])
+        made = (draw(found.tables[what].filter(name=name), plain(name), scale) for name in names)
+        out[what], scales[what] = _plots(drawn, f"attention {what}", *made), scale
+    if not any(out.values()):
+        return None
+    above = [{"name": name, "levels": found.rows("peaks", name=name)} for name in found.of("peaks")]
+    strongest = next(iter(found.rows("strongest")), None)
+    return {"figures": {what: some for what, some in out.items() if some}, "strongest": strongest, "scales": scales,
+            "floor": heatmaps.FLOOR, "above": above}  # fmt: skip
+
+
+def _robustness(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
+    parts = []
+    for prefix, keys in groupby(figures.panels(found), lambda key: key[0]):
+        made = [figures.robustness(found, prefix, t, f"Temperature {t:g}") for _, t in keys]
+        parts.append({"title": PREFIX[prefix], "figures": _plots(drawn, PREFIX[prefix], *made)})
+    if not parts:
+        return None
+    own = {m["architecture"] for m in found.models.values() if m["perturbation"]}
+    clean = [name for name in found.trained if found.models[name]["architecture"] in own]
+    return {"parts": parts, "clean": clean, "paper": found.grammar["name"] == "cfg3b"}

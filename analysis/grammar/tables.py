@@ -1,0 +1,306 @@
+"""Tables of a grammar study: the columns of those that jobs make, the statistics of `summary/`, and a view of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Int
+
+from nextstate.agents.training_config import ModelSpec
+from nextstate.analysis.grammar.config import GrammarConfig
+from nextstate.analysis.grammar.paper import Published, published
+from nextstate.analysis.run import Run
+from nextstate.analysis.stats import wilson
+from nextstate.envs.files import slug
+from nextstate.envs.games.grammar import CFG
+from nextstate.envs.grammar import sizes
+
+LISTED = 100_000  # strings of a grammar are counted up to this many derivations of a symbol
+_T, _N, _F, _B = pl.String, pl.Int64, pl.Float64, pl.Boolean
+SCHEMAS: dict[str, dict[str, Any]] = {  # columns of the tables that jobs make, by the first part of their keys
+    "training": {"name": _T, "parameters": _N, "steps": _N, "tokens": _N, "weights": _T},
+    "speed": {"name": _T, "seconds": _F, "tokens_per_second": _F, "utilisation": _F, "device": _T},
+    "curve": {"name": _T, "step": _N, "tokens": _N, "loss": _F, "accuracy": _F, "kl": _F},
+    "generation": {"name": _T, "prefix": _T, "given": _N, "temperature": _F, "strings": _N, "right": _N},
+    "diversity": {"name": _T, "strings": _N, "ended": _N, "bits": _F, "bits_low": _F, "bits_high": _F,
+                  "bits_truth": _F, "distinct": _N, "equal_pairs": _N, "equal_pairs_expected": _F, "kl": _F,
+                  "kl_low": _F, "kl_high": _F},
+    "probes": {"name": _T, "layer": _N, "reach": _T, "shuffled": _B, "target": _T, "level": _N, "where": _T,
+               "accuracy": _F, "low": _F, "high": _F, "chance": _F, "tokens": _N, "strings": _N},
+    "attention-profile": {"name": _T, "layer": _N, "head": _N, "distance": _N, "weight": _F},
+    "attention-ends": {"name": _T, "layer": _N, "head": _N, "level": _N, "delta": _N, "residual": _F, "pairs": _N},
+    "attention-peaks": {"name": _T, "level": _N, "residual": _F, "low": _F, "high": _F, "pairs": _N},
+    "attention-pairs": {"name": _T, "layer": _N, "head": _N, "level": _N, "delta_query": _N, "delta_key": _N,
+                        "residual": _F, "pairs": _N},
+    "attention-adjacent": {"name": _T, "level_from": _N, "level_to": _N, "distance": _N, "residual": _F, "low": _F,
+                           "high": _F, "pairs": _N},
+}  # fmt: skip
+HEADLINE = {"nothing": "from_nothing", "clean": "after_clean", "corrupted": "after_corrupted"}  # columns, by prefix
+
+
+class Summary:
+    """The tables of `summary/`, by name, without those that have no rows.
+
+    Args:
+        tables: from `summaries`.
+    """
+
+    def __init__(self, tables: Mapping[str, pl.DataFrame]) -> None:
+        self.tables = {name: table for name, table in tables.items() if len(table)}
+        self.grammar: dict[str, Any] = tables["grammar"].row(0, named=True)
+
+    @property
+    def paper(self) -> Published | None:
+        """What the paper reports of this grammar."""
+        return published(self.grammar["name"])
+
+    @cached_property
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The models by name: trained on clean strings first, then on perturbed ones, then untrained."""
+        return {row["name"]: row for row in self.tables["models"].iter_rows(named=True)}
+
+    @property
+    def plain(self) -> list[str]:
+        """Models that saw no perturbed strings, the untrained ones included."""
+        return [name for name, model in self.models.items() if not model["perturbation"]]
+
+    @property
+    def trained(self) -> list[str]:
+        """Models that were trained, and only on clean strings."""
+        return [name for name in self.plain if not self.models[name]["untrained"]]
+
+    def of(self, table: str) -> list[str]:
+        """Return the models that a table has rows of, in the order of `models`."""
+        seen = set(self.tables[table]["name"]) if table in self.tables else set()
+        return [name for name in self.models if name in seen]
+
+    def rows(self, table: str, **constraints: Any) -> list[dict[str, Any]]:
+        """Return the rows of a table in which columns have certain values."""
+        return self.tables[table].filter(**constraints).rows(named=True) if table in self.tables else []
+
+
+def kind_of(model: Mapping[str, Any]) -> str:
+    """Return the key of a model's numbers in the paper: its architecture, or "random" for an untrained network."""
+    return "random" if model["untrained"] else str(model["architecture"])
+
+
+def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
+    """Return the statistics of a grammar study.
+
+    - `headline`: a row a model; `grammar`: one row; `models`: a row a model, in the order of the page.
+    - `curve`, `generation`, `diversity`, `probes`: as in the tables of the models, with intervals, the paper's numbers,
+      `nearest` (at the temperature nearest to 1) and `deepest` (the deepest layer that was probed of that model).
+    - `ancestors`: how much of the ancestors the states of each model hold, over levels; `chance`: of each probe.
+    - `profile`: attention of each head by bins of distances; `ends`, `depth`, `pairs`: means over heads; `peaks`,
+      `adjacent`; `at_ends`: a row a model; `strongest`: the head of trained models that attends most to ends.
+    """
+    config = run.config
+    specs = sorted(config.models, key=lambda spec: (spec.untrained, spec.perturbation is not None))
+    found = {part: _gathered(run, part, specs) for part in SCHEMAS}
+    grammar = describe(CFG(**config.grammar))
+    models = _models(specs).join(found["training"], on="name", maintain_order="left").join(found["speed"], on="name")
+    paper = published(grammar["name"][0])
+    to_end, probed = found["attention-ends"], _deepest(found["probes"])
+    ends = averaged(to_end, "level", "delta")
+    trained = models.filter(~pl.col("untrained"))["name"].implode()
+    at_end = to_end.drop_nulls("residual").filter(pl.col("name").is_in(trained), delta=0)
+    profiles = found["attention-profile"].drop_nulls("weight").partition_by("name", maintain_order=True)
+    ancestors = _ancestors(probed, models)
+    generation = _judged(found["generation"], models, paper)
+    by_probe = probed.filter("deepest").group_by("reach", "target", "where", "level", maintain_order=True)
+    return {
+        "headline": _headline(models, generation, found["diversity"], ancestors, config.writing.kinds),
+        "grammar": grammar,
+        "models": models,
+        "curve": found["curve"],
+        "generation": generation,
+        "diversity": _compared(found["diversity"], models, paper),
+        "probes": probed,
+        "ancestors": ancestors,
+        "chance": by_probe.agg(pl.col("chance").drop_nulls().mean()).drop_nulls(),
+        "profile": pl.concat([pl.DataFrame(schema=_PROFILE), *map(binned, profiles)]),
+        "ends": ends,
+        "depth": averaged(to_end, "layer", "level", "delta").filter(delta=0),
+        "pairs": averaged(found["attention-pairs"], "level", "delta_query", "delta_key"),
+        "peaks": found["attention-peaks"],
+        "adjacent": found["attention-adjacent"],
+        "at_ends": _at_ends(ends, models),
+        "strongest": at_end.sort("residual", descending=True, maintain_order=True).head(1),
+    }
+
+
+def _gathered(run: Run[GrammarConfig], part: str, specs: Sequence[ModelSpec]) -> pl.DataFrame:
+    keys = [key for spec in specs if run.has(key := f"{part}/{slug(spec.title)}")]
+    return pl.concat([pl.DataFrame(schema=SCHEMAS[part]), *map(run.table, keys)])
+
+
+def describe(game: CFG) -> pl.DataFrame:
+    """Return the numbers of a grammar, one row; those that may have hundreds of digits are text."""
+    rules, (low, high) = game.rules, sizes.bounds(game.rules)[0]
+    mean, spread = sizes.length_moments(rules)
+    return pl.DataFrame([{
+        "name": game.grammar or (f"file {Path(game.file).name}" if game.file else "drawn"), "rules": str(rules),
+        "levels": [len(level) for level in rules.levels], "states": str(sizes.n_states(rules)),
+        "strings": sizes.n_strings(rules, LISTED), "derivations": str(sizes.n_derivations(rules)), "length_mean": mean,
+        "length_sd": spread, "length_min": low, "length_max": high, "derivation_bits": sizes.derivation_bits(rules),
+    }], schema_overrides={"strings": _N})  # fmt: skip
+
+
+def _models(specs: Sequence[ModelSpec]) -> pl.DataFrame:
+    rows = []
+    for spec in specs:
+        given = spec.perturbation
+        perturbed = (given.kind, given.fraction, given.rate) if given else ("", None, None)
+        rows.append((spec.title, spec.architecture, spec.untrained, *perturbed))
+    schema = {"name": _T, "architecture": _T, "untrained": _B, "perturbation": _T, "fraction": _F, "rate": _F}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _judged(rows: pl.DataFrame, models: pl.DataFrame, paper: Published | None) -> pl.DataFrame:
+    """Add the share of right strings with Wilson's interval, `nearest`, and the paper's share at temperature 1."""
+    low, high = wilson(rows["right"].to_numpy().astype(float), rows["strings"].to_numpy().astype(float))
+    off = (pl.col("temperature") - 1).abs()
+    known = {row["name"]: kind_of(row) for row in models.iter_rows(named=True) if not row["perturbation"]}
+    theirs = [
+        paper.accuracy.get(prefix, {}).get(known.get(name, "")) if paper and temperature == 1 else None
+        for name, prefix, temperature in rows.select("name", "prefix", "temperature").iter_rows()
+    ]
+    return rows.with_columns(
+        accuracy=pl.col("right") / pl.col("strings"),
+        low=pl.Series(low, dtype=_F),
+        high=pl.Series(high, dtype=_F),
+        nearest=off == off.min(),
+        paper=pl.Series(theirs, dtype=_F),
+    )
+
+
+def _compared(rows: pl.DataFrame, models: pl.DataFrame, paper: Published | None) -> pl.DataFrame:
+    """Add the number of equally likely strings that would give as many equal pairs, and the paper's numbers."""
+    known = {row["name"]: kind_of(row) for row in models.iter_rows(named=True) if not row["perturbation"]}
+    kinds = [known.get(name, "") for name in rows["name"]]
+    return rows.with_columns(
+        support=pl.Series([support(*row) for row in rows.select("ended", "equal_pairs").iter_rows()], dtype=_F),
+        paper_bits=pl.Series([paper.bits.get(kind) if paper else None for kind in kinds], dtype=_F),
+        paper_kl=pl.Series([paper.kl.get(kind) if paper else None for kind in kinds], dtype=_F),
+    )
+
+
+def support(ended: int, equal_pairs: int) -> float:
+    """Return how many equally likely strings would give this number of equal pairs; without any, a rough lower bound.
+
+    The birthday paradox: n draws from N equally likely strings have n² / 2N equal pairs on average, and more where they
+    are not equally likely.
+    """
+    return ended**2 / 2 / max(equal_pairs, 1)
+
+
+def _headline(
+    models: pl.DataFrame, generation: pl.DataFrame, diversity: pl.DataFrame, ancestors: pl.DataFrame,
+    kinds: Sequence[str],
+) -> pl.DataFrame:  # fmt: skip
+    parts = [
+        generation.filter("nearest", prefix=kind).select(
+            "name", **{HEADLINE[kind]: "accuracy", f"{HEADLINE[kind]}_low": "low", f"{HEADLINE[kind]}_high": "high"}
+        )
+        for kind in kinds
+    ]
+    parts += [diversity.select("name", "kl", "kl_low", "kl_high")]
+    parts += [ancestors.filter(~pl.col("shuffled")).select("name", ancestors="mean")]
+    out = models.select("name")
+    for part in parts:
+        out = out.join(part, on="name", how="left", maintain_order="left")
+    return out.rename({"name": "model"})
+
+
+# --- probes
+
+
+def _deepest(rows: pl.DataFrame) -> pl.DataFrame:
+    layer = pl.col("layer")
+    depth = pl.when(layer < 0).then(layer + 10**6).otherwise(layer)  # below 0 they count from the last one
+    return rows.with_columns(deepest=depth == depth.max().over("name"))
+
+
+def _ancestors(probes: pl.DataFrame, models: pl.DataFrame) -> pl.DataFrame:
+    """Return the mean and least accuracy over levels, of probes that see the whole string, a row a model and labels.
+
+    `beyond` counts the levels at which a trained model's interval is above those of all controls; null without any.
+    """
+    rows = models.select("name", "untrained").join(
+        probes.filter("deepest", reach="full", target="ancestor", where="all").drop_nulls("accuracy"), on="name",
+        maintain_order="left_right",
+    )  # fmt: skip
+    controls = [rows.filter(untrained=True, shuffled=False), rows.filter(untrained=False, shuffled=True)]
+    first = pl.concat([control.filter(pl.col("name") == pl.col("name").first()) for control in controls])
+    bound = first.group_by("level").agg(bound=pl.col("high").max())
+    above = (pl.col("low") > pl.col("bound").fill_null(0.0)).sum().cast(_N)
+    known = pl.lit(len(bound) > 0) & ~pl.col("untrained") & ~pl.col("shuffled")
+    rows = rows.join(bound, on="level", how="left", maintain_order="left")
+    return rows.group_by("name", "untrained", "shuffled", maintain_order=True).agg(
+        mean=pl.col("accuracy").mean(), least=pl.col("accuracy").min(),
+        hardest=pl.col("level").get(pl.col("accuracy").arg_min()), levels=pl.len().cast(_N),
+        beyond=pl.when(known.first()).then(above),
+    )  # fmt: skip
+
+
+# --- attention
+
+
+def averaged(rows: pl.DataFrame, *by: str) -> pl.DataFrame:
+    """Return the mean residual of each model over layers and heads, or over what else `by` leaves out."""
+    groups = rows.drop_nulls("residual").group_by("name", *by, maintain_order=True)
+    return groups.agg(pl.col("residual").mean(), pl.col("pairs").max()).sort("name", *by)
+
+
+def _at_ends(ends: pl.DataFrame, models: pl.DataFrame) -> pl.DataFrame:
+    """Return for each model the mean attention to ends and to tokens beside them, and at how many levels ends get most.
+
+    Counts only levels at which both were measured, and models that saw no perturbed strings.
+    """
+    here, level = pl.col("delta") == 0, pl.col("residual")
+    by_level = ends.group_by("name", "level", maintain_order=True).agg(
+        at=level.filter(here).first(), sum=level.filter(~here).sum(), others=level.filter(~here).len(),
+        peak=level.filter(here).first() > level.filter(~here).max(),
+    )  # fmt: skip
+    found = by_level.drop_nulls("peak").group_by("name").agg(
+        at=pl.col("at").mean(), beside=pl.col("sum").sum() / pl.col("others").sum(), levels=pl.len().cast(_N),
+        peaks=pl.col("peak").sum().cast(_N),
+    )  # fmt: skip
+    plain = models.filter(perturbation="").select("name", "untrained")
+    return plain.join(found, on="name", maintain_order="left")
+
+
+_PROFILE = {"name": _T, "layer": _N, "head": _N, "first": _N, "last": _N, "weight": _F, "reach": _F}
+
+
+def binned(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the mean attention of each head of one model over bins of distances.
+
+    Args:
+        rows: `name`, `layer`, `head`, `distance`, `weight`; below 0 a token looks ahead.
+
+    Returns:
+        a row a head and bin: `first` and `last` distance, `weight`, and `reach`, the head's mean distance. Within a
+        layer the heads are sorted by it.
+    """
+    distance = rows["distance"].to_numpy()
+    longest = int(np.abs(distance).max())
+    edges = _edges(longest)
+    last: Int[np.ndarray, " bin"] = np.array([*edges[1:] - 1, longest])
+    at, sign = np.searchsorted(edges, np.abs(distance), side="right") - 1, np.sign(distance)
+    rows = rows.with_columns(first=pl.Series(sign * edges[at]), last=pl.Series(sign * last[at]))
+    far = (pl.col("weight") * pl.col("distance").abs()).sum() / pl.col("weight").sum()
+    rows = rows.with_columns(reach=far.over("layer", "head"))
+    bins = rows.group_by("name", "layer", "head", "first", "last", maintain_order=True)
+    out = bins.agg(pl.col("weight").mean(), pl.col("reach").first())
+    return out.sort("layer", "reach", "head", "first").cast(_PROFILE)  # type: ignore[arg-type]
+
+
+def _edges(longest: int) -> Int[np.ndarray, " bin"]:
+    """Return where the bins of distances begin: each distance by itself at first, then two bins an octave."""
+    return np.array(sorted({0, 1, 2, 3, *(round(2 ** (k / 2)) for k in range(4, 64))} & set(range(longest + 1))))

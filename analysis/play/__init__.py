@@ -1,0 +1,1 @@
+"""Play: what agents do when they give the commands."""

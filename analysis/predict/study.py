@@ -1,0 +1,232 @@
+"""The study behind `nextstate run`: agents are asked what the next state is, over a grid of games, and play them.
+
+Tables: `questions/CELL` with one row for each question, `answers/AGENT/CELL` with one row for each answer, and
+`plays/AGENT/CELL` with one row for each episode played.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import polars as pl
+
+from nextstate.agents.agent import Agent, AgentError
+from nextstate.agents.config import AgentConfig
+from nextstate.agents.play import Player
+from nextstate.agents.registry import BUILT_IN
+from nextstate.agents.rollout import episodes_of, live, questions, replay
+from nextstate.analysis.grid import Cell, game_identity
+from nextstate.analysis.play.config import PlayCell, play_cells
+from nextstate.analysis.play.tables import play_cell
+from nextstate.analysis.predict.config import Participant, PredictConfig, asked_cells, participants
+from nextstate.analysis.predict.tables import ANSWERS, frame_of, question_frame
+from nextstate.analysis.run import Run
+from nextstate.analysis.study import Job, Study
+from nextstate.envs.files import file_digest, slug
+from nextstate.envs.game import Episode
+
+if TYPE_CHECKING:
+    from nextstate.analysis.page.page import Page
+
+CHUNK = 64  # episodes that an agent is asked about at a time; fixed, so that no row depends on the batch size
+KEPT = 200_000  # steps and questions of episodes that stay in memory
+
+
+class Given(NamedTuple):
+    """What a job is about: a cell, and who is asked or plays (None where the questions are made)."""
+
+    cell: Cell
+    who: Participant | None = None
+    play: PlayCell | None = None
+
+
+class Predict(Study[PredictConfig]):
+    """Ask agents what the next state is, over a grid of games; let them play."""
+
+    name = "run"
+    config = PredictConfig
+
+    def jobs(self, config: PredictConfig) -> list[Job]:
+        cells, plays = asked_cells(config), play_cells(config.play, config.seed)
+        who = participants(config, [cell.game for cell in cells], plays)
+        jobs = []
+        for cell in cells:  # references answer while the episodes of their cell are in memory
+            cost = _planned(cell, config)
+            jobs.append(Job(f"questions/{cell.slug}", f"questions of {cell.slug}", cost, Given(cell)))
+            jobs += [_answers(p, cell, cost) for p in who if p.reference and p.spec.answers(cell.game)]
+        for p in who:  # one after the other, so that each is loaded once
+            if not p.reference:
+                jobs += [_answers(p, cell, _planned(cell, config)) for cell in cells if p.spec.answers(cell.game)]
+                jobs += [_plays(p, where) for where in plays]
+        return jobs
+
+    def identity(self, job: Job, run: Run[PredictConfig]) -> dict[str, Any]:
+        given: Given = job.given
+        return game_identity(given.cell.game) | ({} if given.who is None else _agent_identity(given.who, run))
+
+    def do(self, job: Job, run: Run[PredictConfig]) -> pl.DataFrame:
+        cell, who, where = job.given
+        if who is None:
+            return question_frame(q for chunk in _episodes(run, cell) for q in questions(chunk, run.config.grid))
+        run.progress.on(f"{who.name} on {job.title}")
+        agent = _made(run, who)
+        if isinstance(agent, Agent):
+            run.describe(agent.describe())
+        frame, reason = play_cell(where, run.advance, agent) if where else _ask(run, agent, cell)
+        if isinstance(agent, Agent):
+            run.describe(agent.describe())  # with what was proved of a model while it answered
+        if reason:
+            run.progress.warn(reason)
+            run.left_out(who.name, job.title, reason)
+        return frame
+
+    def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
+        cell, who, where = job.given
+        head = [cell.game.name, f"{cell.game.size}={cell.size}", cell.variant, "" if who is None else who.name]
+        if where:
+            from nextstate.analysis.play.statistics import table
+
+            (row,) = table(frame).to_dicts()
+            names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
+            return {named("play", *head, name): row[key] for key, name in names.items()}
+        columns = {"ceiling": "ceiling", "chance": "chance", "determined": "determined"}
+        if who is not None:
+            columns = {"accuracy": "greedy_correct", "choice_accuracy": "choice_correct", "p_accepted": "p_accepted"}
+        return {named(*head, name): frame[column].cast(pl.Float64).mean() for name, column in columns.items()}  # type: ignore[misc]
+
+    def summarise(self, run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
+        from nextstate.analysis.predict.summary import summaries
+
+        return summaries(run)
+
+    def headline(self, run: Run[PredictConfig]) -> pl.DataFrame:
+        grid, asked, played = (run.summary(name) for name in ("grid", "by_game", "plays_by_game"))
+        order = {game: i for i, game in enumerate(grid["game"].unique(maintain_order=True))}
+        asked = asked.filter(subset="all").rename({"n": "questions"})
+        asked = asked.select("game", "agent", "questions", "accuracy", "accuracy_low", "accuracy_high", "ceiling",
+                             "chance")  # fmt: skip
+        played = played.select("game", "agent", "episodes", won="success", won_low="success_low",
+                               won_high="success_high", over_fewest="over", illegal="illegal")  # fmt: skip
+        found = asked.join(played, on=["game", "agent"], how="full", coalesce=True)
+        found = found.select(c for c in found.columns if found[c].null_count() < len(found))
+        best = [c for c in ("accuracy", "won") if c in found.columns]
+        return found.sort(
+            pl.col("game").replace_strict(order, return_dtype=pl.Int64), *best, "agent",
+            descending=[False, *[True] * len(best), False], nulls_last=True,
+        )  # fmt: skip
+
+    def page(self, run: Run[PredictConfig]) -> Page:
+        from nextstate.analysis.predict.page import page
+
+        return page(run)
+
+
+def _answers(who: Participant, cell: Cell, cost: int) -> Job:
+    key = f"answers/{slug(who.name)}/{cell.slug}"
+    return Job(key, cell.slug, cost, Given(cell, who), (f"questions/{cell.slug}",), who.name)
+
+
+def _plays(who: Participant, where: PlayCell) -> Job:
+    cell = where.cell
+    key, cost = f"plays/{slug(who.name)}/{cell.slug}", len(cell.seeds) * cell.steps
+    return Job(key, f"{cell.slug} (play)", cost, Given(cell, who, where), agent=who.name)
+
+
+def _planned(cell: Cell, config: PredictConfig) -> int:
+    per_step = cell.questions_per_step if isinstance(cell.questions_per_step, int) else 1
+    return len(cell.seeds) * per_step * (1 if config.grid == "cells" else cell.steps)
+
+
+def named(*parts: str) -> str:
+    """Return the name of a metric, such as `DFA/states=6/density=min/nextstate-tiny/accuracy`."""
+    return "/".join(slug(part) for part in parts if part)
+
+
+def _agent_identity(who: Participant, run: Run[PredictConfig]) -> dict[str, Any]:
+    """Return what decides an agent's answers beside the config and the code of nextstate."""
+    if who.model:
+        return run.asks(AgentConfig(**who.spec.arguments))
+    if who.spec.kind in BUILT_IN:
+        return {}
+    source = inspect.getsourcefile(inspect.unwrap(who.spec.maker))
+    return {"agent": file_digest(Path(source)) if source else None}
+
+
+def _made(run: Run[PredictConfig], who: Participant) -> Agent | Player:
+    """Return an agent or player. Language models and agents from other packages are kept until another is needed."""
+    spec = who.spec
+    if who.reference or (spec.kind in BUILT_IN and not who.model):
+        return run.once(("made", who.name), spec.make)
+
+    def make() -> Agent | Player:
+        given = run.given if who.model and getattr(run.given, "name", None) == spec.name else None
+        agent = given or spec.make()
+        if isinstance(agent, Agent):
+            run.warn("\n".join(agent.warnings()))
+        return agent
+
+    agent = run.load(spec.name, make)
+    if who.without is None:
+        return agent
+    from nextstate.agents.intervene import Intervened  # imports torch, as the model does
+
+    try:
+        return Intervened(agent, who.without)  # type: ignore[arg-type]
+    except AgentError as error:
+        raise AgentError(f"{spec.name} cannot be asked without these heads: {error}") from error
+
+
+class Episodes:
+    """Episodes that were unrolled: those of the last cell, and of earlier ones as many as `KEPT` allows."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, list[Episode]] = {}
+        self.last: tuple[str, list[Episode]] = ("", [])
+        self.room = KEPT
+
+    def of(self, cell: Cell) -> list[Episode]:
+        """Return the episodes of a cell."""
+        if cell.slug in self.kept:
+            return self.kept[cell.slug]
+        if self.last[0] != cell.slug:
+            self.last = ("", [])  # frees the memory
+            self.last = cell.slug, episodes_of(cell.game, cell.seeds, cell.steps, cell.questions_per_step)
+            size = sum(1 + len(step.questions) for episode in self.last[1] for step in episode.steps)
+            if size <= self.room:
+                self.room -= size
+                self.kept[cell.slug] = self.last[1]
+        return self.last[1]
+
+
+def _episodes(run: Run[PredictConfig], cell: Cell) -> Iterator[list[Episode]]:
+    """Yield the episodes of a cell in chunks; those of a very large cell are unrolled chunk by chunk, and not kept."""
+    parts = [cell.seeds[k : k + CHUNK] for k in range(0, len(cell.seeds), CHUNK)]
+    if len(cell.seeds) * cell.steps > KEPT:
+        yield from (episodes_of(cell.game, part, cell.steps, cell.questions_per_step) for part in parts)
+    else:
+        found = run.once("episodes", Episodes).of(cell)
+        yield from (found[k : k + CHUNK] for k in range(0, len(found), CHUNK))
+
+
+def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[pl.DataFrame, str]:
+    """Ask an agent all questions of a cell; return its answers, and why some are missing ("" if none are)."""
+    assert isinstance(agent, Agent)
+    rows: list[dict[str, Any]] = []
+    reasons: list[str] = []
+    planned = _planned(cell, run.config) / len(cell.seeds)
+    for k, episodes in enumerate(_episodes(run, cell)):
+        if k == 0:
+            run.warn(agent.remark(episodes[0]))
+        if run.config.mode == "live":
+            part = cell.seeds[k * CHUNK : (k + 1) * CHUNK]
+            result = live(agent, cell.game, part, cell.steps)
+        else:
+            result = replay(agent, episodes, run.config.grid)
+        rows.extend(result.rows)
+        reasons.extend(filter(None, [result.left_out]))
+        run.advance(round(planned * len(episodes)))
+    frame = frame_of(rows, ANSWERS, agent=agent.name, incomplete=bool(agent.incomplete))
+    return frame, next(iter(reasons), "")
