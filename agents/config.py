@@ -75,7 +75,8 @@ class AgentConfig(Strict):
     )
     quantization: Literal["4bit", "8bit"] | None = Field(None, description="with bitsandbytes, on a GPU")
     attn_implementation: str | None = Field(
-        None, description="sdpa, eager or another one of transformers; by default sdpa where the model has it, else eager"
+        None,
+        description="sdpa, eager or another one of transformers; by default sdpa where the model has it, else eager",
     )
     revision: str | None = Field(None, description="branch, tag or commit on the hub; by default the newest commit")
     allow_incomplete: bool = Field(
@@ -99,7 +100,7 @@ class InterveneConfig(Strict):
     """Heads to ablate; every language model is then asked twice: as it is, and without these heads."""
 
     heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
-    mode: Literal["zero", "mean", "resample"] = "zero"
+    mode: Literal["zero", "mean", "resample"] = Field("zero", description="what replaces the output of a head")
     episodes: int = Field(16, ge=1, le=10_000, description="reference episodes of mean and resample")
 
 

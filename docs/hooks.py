@@ -173,7 +173,8 @@ def _default(field: FieldInfo) -> str:
         return ""
     if isinstance(value, list) and any(isinstance(one, BaseModel) for one in value):
         return ""
-    return f"`{yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix('...\n').strip()}`"
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return f"`{text.strip().removesuffix('...').strip()}`"
 
 
 # --- games and studies
@@ -193,14 +194,14 @@ def games() -> str:
             for x in listed(cls)
         ]
         out.append(
-            f"### {name}\n\n{about}\n\n`gym.make(\"nextstate/{name}-v0\")` predicts, "
-            f"`gym.make(\"nextstate/{name}Play-v0\")` plays. Shortcuts: {', '.join(cls.shortcuts) or 'none'}. "
+            f'### {name}\n\n{about}\n\n`gym.make("nextstate/{name}-v0")` predicts, '
+            f'`gym.make("nextstate/{name}Play-v0")` plays. Shortcuts: {", ".join(cls.shortcuts) or "none"}. '
             f"Kinds of minimal pairs: {kinds}.\n\n" + table(("setting", "type", "default", "legal", "meaning"), rows)
         )
     return "\n\n".join(out)
 
 
-def help(command: str) -> str:  # noqa: A001 - the name of the mark
+def help(command: str) -> str:
     """Return what the command line says of a study."""
     from nextstate.analysis.studies import STUDIES
 
@@ -211,7 +212,9 @@ def help(command: str) -> str:  # noqa: A001 - the name of the mark
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
+    )
 
 
 PARTS: dict[str, Callable[..., str]] = {

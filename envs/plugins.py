@@ -80,7 +80,8 @@ def _not_found(entry: EntryPoint, error: BaseException) -> bool:
 
 
 def _noun(group: str) -> str:
-    return group.rpartition(".")[2].removesuffix("s")
+    noun = group.rpartition(".")[2]
+    return f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")
 
 
 def _origin(entry: EntryPoint) -> str:

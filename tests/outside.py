@@ -1,69 +1,12 @@
-"""A package of another author, with one game in one file: three cups, one ball, and swaps."""
+"""The game of docs/extending.md, and a package of another author that has it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-GAME = '''
-"""A ball under one of several cups that are swapped."""
+from tests.documents import file
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from itertools import combinations
-from typing import ClassVar
-
-from nextstate.envs.game import Game, Question, require_whole
-
-LETTERS = "ABCDEFGH"
-
-
-@dataclass(frozen=True)
-class Cups(Game):
-    """A ball lies under one of the cups; each step swaps the contents of two cups.
-
-    Args:
-        cups: number of cups, 2 to 8.
-    """
-
-    name: ClassVar[str] = "Cups"
-    size: ClassVar[str] = "cups"
-    sizes: ClassVar[range] = range(2, 9)
-
-    cups: int = 3
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_whole("cups", self.cups, 2, len(LETTERS))
-
-    @property
-    def max_choices(self):
-        return self.cups
-
-    def initial(self, rng):
-        return int(rng.integers(self.cups))
-
-    def actions(self, state):
-        return list(combinations(range(self.cups), 2))
-
-    def transition(self, state, action):
-        one, two = action
-        return two if state == one else one if state == two else state
-
-    def values(self, state):
-        return {"ball": LETTERS[state]}
-
-    def opening(self, state):
-        return f"The ball is under cup {LETTERS[state]}."
-
-    def narrate(self, state, action, next_state):
-        one, two = action
-        return f" Swap cup {LETTERS[one]} and cup {LETTERS[two]}."
-
-    def questions(self, state, action, next_state):
-        choices = tuple(f" {letter}" for letter in LETTERS[: self.cups])
-        return (Question("ball", " The ball is under cup", choices, next_state, (next_state,)),)
-'''
+GAME = file("cups.py")
 
 
 def write_package(
