@@ -111,19 +111,21 @@ def meaning(meanings: Mapping[str, Mapping[str, str]], study: str, key: str, col
 
 
 def config(where: str) -> str:
-    """Return the keys of a config: of a study by its name, or of a class as `pkg.module:Name`."""
+    """Return the keys of a config: of a study by its name (those that it has alone), or of a class as `pkg.module:Name`."""
+    from nextstate.analysis.run import RunConfig
     from nextstate.analysis.study import find_study
 
     cls = resolve_name(where) if ":" in where else find_study(where).config
-    out = [table(("key", "type", "default", "meaning"), list(_keys(cls)))]
+    shared = () if ":" in where else tuple(RunConfig.model_fields)
+    out = [table(("key", "type", "default", "meaning"), list(_keys(cls, shared)))]
     for name, nested in _nested(cls):
         out.append(f"Keys of `{name}`:\n\n" + table(("key", "type", "default", "meaning"), list(_keys(nested))))
     return "\n\n".join(out)
 
 
-def _keys(cls: type[BaseModel]) -> Iterator[tuple[str, str, str, str]]:
+def _keys(cls: type[BaseModel], left_out: tuple[str, ...] = ()) -> Iterator[tuple[str, str, str, str]]:
     for name, field in cls.model_fields.items():
-        if not field.exclude:
+        if not field.exclude and name not in left_out:
             yield f"`{name}`", _type(field.annotation), _default(field), field.description or ""
 
 
@@ -149,7 +151,8 @@ def _type(annotation: Any) -> str:
     if annotation is None or annotation is type(None):
         return "null"
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_type(part) for part in parts))
+        names = dict.fromkeys(_type(part) for part in parts)
+        return "agent" if "agent" in names else " or ".join(names)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in parts)
     if origin is list:
@@ -169,7 +172,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined or isinstance(value, BaseModel):
+    if value is PydanticUndefined or isinstance(value, BaseModel) or value == "":
         return ""
     if isinstance(value, list) and any(isinstance(one, BaseModel) for one in value):
         return ""
