@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple
@@ -216,10 +217,12 @@ def checked(study: Study[C], config: C) -> list[Job]:
 
 def identity_of(study: Study[C], job: Job, run: Run[C]) -> dict[str, Any]:
     """Return the identity of what makes a job's table now."""
+    found = {
+        "config": run.record["config_digest"], "code": code_digest(),
+        "versions": run.once("versions", partial(versions, DECISIVE)),
+    }  # fmt: skip
     inputs = {key: run.about[key]["content"] for key in job.needs}
-    more = study.identity(job, run)
-    return {"config": run.record["config_digest"], "code": code_digest(), "versions": versions(DECISIVE)} | (
-        {"inputs": inputs} if inputs else {}) | more  # fmt: skip
+    return found | ({"inputs": inputs} if inputs else {}) | study.identity(job, run)
 
 
 def _do_all(study: Study[C], run: Run[C], jobs: Sequence[Job], accept_mixed: bool, mirror: _Mirror) -> None:

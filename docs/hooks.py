@@ -111,7 +111,7 @@ def meaning(meanings: Mapping[str, Mapping[str, str]], study: str, key: str, col
 
 
 def config(where: str) -> str:
-    """Return the keys of a config: of a study by its name (those that it has alone), or of a class as `pkg.module:Name`."""
+    """Return the keys of a config: those that only this study has, or those of a class, as `pkg.module:Name`."""
     from nextstate.analysis.run import RunConfig
     from nextstate.analysis.study import find_study
 
@@ -148,10 +148,8 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 def _type(annotation: Any) -> str:
     """Return a type as a reader of YAML understands it."""
     origin, parts = get_origin(annotation), get_args(annotation)
-    if annotation is None or annotation is type(None):
-        return "null"
     if origin in (Union, types.UnionType):
-        names = dict.fromkeys(_type(part) for part in parts)
+        names = dict.fromkeys(_type(part) for part in parts if part is not type(None))
         return "agent" if "agent" in names else " or ".join(names)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in parts)
@@ -172,7 +170,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
-    if value is PydanticUndefined or isinstance(value, BaseModel) or value == "":
+    if value in (None, "", PydanticUndefined) or isinstance(value, BaseModel):
         return ""
     if isinstance(value, list) and any(isinstance(one, BaseModel) for one in value):
         return ""

@@ -199,7 +199,7 @@ def test_wrong_names_of_modules_are_one_line_of_the_command_line(tmp_path: Path)
 def test_incomplete_models_are_marked_in_every_row_and_on_the_page(tmp_path: Path) -> None:
     broken = str(without_layer(tmp_path / "broken"))
     agents = [{"name": broken, "allow_incomplete": True}, "ideal"]
-    play = [{"game": "Cycle", "settings": {"period": 3}, "steps": 3, "episodes": 3}]
+    play = [{"game": "Cycle", "game_args": {"period": 3}, "steps": 3, "episodes": 3}]
     make(SMALL | {"agents": agents, "play": play}, tmp_path / "run")
     for table in (frame(tmp_path / "run"), played(tmp_path / "run")):
         marked = dict(table.group_by("agent").agg(pl.col("incomplete").all()).iter_rows())

@@ -287,7 +287,7 @@ def test_certificates_give_way_to_those_that_hold_for_more() -> None:
 
     small, large, fork, live = proof("tree", 10), proof("tree", 20), proof("fork", 20), proof("tree", 20, live=True)
     assert after(small, new=[large]) == [large]
-    assert after(large, new=[small]) == [large, small]
+    assert after(large, new=[small]) == [large]
     assert after(small, live, new=[fork]) == [small, live, fork]
     assert after(small, new=[]) == [small]
     assert with_certificates([], {"name": "a"}) == {"name": "a"}

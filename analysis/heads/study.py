@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from nextstate.analysis.grid import game_identity
 from nextstate.analysis.heads.config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Skip, Study
@@ -47,7 +48,10 @@ class Heads(Study[PatchConfig]):
         return jobs
 
     def identity(self, job: Job, run: Run[PatchConfig]) -> dict[str, Any]:
-        return run.asks(run.config.model)
+        def game() -> dict[str, Any]:
+            return game_identity(make_game(run.config.game, **run.config.settings))
+
+        return run.asks(run.config.model) | run.once("game", game)
 
     def do(self, job: Job, run: Run[PatchConfig]) -> pl.DataFrame:
         if job.key.startswith("pairs/"):

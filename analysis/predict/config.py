@@ -57,7 +57,8 @@ class PredictConfig(RunConfig):
                 )
             if self.mode == "live" and (game.questions_per_step != 1 or self.grid == "cells"):
                 raise ValueError(
-                    f"{game.game}: mode=live asks one question after each step (questions_per_step=1, grid=episodes)"
+                    f"{game.game}: the live mode asks one question after each step "
+                    "(questions_per_step=1, grid=episodes)"
                 )
         if self.intervene and all(kind_of(a) != "model" for a in self.agents):
             raise ValueError("intervene: only language models have heads, and `agents` names none")
