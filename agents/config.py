@@ -53,9 +53,15 @@ class ModulesConfig(Strict):
     attention: str = Field(description="path of the attention module in a block")
     projection: str = Field(description="path of the output projection in the attention module")
     mlp: str = Field(description="path of the MLP in a block")
-    attn_out: str = Field("", description="path of the module that is added to the stream, if not that of attention")
-    mlp_out: str = Field("", description="path of the module that is added to the stream, if not that of the MLP")
-    adds: bool = Field(True, description="whether the block adds these modules' outputs to the stream unchanged")
+    attn_out: str = Field(
+        default="", description="path of the module that is added to the stream, if not that of attention"
+    )
+    mlp_out: str = Field(
+        default="", description="path of the module that is added to the stream, if not that of the MLP"
+    )
+    adds: bool = Field(
+        default=True, description="whether the block adds these modules' outputs to the stream unchanged"
+    )
 
 
 class AgentConfig(Strict):
@@ -66,27 +72,37 @@ class AgentConfig(Strict):
 
     kind: Literal["model"] = Field(default="model", exclude=True)
     name: str = Field(description="nextstate/tiny, a folder, or a name on the Hugging Face hub")
-    device: str | None = Field(None, description="cpu, cuda or mps; by default the best there is")
+    device: str | None = Field(default=None, description="cpu, cuda or mps; by default the best there is")
     device_map: str | dict[str, int | str] | None = Field(
-        None, description="instead of device: auto, or a mapping from modules to devices, spreads the model over them"
+        default=None,
+        description="instead of device: auto, or a mapping from modules to devices, spreads the model over them",
     )
     dtype: str | None = Field(
-        None, description="float32, bfloat16 or float16; by default float32 on a CPU, else that of the checkpoint"
+        default=None,
+        description="float32, bfloat16 or float16; by default float32 on a CPU, else that of the checkpoint",
     )
-    quantization: Literal["4bit", "8bit"] | None = Field(None, description="with bitsandbytes, on a GPU")
+    quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="with bitsandbytes, on a GPU")
     attn_implementation: str | None = Field(
-        None,
+        default=None,
         description="sdpa, eager or another one of transformers; by default sdpa where the model has it, else eager",
     )
-    revision: str | None = Field(None, description="branch, tag or commit on the hub; by default the newest commit")
-    allow_incomplete: bool = Field(
-        False, description="load a checkpoint that lacks tensors; its answers and the page are marked"
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit on the hub; by default the newest commit"
     )
-    bos: bool | None = Field(None, description="begin transcripts with BOS, or not; by default as the tokenizer does")
-    modules: ModulesConfig | None = Field(None, description="names of modules; by default they are found by structure")
-    batch_size: int = Field(64, ge=1, description="episodes in one forward pass, at most")
+    allow_incomplete: bool = Field(
+        default=False, description="load a checkpoint that lacks tensors; its answers and the page are marked"
+    )
+    bos: bool | None = Field(
+        default=None, description="begin transcripts with BOS, or not; by default as the tokenizer does"
+    )
+    modules: ModulesConfig | None = Field(
+        default=None, description="names of modules; by default they are found by structure"
+    )
+    batch_size: int = Field(default=64, ge=1, description="episodes in one forward pass, at most")
     batch_tokens: int | None = Field(
-        None, ge=1, description="tokens in one forward pass, at most; by default 8,192 on a CPU and 65,536 on a GPU"
+        default=None,
+        ge=1,
+        description="tokens in one forward pass, at most; by default 8,192 on a CPU and 65,536 on a GPU",
     )
 
     @model_validator(mode="after")
@@ -100,8 +116,8 @@ class InterveneConfig(Strict):
     """Heads to ablate; every language model is then asked twice: as it is, and without these heads."""
 
     heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
-    mode: Literal["zero", "mean", "resample"] = Field("zero", description="what replaces the output of a head")
-    episodes: int = Field(16, ge=1, le=10_000, description="reference episodes of mean and resample")
+    mode: Literal["zero", "mean", "resample"] = Field(default="zero", description="what replaces the output of a head")
+    episodes: int = Field(default=16, ge=1, le=10_000, description="reference episodes of mean and resample")
 
 
 class KindConfig(BaseModel):

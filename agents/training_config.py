@@ -20,12 +20,12 @@ class Optimisation(Strict):
 
     rows: int = Field(default=16, ge=1, description="in each step, over all processes")
     steps: int = Field(default=9000, ge=1, description="optimiser steps")
-    learning_rate: float = Field(2e-3, description="at the end of the warm-up")
-    warmup: int = Field(200, description="steps in which the learning rate rises")
-    weight_decay: float = Field(0.01, description="of AdamW")
+    learning_rate: float = Field(default=2e-3, description="at the end of the warm-up")
+    warmup: int = Field(default=200, description="steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.01, description="of AdamW")
     evaluate_every: int = Field(default=500, ge=1, description="steps from one evaluation to the next")
     save_every: int = Field(default=500, ge=1, description="steps from one checkpoint to the next")
-    threads: int | None = Field(None, description="of the CPU; by default as PyTorch has it")
+    threads: int | None = Field(default=None, description="of the CPU; by default as PyTorch has it")
 
 
 class GrammarTraining(Optimisation):
@@ -37,9 +37,9 @@ class GrammarTraining(Optimisation):
     window: int = Field(default=512, ge=4, description="tokens of a row, cut from strings one after another")
     rows: int = Field(default=96, ge=1, description="in each step, over all processes")
     steps: int = Field(default=100_000, ge=1, description="optimiser steps")
-    learning_rate: float = Field(3e-4, description="at the end of the warm-up")
-    warmup: int = Field(0, description="steps in which the learning rate rises")
-    weight_decay: float = Field(0.1, description="of AdamW")
+    learning_rate: float = Field(default=3e-4, description="at the end of the warm-up")
+    warmup: int = Field(default=0, description="steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.1, description="of AdamW")
     evaluate_every: int = Field(default=2000, ge=1, description="steps from one evaluation to the next")
     evaluation_strings: int = Field(default=200, ge=1, description="written, and scored, each time")
 
@@ -55,10 +55,10 @@ class PerturbationConfig(Strict):
 class ModelSpec(Strict):
     """One model of a grammar study."""
 
-    architecture: Architecture = Field("rotary", description="how attention knows where tokens are")
-    untrained: bool = Field(False, description="keep the initial random weights, as a control for probes")
-    perturbation: PerturbationConfig | None = Field(None, description="of some of its training strings")
-    name: str = Field("", description="in tables and figures; by default made from the other keys")
+    architecture: Architecture = Field(default="rotary", description="how attention knows where tokens are")
+    untrained: bool = Field(default=False, description="keep the initial random weights, as a control for probes")
+    perturbation: PerturbationConfig | None = Field(default=None, description="of some of its training strings")
+    name: str = Field(default="", description="in tables and figures; by default made from the other keys")
 
     @property
     def title(self) -> str:
