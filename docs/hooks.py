@@ -38,6 +38,7 @@ TABLES = {  # of each study: keys of its tables, and where their columns are
         "signature/CONDITION-KIND": f"{RESPONSE}.tables:SIGNATURE",
         "heads/PART": f"{RESPONSE}.tables:LEFT",
         "scores": f"{RESPONSE}.tables:SCORES",
+        "edges/GAME-KIND": f"{RESPONSE}.window:COLUMNS",
         "bridge/GAME-KIND": f"{RESPONSE}.bridge:COLUMNS",
         "bridge_heads/GAME-KIND": f"{RESPONSE}.tables:BRIDGE_HEADS",
     },
@@ -219,5 +220,5 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 PARTS: dict[str, Callable[..., str]] = {
-    "tables": tables, "config": config, "games": games, "help": help, "root": from_root,
+    "tables": tables, "config": config, "games": games, "command": command, "root": from_root,
 }  # fmt: skip
