@@ -35,6 +35,7 @@ from nextstate.agents.sites import Activation, Edit, Site
 from nextstate.analysis.attention import Look, attention_hooks
 from nextstate.analysis.roles import ROLES, spans
 from nextstate.envs.contrast import Span, piece_of, pieces
+from nextstate.envs.files import file_digest, write_atomic, write_json
 
 ATTENTION = "attention"
 INDEX: dict[str, Any] = {
@@ -86,7 +87,9 @@ class Recorder:
     at: tuple[Place, ...]
     where: Callable[[Prompt], Mapping[str, Span]]
     shard_bytes: int
-    missing: dict[str, int] = field(default_factory=dict)  # questions that do not tell a role
+    about: Mapping[str, Any]
+    missing: dict[str, int] = field(default_factory=dict)  # questions that do not have a role, by role
+    digests: dict[str, str] = field(default_factory=dict)  # of the files that were written, by name
     _shards: int = 0
     _parts: int = 0
     _rows: list[dict[str, Tensor]] = field(default_factory=list)  # of the open shard: key -> [row, dim]
@@ -250,18 +253,24 @@ class Recorder:
         """Write the open shard, and then the part of the index that may point into it."""
         if self._rows:
             tensors = {k.key: _together([part[k.key] for part in self._rows]) for k in self.kept}
-            path = self.folder / f"{self._shards:05d}.safetensors"
-            save_file(tensors, path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
+            self._write(f"{self._shards:05d}.safetensors", lambda path: save_file(tensors, path))
             self._shards, self._rows, self._held, self._length = self._shards + 1, [], 0, 0
         if self._pending:
             names = [name for name in INDEX if name not in ("site", "layer", "head")]
             places = pl.DataFrame(self._pending, schema={n: INDEX[n] for n in names}, orient="row")
             which = pl.DataFrame(self.kept, schema={n: INDEX[n] for n in ("site", "layer", "head")}, orient="row")
-            path = self.folder / f"index-{self._parts:05d}.parquet"
-            places.join(which, how="cross").select(*INDEX).write_parquet(path.with_suffix(".partial"))
-            path.with_suffix(".partial").replace(path)
+            index = places.join(which, how="cross").select(*INDEX)
+            self._write(f"index-{self._parts:05d}.parquet", index.write_parquet)
             self._parts, self._pending = self._parts + 1, []
+        self.save()
+
+    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+        self.digests[name] = file_digest(write_atomic(self.folder / name, write))
+
+    def save(self, finished: bool = False) -> None:
+        """Write `record.json`, with a digest of each file; files that it does not name are never read."""
+        counts = {"shards": self._shards, "missing": self.missing}
+        write_json(self.folder / "record.json", {**self.about, "finished": finished, **counts, "digests": self.digests})
 
 
 def _bytes(x: Tensor) -> int:
@@ -334,19 +343,14 @@ def record(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RecordError(f"{folder} is there already: give another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    recorder = Recorder(model, folder, tuple(dict.fromkeys(kept)), tuple(dict.fromkeys(at)), where, shard_bytes)
-    about = {"model": model.describe(), "at": list(recorder.at), "kept": [k.key for k in recorder.kept]}
-    _write(folder, about | {"finished": False})
+    kept, places = list(dict.fromkeys(kept)), tuple(dict.fromkeys(at))
+    about = {"model": model.describe(), "at": list(places), "kept": [k.key for k in kept]}
+    recorder = Recorder(model, folder, tuple(kept), places, where, shard_bytes, about)
+    recorder.save()
     with recorder.hooks():
         yield recorder
     recorder.flush()
-    _write(folder, about | {"finished": True, "shards": recorder._shards, "missing": recorder.missing})
-
-
-def _write(folder: Path, about: Mapping[str, Any]) -> None:
-    beside = folder / "record.partial"
-    beside.write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
-    beside.replace(folder / "record.json")
+    recorder.save(finished=True)
 
 
 # --- reading back
@@ -357,6 +361,7 @@ class Shards:
     """The shards of a recording; nothing is read before it is asked for."""
 
     folder: Path
+    digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     _open: OrderedDict[int, Any] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     def __call__(self, rows: pl.DataFrame) -> Float[Tensor, "row dim"]:
@@ -379,7 +384,9 @@ class Shards:
 
     def _tensor(self, shard: int, key: str) -> Tensor:
         if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / f"{shard:05d}.safetensors", framework="pt")
+            path = self.folder / f"{shard:05d}.safetensors"
+            check_file(path, self.digests)
+            self._open[shard] = safe_open(path, framework="pt")
             if len(self._open) > _OPEN:
                 self._open.popitem(last=False)
         found: Tensor = self._open[shard].get_tensor(key)
@@ -394,10 +401,26 @@ def load(folder: Path | str) -> tuple[pl.DataFrame, Shards]:
     that was cut off can be read as far as it got.
 
     Raises:
-        RecordError: there is none in `folder`.
+        RecordError: there is none in `folder`, or a file of it is missing or damaged. Shards are checked when they are
+            read for the first time.
     """
     folder = Path(folder)
     if not (folder / "record.json").is_file():
         raise RecordError(f"{folder} holds no recording: expected a folder that `record` has written")
-    parts = [pl.read_parquet(path) for path in sorted(folder.glob("index-*.parquet"))]
-    return pl.concat(parts) if parts else pl.DataFrame(schema=INDEX), Shards(folder)
+    try:
+        digests: dict[str, str] = json.loads((folder / "record.json").read_text(encoding="utf-8"))["digests"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{folder / 'record.json'} cannot be read: record again") from error
+    parts = []
+    for name in sorted(name for name in digests if name.startswith("index-")):
+        check_file(folder / name, digests)
+        parts.append(pl.read_parquet(folder / name))
+    return pl.concat(parts) if parts else pl.DataFrame(schema=INDEX), Shards(folder, digests)
+
+
+def check_file(path: Path, digests: Mapping[str, str]) -> None:
+    """Raise `RecordError` where a file of a recording is missing, or its content is not what was written."""
+    if not path.is_file():
+        raise RecordError(f"{path} is missing: record again")
+    if file_digest(path) != digests.get(path.name):
+        raise RecordError(f"{path} is damaged, its content does not fit its digest: record again")

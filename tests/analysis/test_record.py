@@ -270,6 +270,30 @@ def test_several_questions_a_step_and_a_recording_of_no_finish(model: LanguageMo
             assert torch.allclose(tensors(mine)[0], plain(model, prompt)["head", 1][-1, 2], atol=1e-4)
 
 
+def test_flipped_bits_and_missing_files_are_always_noticed(folders: dict[str, Path], tmp_path: Path) -> None:
+    agent, folder = LanguageModel(str(folders["gpt2"]), device="cpu"), tmp_path / "r"
+    with record(agent, folder, shard_bytes=2_000):
+        agent.predict([Prompt(e, t) for e in episodes_of(make_game("Box"), range(6), 4) for t in range(4)])
+    rng, files = np.random.default_rng(0), sorted([*folder.glob("*.safetensors"), *folder.glob("*.parquet")])
+    assert len(files) >= 3
+
+    def read() -> torch.Tensor:
+        index, shards = load(folder)
+        return shards(index.filter(site="head", layer=0, head=0))
+
+    whole = read()
+    for k in range(200):
+        path = files[int(rng.integers(len(files)))]
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged) if k % 10 else path.unlink()
+        with pytest.raises(RecordError, match=f"{path.name} is (damaged|missing).*record again"):
+            read()
+        path.write_bytes(content)
+    assert torch.equal(read(), whole)
+
+
 def test_memory_that_runs_out_records_nothing_twice(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
