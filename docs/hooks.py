@@ -203,11 +203,11 @@ def games() -> str:
     return "\n\n".join(out)
 
 
-def help(command: str) -> str:
-    """Return what the command line says of a study."""
+def command(study: str) -> str:
+    """Return what the command line says of a study, with an example."""
     from nextstate.analysis.studies import STUDIES
 
-    listed = STUDIES[command]
+    listed = STUDIES[study]
     return f"{listed.help}\n\n    {listed.example}"
 
 
