@@ -58,6 +58,7 @@ def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / name).write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("nextstate.envs.games._referenced", {})  # which keeps classes after their modules are gone
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
