@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nextstate.envs.game import Distribution, Episode, Question, score
+from nextstate.envs.game import Distribution, Episode, Question, expected_accuracy
 
 WRITTEN = 32  # tokens of an answer that is written, at most
 
@@ -84,7 +84,7 @@ class Agent(ABC):
         """Return what a reader of any result of this agent should know."""
         return ()
 
-    def remark(self, episode: Episode) -> str:
+    def episode_warnings(self, episode: Episode) -> str:
         """Return what a reader of the results should know of how this agent reads such an episode, "" if nothing.
 
         Each remark is a line; `warnings` are among them.
@@ -112,7 +112,7 @@ def question_row(prompt: Prompt, ideal: Distribution) -> dict[str, Any]:
         prompt: where the question is asked.
         ideal: the ideal reader's belief over the choices.
     """
-    question, ceiling = prompt.asked, score(ideal, prompt.asked.accepted)
+    question, ceiling = prompt.asked, expected_accuracy(ideal, prompt.asked.accepted)
     return {
         "episode": prompt.episode.seed,
         "step": prompt.step + 1,

@@ -82,7 +82,7 @@ class Choice(NamedTuple):
     tokens: tuple[int, ...]
 
 
-class Planted(NamedTuple):
+class Branch(NamedTuple):
     """A question in a tree: its choices, and the node at which it waits for an answer."""
 
     node: int
@@ -126,7 +126,7 @@ class Trunk:
         self.tree.cut(self._ends[-1] + 1)
         self.episode = episode
 
-    def plant(self, step: int, question: int) -> Planted:
+    def add_question(self, step: int, question: int) -> Branch:
         """Grow the prompt of a question and all choices; every token that no other path needs is left out."""
         asked = self.episode.steps[step].questions[question]
         node = self.tree.grow(self._told(step, question), self.encoder.piece(asked.stem))
@@ -137,7 +137,7 @@ class Trunk:
             for token in tokens[:-1]:
                 nodes.append(self.tree.grow(nodes[-1], (token,)))
             choices.append(Choice(tuple(nodes), tokens))
-        return Planted(node, tuple(choices))
+        return Branch(node, tuple(choices))
 
 
 def size_of(trunks: Iterable[Trunk]) -> tuple[int, int]:
@@ -247,7 +247,7 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ForwardContext:
     """What a model reads while it answers: transcripts with the questions planted on them, in one or more passes.
 
     Args:

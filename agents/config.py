@@ -46,7 +46,7 @@ class Strict(BaseModel):
 class ModulesConfig(Strict):
     """Names of a model's modules, for a model in which they are not found by structure.
 
-    The keys are those of `nextstate.agents.sites.Names`.
+    The keys are those of `nextstate.agents.sites.ModuleMap`.
     """
 
     blocks: str = Field(description="path of the list of decoder blocks in the model")

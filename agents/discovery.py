@@ -29,7 +29,7 @@ class SiteError(AgentError):
 
 
 @dataclass(frozen=True)
-class Names:
+class ModuleMap:
     """The names of a model's modules, for models in which they are not found by structure.
 
     Args:
@@ -83,7 +83,7 @@ class LayerSites:
     returns_tuple: bool
 
 
-def discover(model: Any, names: Names | None) -> tuple[tuple[LayerSites, ...], int]:
+def discover(model: Any, names: ModuleMap | None) -> tuple[tuple[LayerSites, ...], int]:
     """Find and prove the sites of all layers; return them and the width of the residual stream.
 
     Args:
@@ -207,7 +207,7 @@ def _attention(kind: str, calls: Sequence[Call]) -> Call | None:
 # Modules that the user names
 
 
-def _named_blocks(model: Any, names: Names) -> tuple[tuple[nn.Module, ...], list[BlockCall]]:
+def _named_blocks(model: Any, names: ModuleMap) -> tuple[tuple[nn.Module, ...], list[BlockCall]]:
     blocks = tuple(_need(model, names.blocks).children())
     if not blocks:
         raise SiteError(f"{names.blocks!r} of {type(model).__name__} has no blocks in it")
@@ -221,7 +221,7 @@ def _named_blocks(model: Any, names: Names) -> tuple[tuple[nn.Module, ...], list
     return blocks, [call for _, call in calls]
 
 
-def _named_layer(config: Any, names: Names, index: int, block: nn.Module, call: BlockCall) -> LayerSites:
+def _named_layer(config: Any, names: ModuleMap, index: int, block: nn.Module, call: BlockCall) -> LayerSites:
     calls, after = tracing.record(block, call)
     by_path: Mapping[str, Call] = {c.path: c for c in calls}
     where = f"{config.model_type}, layer {index}"
@@ -262,7 +262,7 @@ def _named_layer(config: Any, names: Names, index: int, block: nn.Module, call: 
     )
 
 
-def _named_heads(config: Any, names: Names, attention: Call, projection: Call, where: str) -> tuple[int, int]:
+def _named_heads(config: Any, names: ModuleMap, attention: Call, projection: Call, where: str) -> tuple[int, int]:
     if projection.read is None or projection.output is None or attention.output is None:
         raise SiteError(f"{where}: {names.projection!r} is no linear layer that returns the stream's width")
     if not tracing.close(attention.output, projection.output):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from nextstate.agents.agent import AgentError
-from nextstate.agents.branches import Batch, Layout, Reading, Tree, pack
+from nextstate.agents.branches import Batch, ForwardContext, Layout, Tree, pack
 from nextstate.agents.loading import device_of
 from nextstate.agents.masks import PathMasks, Places
 
@@ -123,8 +123,8 @@ class Forward:
         self.certify = certify
         self.device = device_of(model)  # where tokens go in
         self.masks = PathMasks(model)
-        self.reading: Reading | None = None  # what is read now, for hooks
-        self.finished: Reading | None = None  # what was read last, with all its passes
+        self.reading: ForwardContext | None = None  # what is read now, for hooks
+        self.finished: ForwardContext | None = None  # what was read last, with all its passes
         self.certificates: dict[bool, Certificate] = {}  # of replay and of live sessions
         # At which depth and columns the model was refused, with which attention functions, and why.
         self._refused: dict[bool, tuple[int, int, tuple[str, ...], AgentError]] = {}
@@ -171,7 +171,7 @@ class Forward:
         trees: Sequence[Tree],
         spines: Sequence[int],
         wanted: Sequence[Want],
-        reading: Reading | None = None,
+        reading: ForwardContext | None = None,
         memory: Memory | None = None,
     ) -> Scores:
         """Read trees and return the argmax and log-probabilities at the wanted nodes.
@@ -211,7 +211,7 @@ class Forward:
         trees: Sequence[Tree],
         spines: Sequence[int],
         wanted: Sequence[Want],
-        reading: Reading | None = None,
+        reading: ForwardContext | None = None,
         memory: Memory | None = None,
     ) -> Iterator[tuple[list[int], Float[Tensor, "node vocabulary"]]]:
         """Yield logits as they are computed, with the places among `wanted` that they belong to; see `scores`."""

@@ -23,7 +23,7 @@ Strings = Sequence[Sequence[int] | np.ndarray]
 
 
 @dataclass(frozen=True)
-class Codes:
+class TokenMap:
     """Which tokens of a model stand for what.
 
     Args:
@@ -53,7 +53,7 @@ class Codes:
 
 def write(
     model: Any,
-    codes: Codes,
+    codes: TokenMap,
     prefixes: Strings,
     rng: np.random.Generator,
     longest: int,
@@ -106,7 +106,7 @@ def write(
 
 
 def next_logs(
-    model: Any, codes: Codes, strings: Strings, batch: int = 64
+    model: Any, codes: TokenMap, strings: Strings, batch: int = 64
 ) -> Iterator[Float[np.ndarray, "position choice"]]:
     """Yield for each string the model's log-probabilities (nats) after each prefix: of each terminal, then of the end.
 
@@ -132,7 +132,7 @@ def divergence(truth: Float[np.ndarray, "position choice"], logs: Float[np.ndarr
 
 
 def divergences(
-    model: Any, codes: Codes, grammar: Grammar, strings: Strings, batch: int = 64
+    model: Any, codes: TokenMap, grammar: Grammar, strings: Strings, batch: int = 64
 ) -> Float[np.ndarray, " string"]:
     """Return for each string of a grammar the mean divergence of the model's next tokens from the exact ones, in nats.
 
@@ -157,7 +157,7 @@ class Diversity(NamedTuple):
     equal_pairs: int  # of strings, where both have an end
 
 
-def diversity(model: Any, codes: Codes, written: Sequence[np.ndarray | None], batch: int = 64) -> Diversity:
+def diversity(model: Any, codes: TokenMap, written: Sequence[np.ndarray | None], batch: int = 64) -> Diversity:
     """Measure how different the strings are that a model has written from nothing.
 
     By the birthday paradox n strings of which none are equal make it likely that it can write some n^2 / 2 others.

@@ -25,10 +25,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from nextstate.agents.architectures import new_model
-from nextstate.agents.generation import Codes, divergences, right, write
+from nextstate.agents.generation import TokenMap, divergences, right, write
 from nextstate.agents.identity import files_digest
 from nextstate.agents.text import begins_with
-from nextstate.agents.trainer import TRAINING_STREAM, claim, fit
+from nextstate.agents.trainer import TRAINING_STREAM, fit, init_train_dir
 from nextstate.agents.training_config import (
     BEGIN,
     END,
@@ -63,9 +63,9 @@ def make_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
     )
 
 
-def codes_of(grammar: Grammar) -> Codes:
+def token_map(grammar: Grammar) -> TokenMap:
     """Return which tokens of `make_tokenizer` stand for what."""
-    return Codes(0, 1, tuple(range(len(SPECIAL), len(SPECIAL) + len(grammar.terminals))))
+    return TokenMap(0, 1, tuple(range(len(SPECIAL), len(SPECIAL) + len(grammar.terminals))))
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -78,7 +78,7 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(
         self, grammar: Grammar, window: int, rows: int, seed: int, perturbation: Perturbation | None, masked: bool
     ) -> None:
-        self.grammar, self.codes = grammar, codes_of(grammar)
+        self.grammar, self.codes = grammar, token_map(grammar)
         self.window, self.rows, self.seed, self.perturbation, self.masked = window, rows, seed, perturbation, masked
         self._kept: tuple[int, Int[np.ndarray, "row token"]] | None = None
 
@@ -145,7 +145,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 def quick_evaluation(model: Any, grammar: Grammar, rng: np.random.Generator, strings: int) -> dict[str, float]:
     """Return how many of the strings that a model writes are right, and how far its next tokens are (nats a token)."""
-    codes, longest = codes_of(grammar), bounds(grammar)[0][1]
+    codes, longest = token_map(grammar), bounds(grammar)[0][1]
     written = write(model, codes, [np.zeros(0, dtype=np.int64)] * strings, rng, longest)
     kl = divergences(model, codes, grammar, [each.tokens for each in sample(grammar, rng, strings)])
     return {"accuracy": right(grammar, written) / strings, "kl": float(np.mean(kl))}
@@ -180,7 +180,7 @@ def train(
     check_training(config, grammar)
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        claim({**config.model_dump(), **spec.model_dump(), "grammar": str(grammar), "seed": seed}, out)
+        init_train_dir({**config.model_dump(), **spec.model_dump(), "grammar": str(grammar), "seed": seed}, out)
     final, history = out / "model", out / "history.json"
     if history.exists() or (spec.untrained and not first):
         return final

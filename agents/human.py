@@ -9,7 +9,7 @@ from rich.text import Text
 
 from nextstate.agents.agent import Agent, Prediction, Prompt, from_belief
 from nextstate.agents.play import Player, View
-from nextstate.envs.game import point
+from nextstate.envs.game import one_hot
 
 STOP = ("q", "quit", "exit")
 _NAMED = 5  # commands that a question lists; of more it says how many there are
@@ -44,7 +44,7 @@ class Human(Agent):
                 raise GivenUp
             found = [i for i, w in enumerate(folded) if w == meant] or [i for i, w in enumerate(folded) if meant in w]
             if len(found) == 1:
-                return from_belief(point(len(words), found[0]), question, 0.0)
+                return from_belief(one_hot(len(words), found[0]), question, 0.0)
             self.console.print(Text(f"{said!r} is none of: {', '.join(words)}", style="yellow"))
 
 

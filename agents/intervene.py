@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nextstate.agents.agent import Agent, AgentError, ContextError, Prediction, Prompt
-from nextstate.agents.branches import Reading
+from nextstate.agents.branches import ForwardContext
 from nextstate.agents.intervention import Intervention
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation, Edit, Site
@@ -86,7 +86,7 @@ class _Puts:
                     passed[layer, tree] = own.new_zeros(len(reading.trunks[tree].tree), *own.shape[2:])
                 passed[layer, tree][nodes[real]] = own[row, torch.from_numpy(real).to(own.device)]
 
-        def done(reading: Reading) -> None:
+        def done(reading: ForwardContext) -> None:
             for asked in reading.asked:
                 path = torch.tensor(reading.path(asked), device=self.model.device)
                 for layer in self.what.by_layer:
@@ -149,8 +149,8 @@ class Intervened(Agent):
     def warnings(self) -> tuple[str, ...]:
         return self.model.warnings()
 
-    def remark(self, episode: Episode) -> str:
-        return self.model.remark(episode)
+    def episode_warnings(self, episode: Episode) -> str:
+        return self.model.episode_warnings(episode)
 
     def describe(self) -> dict[str, Any]:
         of = {"of": self.model.name, **self.intervention.describe()}

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
-from nextstate.agents.branches import Asked, Planted, Reading, Trunk, size_of
+from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size_of
 from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
 from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
 from nextstate.agents.identity import files_digest
 from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load
 from nextstate.agents.loading import default_device as default_device
-from nextstate.agents.sites import Edit, Names, Site, Sites
+from nextstate.agents.sites import Edit, ModuleMap, Site, Sites
 from nextstate.agents.text import Encoder, TokenizerError
-from nextstate.envs.contrast import pieces
+from nextstate.envs.contrast import segments
 from nextstate.envs.game import Episode
 
 
@@ -37,7 +37,7 @@ class LanguageModel(Agent):
         revision: branch, tag or commit on the hub.
         allow_incomplete: load a checkpoint that lacks tensors or has some too many; what it lacks is random.
         bos: begin transcripts with the beginning-of-sequence token, or not; by default as the tokenizer does.
-        modules: names of its modules, as `nextstate.agents.sites.Names` has them; by default found by structure.
+        modules: names of its modules, as `nextstate.agents.sites.ModuleMap` has them; by default found by structure.
         batch_size: most episodes in one forward pass.
         batch_tokens: most tokens in one forward pass, padding included (one episode always goes). Batches halve
             themselves when memory runs out.
@@ -80,7 +80,7 @@ class LanguageModel(Agent):
         self.commit = found.commit
         self.incomplete = found.incomplete
         self.quantization = quantization
-        self._names = None if modules is None else Names(**modules)
+        self._names = None if modules is None else ModuleMap(**modules)
         self.encoder = _encoder(name, self.tokenizer, bos)
         self.batch_size = batch_size
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
@@ -88,7 +88,7 @@ class LanguageModel(Agent):
         pad = int(self.tokenizer.pad_token_id or 0)
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # any will do: nobody looks at it
         self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
-        self._done: list[Callable[[Reading], None]] = []
+        self._done: list[Callable[[ForwardContext], None]] = []
         if self._names is not None:
             self.sites.check("resid_pre")  # names that are wrong are said now, not when heads are first read
 
@@ -109,7 +109,9 @@ class LanguageModel(Agent):
         return files_digest(self.name, self.commit) if self._by_name else None  # read once: files may be large
 
     @contextmanager
-    def hooks(self, *edits: tuple[Site, int, Edit], done: Callable[[Reading], None] | None = None) -> Iterator[Self]:
+    def hooks(
+        self, *edits: tuple[Site, int, Edit], done: Callable[[ForwardContext], None] | None = None
+    ) -> Iterator[Self]:
         """Read and write activations while this agent answers, live or replayed; the numbers are the same.
 
         Args:
@@ -136,7 +138,7 @@ class LanguageModel(Agent):
             yield self
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> ForwardContext:
         """What the forward pass that is running reads, for use in hooks; `AgentError` where none is running."""
         if self.forward.reading is None:
             raise AgentError(f"{self.name} reads nothing now: ask from within a hook, while it answers")
@@ -179,9 +181,9 @@ class LanguageModel(Agent):
             found.append(f"{self.name} {self.encoder.differs}")
         return tuple(found)
 
-    def remark(self, episode: Episode) -> str:
+    def episode_warnings(self, episode: Episode) -> str:
         found = list(self.warnings())
-        if not self.encoder.natural(pieces(episode)):
+        if not self.encoder.natural(segments(episode)):
             found.append(
                 f"{self.name} would split a whole transcript into other tokens than its pieces, which are what it was "
                 "given"
@@ -191,7 +193,7 @@ class LanguageModel(Agent):
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
         if not all(p.asked.choices for p in prompts):  # to be written, a token a forward pass
             return self.live().predict(prompts)
-        trunks, planted = self.plant(prompts)
+        trunks, planted = self.add_question(prompts)
         road = self.forward.require(*size_of(trunks.values()))
         out: list[Prediction | None] = [None] * len(prompts)
         for episodes in self._batches(trunks, road):
@@ -203,21 +205,21 @@ class LanguageModel(Agent):
 
         return Session(self)
 
-    def plant(
+    def add_question(
         self, prompts: Sequence[Prompt], trunks: dict[int, Trunk] | None = None
-    ) -> tuple[dict[int, Trunk], dict[int, list[tuple[int, Planted]]]]:
+    ) -> tuple[dict[int, Trunk], dict[int, list[tuple[int, Branch]]]]:
         """Grow one tree an episode (by its `id`) with all its prompts, given with their index."""
         trunks = {} if trunks is None else trunks
-        planted: dict[int, list[tuple[int, Planted]]] = {}
+        planted: dict[int, list[tuple[int, Branch]]] = {}
         for i, (episode, step, question) in enumerate(prompts):
             if id(episode) not in trunks:
                 trunks[id(episode)] = Trunk(self.encoder, episode)
-            planted.setdefault(id(episode), []).append((i, trunks[id(episode)].plant(step, question)))
+            planted.setdefault(id(episode), []).append((i, trunks[id(episode)].add_question(step, question)))
         self._check_context(prompts, trunks, planted)
         return trunks, planted
 
     def _check_context(
-        self, prompts: Sequence[Prompt], trunks: dict[int, Trunk], planted: dict[int, list[tuple[int, Planted]]]
+        self, prompts: Sequence[Prompt], trunks: dict[int, Trunk], planted: dict[int, list[tuple[int, Branch]]]
     ) -> None:
         if self.context is None:
             return
@@ -255,7 +257,7 @@ class LanguageModel(Agent):
         self,
         road: Road,
         trunks: dict[int, Trunk],
-        planted: dict[int, list[tuple[int, Planted]]],
+        planted: dict[int, list[tuple[int, Branch]]],
         episodes: list[int],
         prompts: Sequence[Prompt],
         out: list[Prediction | None],
@@ -283,7 +285,7 @@ class LanguageModel(Agent):
         self,
         road: Road,
         trunks: Sequence[Trunk],
-        asked: Sequence[tuple[int, int, Planted]],
+        asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
     ) -> Iterator[tuple[int, Prediction]]:
@@ -313,14 +315,14 @@ class LanguageModel(Agent):
         road: Road,
         trunks: Sequence[Trunk],
         wants: Sequence[Want],
-        asked: Sequence[tuple[int, int, Planted]],
+        asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
     ) -> Scores:
         """Read transcripts as `Forward.scores` does, while hooks are told what is read."""
         questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
         before = (0,) * len(trunks) if memory is None else tuple(memory.read)
-        reading = Reading(tuple(trunks), questions, before, memory is not None)
+        reading = ForwardContext(tuple(trunks), questions, before, memory is not None)
         trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
         scores = self.forward.scores(road, trees, spines, wants, reading, memory)
         finished, self.forward.finished = self.forward.finished, None
@@ -332,7 +334,7 @@ class LanguageModel(Agent):
     def _prediction(
         self,
         row: int,
-        planted: Planted,
+        planted: Branch,
         prompt: Prompt,
         wanted: dict[tuple[int, int], dict[int, int]],
         index: dict[tuple[int, int], int],

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, OutOfMemory, Prediction, Prompt
-from nextstate.agents.branches import Planted, Trunk, size_of
+from nextstate.agents.branches import Branch, Trunk, size_of
 from nextstate.agents.forward import Memory, Road, Want, out_of_memory
 from nextstate.envs.game import Episode
 
@@ -41,7 +41,7 @@ class Session(Agent):
         unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
         if unknown and self.trunks:
             raise AgentError(f"this session reads {len(self.trunks)} episodes; begin a new one for other episodes")
-        self.trunks, planted = self.model.plant(prompts, self.trunks)
+        self.trunks, planted = self.model.add_question(prompts, self.trunks)
         asked = [(r, i, q) for r, key in enumerate(self.trunks) for i, q in planted.get(key, [])]
         if self.memory is not None and any(q.node < self.memory.read[row] for row, _, q in asked):
             raise AgentError("this session has answered that question already; give it the episode as it went on")
@@ -59,7 +59,7 @@ class Session(Agent):
             self.memory = Memory.of(road, len(self.trunks))
         return road, self.memory
 
-    def _write(self, asked: Sequence[tuple[int, int, Planted]], prompts: Sequence[Prompt]) -> list[Prediction]:
+    def _write(self, asked: Sequence[tuple[int, int, Branch]], prompts: Sequence[Prompt]) -> list[Prediction]:
         tokenizer, trees = self.model.tokenizer, [t.tree for t in self.trunks.values()]
         written: dict[int, list[int]] = {i: [] for _, i, _ in asked}
         lines = dict.fromkeys(written, "")
@@ -74,7 +74,7 @@ class Session(Agent):
                     written[i].append(token)
                     lines[i] = tokenizer.decode(written[i])
                     if "\n" not in lines[i] and len(written[i]) < WRITTEN:
-                        going.append((row, i, Planted(trees[row].grow(q.node, (token,)), ())))
+                        going.append((row, i, Branch(trees[row].grow(q.node, (token,)), ())))
             asked = going
         answers = [lines[i].partition("\n")[0].strip() for i in range(len(prompts))]
         return [Prediction(answer, -1, -1, -1, -1, (), lengths[i]) for i, answer in enumerate(answers)]

@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nextstate.agents.discovery import LayerSites, Names, SiteError, discover
+from nextstate.agents.discovery import LayerSites, ModuleMap, SiteError, discover
 from nextstate.agents.tracing import given, with_stream
 
-__all__ = ["ATTENTIONS", "SITES", "Activation", "Edit", "LayerSites", "Names", "Site", "SiteError", "Sites"]
+__all__ = ["ATTENTIONS", "SITES", "Activation", "Edit", "LayerSites", "ModuleMap", "Site", "SiteError", "Sites"]
 
 Site = Literal["resid_pre", "head", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = get_args(Site)
@@ -53,10 +53,10 @@ class Sites:
     architecture: str
     hidden: int
     per_layer: tuple[LayerSites, ...] = field(repr=False)
-    names: Names | None = None
+    names: ModuleMap | None = None
 
     @classmethod
-    def of(cls, model: Any, names: Names | None = None) -> Sites:
+    def of(cls, model: Any, names: ModuleMap | None = None) -> Sites:
         """Find the sites of a causal Hugging Face model, and prove them on a short forward pass.
 
         Args:

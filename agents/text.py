@@ -112,10 +112,10 @@ class Encoder:
         raise TokenizerError(f"the tokenizer gives {text!r} no tokens of its own behind any of {_ANCHORS}")
 
     def locate(self, pieces: Sequence[str], span: Span) -> int:
-        """Return the position of the last token that overlaps `span`, in the tokens of a prompt made of `pieces`.
+        """Return the position of the last token that overlaps `span`, in the tokens of a prompt made of `segments`.
 
         Args:
-            pieces: opening and continuations, as `nextstate.envs.contrast.pieces` cuts a prompt.
+            pieces: opening and continuations, as `nextstate.envs.contrast.segments` cuts a prompt.
             span: characters of one of them.
 
         Raises:

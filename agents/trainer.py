@@ -25,7 +25,7 @@ TRAINING_STREAM = 1
 _log = logging.getLogger(__name__)
 
 
-def claim(decides: Mapping[str, Any], out: Path) -> None:
+def init_train_dir(decides: Mapping[str, Any], out: Path) -> None:
     """Make `out` the folder of a training run; `decides` is all that the model depends on, in JSON types.
 
     Raises:

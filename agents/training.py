@@ -31,9 +31,9 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import PathMasks, Places
 from nextstate.agents.rollout import determined_accuracy, episodes_of, seeds_for
 from nextstate.agents.text import Encoder, begins_with
-from nextstate.agents.trainer import TRAINING_STREAM, claim, fit
+from nextstate.agents.trainer import TRAINING_STREAM, fit, init_train_dir
 from nextstate.agents.training_config import Optimisation
-from nextstate.envs.game import Episode, GameError, Sample, score, unroll
+from nextstate.envs.game import Episode, GameError, Sample, expected_accuracy, unroll
 from nextstate.envs.games import game_class, make_game
 
 BOS, PAD = "<|bos|>", "<|pad|>"
@@ -161,10 +161,10 @@ def plant_episode(
     tempting = [episode.beliefs(name) for name in stage.resist if name in episode.game.shortcuts]
     for t, step in enumerate(episode.steps):
         for q, question in enumerate(step.questions):
-            planted = trunk.plant(t, q)
-            settled = score(beliefs[t][q], question.accepted) == 1
+            planted = trunk.add_question(t, q)
+            settled = expected_accuracy(beliefs[t][q], question.accepted) == 1
             weight = weights.determined if settled else weights.undetermined
-            if settled and any(score(b[t][q], question.accepted) < 1 for b in tempting):
+            if settled and any(expected_accuracy(b[t][q], question.accepted) < 1 for b in tempting):
                 weight *= stage.resist_weight
             right = question.truth
             if len(question.accepted) > 1 and episode.game.feedback == "branch":
@@ -173,7 +173,7 @@ def plant_episode(
             row.context.extend(choice.nodes)
             row.target.extend(choice.tokens)
             row.weight.extend([weight] * len(choice.tokens))
-    trunk.plant(len(episode.steps) - 1, 0)
+    trunk.add_question(len(episode.steps) - 1, 0)
 
 
 def finish(row: Row, limit: int, weights: Weights) -> Row:
@@ -369,7 +369,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     Raises:
         ConfigError: `out` holds a training run of another config.
     """
-    claim(config.model_dump(mode="json"), out)
+    init_train_dir(config.model_dump(mode="json"), out)
     set_seed(config.seed)
     tokenizer = train_tokenizer(config)
     started = start_from(config.start, config.model, tokenizer) if config.start else None

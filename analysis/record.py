@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nextstate.agents.agent import Prompt
-from nextstate.agents.branches import Asked, Layout, Reading, Trunk
+from nextstate.agents.branches import Asked, ForwardContext, Layout, Trunk
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import Activation, Edit, Site
 from nextstate.analysis.attention import Look, attention_hooks
 from nextstate.analysis.roles import ROLES, spans
-from nextstate.envs.contrast import Span, piece_of, pieces
+from nextstate.envs.contrast import Span, piece_of, segments
 from nextstate.envs.files import file_digest, write_atomic, write_json
 
 ATTENTION = "attention"
@@ -145,7 +145,7 @@ class Recorder:
         look = Look([r for r, _ in found.values()], [t for _, t in found.values()], columns, layout.total)
         return _Pass(layout, look, list(found))
 
-    def _choose(self, reading: Reading) -> None:
+    def _choose(self, reading: ForwardContext) -> None:
         """Choose the nodes that the questions ask for, or (live) that a later one will."""
         self._found, self._wanted = [], [{} for _ in reading.trunks]
         for asked in reading.asked:
@@ -168,7 +168,7 @@ class Recorder:
         out, episode, encode = set[int](), trunk.episode, self.model.encoder
         for t, step in enumerate(episode.steps):
             for q in range(len(step.questions)):
-                parts = pieces(episode, t, q)
+                parts = segments(episode, t, q)
                 told = piece_of(episode, t, "narration") + 1
                 lengths = [len(encode.opening(parts[0])), *(len(encode.piece(p)) for p in parts[1:])]
                 found = self._places(Prompt(episode, t, q), sum(lengths))
@@ -186,7 +186,7 @@ class Recorder:
             elif place == "last":
                 out.append((place, length - 1))
             elif place in told:
-                out.append((place, self.model.encoder.locate(pieces(*prompt), told[place])))
+                out.append((place, self.model.encoder.locate(segments(*prompt), told[place])))
         return out
 
     def _take(self, site: str, layer: int, x: Activation) -> None:
@@ -204,7 +204,7 @@ class Recorder:
         kept = [k for k in self.kept if (k.site, k.layer) == (ATTENTION, layer)]
         self._keep({k.key: x.contiguous() for k, x in zip(kept, weights.cpu().unbind(1), strict=True)})
 
-    def _done(self, reading: Reading) -> None:
+    def _done(self, reading: ForwardContext) -> None:
         """Take over what the passes that went well have left, each node once."""
         if self._reading is not reading.trunks:
             return
@@ -239,7 +239,7 @@ class Recorder:
         if len(self._pending) * len(self.kept) >= _PENDING:
             self.flush()
 
-    def _note(self, reading: Reading, asked: Asked, found: Sequence[tuple[str, int]]) -> None:
+    def _note(self, reading: ForwardContext, asked: Asked, found: Sequence[tuple[str, int]]) -> None:
         path, prompt, game = reading.path(asked), asked.prompt, asked.prompt.episode.game
         known = self._known.get(reading.trunks[asked.tree], {})
         setting = json.dumps(game.settings, sort_keys=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from nextstate.agents.agent import Prompt
-from nextstate.envs.contrast import Span, piece_of, pieces
+from nextstate.envs.contrast import Span, piece_of, segments
 
 ROLES = ("state", "action", "last")  # "last" is the answering token, the end of the prompt
 
@@ -19,7 +19,7 @@ def spans(prompt: Prompt) -> dict[str, Span]:
     - "action": the last word of the step's command, in its narration: an action's name, the box moved into, the fruit.
     """
     episode, t, _ = prompt
-    step, game, parts = episode.steps[t], episode.game, pieces(*prompt)
+    step, game, parts = episode.steps[t], episode.game, segments(*prompt)
     told = piece_of(episode, t, "narration")
     out = {}
     value = game.values(step.state).get(prompt.asked.variable, "")

@@ -20,7 +20,7 @@ from benchmarks.common import Result, compare, finish, parse
 from nextstate.envs.grammar.derivation import sample
 from nextstate.envs.grammar.grammar import Grammar
 from nextstate.envs.grammar.inside import member, next_tokens
-from nextstate.envs.grammar.reading import Reading
+from nextstate.envs.grammar.reading import Posterior
 from nextstate.envs.grammar.sources import PUBLISHED, published
 
 Chart = list[list[dict[Any, float]]]
@@ -155,7 +155,7 @@ def published_rates(many: int) -> dict[str, float]:
 def read_all(grammar: Grammar, strings: Sequence[np.ndarray]) -> None:
     """Read strings token by token, as the game's ideal reader does."""
     for string in strings:
-        now = Reading.start(grammar)
+        now = Posterior.start(grammar)
         for token in string.tolist():
             now = now.read(token)
 

@@ -21,7 +21,7 @@ from nextstate.agents.agent import Prediction, Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.training import TrainConfig, train_tokenizer
-from nextstate.envs.contrast import pieces
+from nextstate.envs.contrast import segments
 from nextstate.envs.games import make_game
 
 BATCH = 16
@@ -32,7 +32,7 @@ def one_forward_a_question(agent: LanguageModel, prompts: Sequence[Prompt]) -> l
     """Return, for each prompt, the summed log-probability of each choice and the greedy choice (-1: none)."""
     rows: list[tuple[int, int, list[int], list[int]]] = []  # prompt, choice (-1: all of one token), head, tail
     for i, prompt in enumerate(prompts):
-        opening, *rest = pieces(*prompt)
+        opening, *rest = segments(*prompt)
         head = [*agent.encoder.opening(opening), *(token for text in rest for token in agent.encoder.piece(text))]
         rows.append((i, -1, head, []))
         tails = [list(agent.encoder.piece(c)) for c in prompt.asked.choices]

@@ -37,7 +37,7 @@ from nextstate.agents.certificate import certify
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.training import TrainConfig, train_tokenizer
-from nextstate.envs.contrast import pieces
+from nextstate.envs.contrast import segments
 from nextstate.envs.games import make_game
 
 LAYERS, WIDTH = 6, 256
@@ -68,7 +68,7 @@ def one_pass_a_question(agent: LanguageModel, prompts: Sequence[Prompt]) -> list
     """Return, for each prompt, the log-probability of each choice (of one token), and the greedy choice (-1: none)."""
     out = []
     for prompt in prompts:
-        opening, *rest = pieces(*prompt)
+        opening, *rest = segments(*prompt)
         tokens = [*agent.encoder.opening(opening), *(token for text in rest for token in agent.encoder.piece(text))]
         logits = agent.model(torch.tensor([tokens]), use_cache=False, logits_to_keep=1).logits[0, -1]
         answers = [agent.encoder.piece(choice)[0] for choice in prompt.asked.choices]

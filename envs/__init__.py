@@ -2,7 +2,7 @@
 
 from nextstate.envs.automaton import Automaton
 from nextstate.envs.environments import PlayEnv, PredictionEnv
-from nextstate.envs.game import Episode, Game, GameError, Question, Reader, Step, score, unroll
+from nextstate.envs.game import Episode, Game, GameError, Question, Reader, Step, expected_accuracy, unroll
 from nextstate.envs.games import GAMES, game_class, game_names, make_game
 from nextstate.envs.laws import LawError, check_game
 from nextstate.envs.registration import register_environments
@@ -22,10 +22,10 @@ __all__ = [
     "Reader",
     "Step",
     "check_game",
+    "expected_accuracy",
     "game_class",
     "game_names",
     "make_game",
     "register_environments",
-    "score",
     "unroll",
 ]

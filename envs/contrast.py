@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from nextstate.envs.episode import Episode
-from nextstate.envs.rules import Action, GameError, Question, Rules, State, Step, score
+from nextstate.envs.rules import Action, GameError, Question, Rules, State, Step, expected_accuracy
 
 KINDS = ("state", "action", "name", "noop")
 DESIGNS = ("balanced", "paper")
@@ -21,7 +21,7 @@ _TRIES = 2000
 
 
 class Span(NamedTuple):
-    """Characters `start` up to `end` of piece number `piece` of a prompt (see `pieces`)."""
+    """Characters `start` up to `end` of piece number `piece` of a prompt (see `segments`)."""
 
     piece: int
     start: int
@@ -79,7 +79,7 @@ class Pair:
         return Pair(self.kind, self.design, self.corrupted, self.clean, roles)
 
 
-def pieces(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ...]:
+def segments(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ...]:
     """Return the pieces whose concatenation is `episode.prompt(step, question)`, cut where an agent cuts them.
 
     They are the opening; for each earlier step its narration, where feedback is inline stem, answer and closing of each
@@ -107,9 +107,9 @@ def piece_of(episode: Episode, step: int, part: Part) -> int:
     return 1 + before + _PARTS.index(part)
 
 
-def spot(episode: Episode, piece: int, word: str) -> Span:
+def find_span(episode: Episode, piece: int, word: str) -> Span:
     """Return the last place of `word` in that piece of the prompt of the last step; `GameError` where it is not."""
-    text = pieces(episode)[piece]
+    text = segments(episode)[piece]
     found = [*re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text)]
     if not found:
         raise GameError(f"word={word!r} is not in piece {piece} of the prompt: expected a word of {text!r}")
@@ -118,19 +118,19 @@ def spot(episode: Episode, piece: int, word: str) -> Span:
 
 def answered(episode: Episode, step: int) -> Span:
     """Return where the answer to question 0 of `step` is told (inline feedback only)."""
-    return spot(episode, piece_of(episode, step, "answer"), episode.steps[step].questions[0].answer)
+    return find_span(episode, piece_of(episode, step, "answer"), episode.steps[step].questions[0].answer)
 
 
 def last(episode: Episode) -> Span:
     """Return the last character of the prompt of the last step."""
-    said = pieces(episode)
+    said = segments(episode)
     piece = max(i for i, text in enumerate(said) if text)
     return Span(piece, len(said[piece]) - 1, len(said[piece]))
 
 
 def differences(pair: Pair) -> list[Role]:
     """Return where the words of the two prompts differ; `GameError` where they are not the same sentences."""
-    clean, corrupted = (pieces(side) for side in pair.sides)
+    clean, corrupted = (segments(side) for side in pair.sides)
     out = []
     for i, texts in enumerate(zip(clean, corrupted, strict=False)):
         ours, theirs = (re.findall(r"\w+|\W", text) for text in texts)
@@ -147,7 +147,7 @@ def differences(pair: Pair) -> list[Role]:
     return out
 
 
-def flaws(pair: Pair) -> tuple[str, ...]:
+def problems(pair: Pair) -> tuple[str, ...]:
     """Return what makes a pair unfit to measure with, in words; nothing where it is sound.
 
     A sound pair has sides with different answers, each a choice on the other side, each settled by the transcript, and
@@ -163,7 +163,7 @@ def flaws(pair: Pair) -> tuple[str, ...]:
     for name, side, question, other in zip(names, pair.sides, pair.questions, pair.answers[::-1], strict=True):
         if other not in question.choices:
             found.append(f"{other.strip()} is no choice on the {name} side")
-        if score(side.beliefs("ideal")[-1][0], question.accepted) < 1 or len(question.accepted) > 1:
+        if expected_accuracy(side.beliefs("ideal")[-1][0], question.accepted) < 1 or len(question.accepted) > 1:
             found.append(f"the {name} transcript does not settle the answer")
     return tuple(found)
 
@@ -172,7 +172,7 @@ def shortcuts(pair: Pair) -> dict[str, float]:
     """Return what each of the game's shortcuts scores on the pair, the mean over its sides."""
     return {
         name: sum(
-            score(side.beliefs(name)[-1][0], question.accepted)
+            expected_accuracy(side.beliefs(name)[-1][0], question.accepted)
             for side, question in zip(pair.sides, pair.questions, strict=True)
         )
         / 2
@@ -180,11 +180,11 @@ def shortcuts(pair: Pair) -> dict[str, float]:
     }
 
 
-def fair(draw: Callable[[], Pair | None], hopeless: tuple[str, ...] = ()) -> Pair:
+def draw_balanced(draw: Callable[[], Pair | None], hopeless: tuple[str, ...] = ()) -> Pair:
     """Draw until there is a sound pair on which no shortcut but the `hopeless` ones beats one half."""
     for _ in range(_TRIES):
         pair = draw()
-        if pair is None or flaws(pair):
+        if pair is None or problems(pair):
             continue
         if all(value <= 0.5 for name, value in shortcuts(pair).items() if name not in hopeless):
             return pair
@@ -196,7 +196,7 @@ def roles(clean: Mapping[str, Span], corrupted: Mapping[str, Span]) -> dict[str,
     return {name: Role(span, corrupted[name]) for name, span in clean.items() if name in corrupted}
 
 
-def tell(game: Rules, start: State, actions: Sequence[Action], variable: str = "", seed: int = 0) -> Episode:
+def build_episode(game: Rules, start: State, actions: Sequence[Action], variable: str = "", seed: int = 0) -> Episode:
     """Return the episode of these actions.
 
     Where `variable` is given, the last step asks about it, and the steps before ask nothing; else each asks everything.

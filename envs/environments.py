@@ -8,7 +8,18 @@ import gymnasium as gym
 from gymnasium.error import ResetNeeded
 
 from nextstate.envs.aims import NOTHING, Aim, positions, refuse, take, words
-from nextstate.envs.game import Action, Episode, Game, Question, State, Step, check_steps, require, score, unroll
+from nextstate.envs.game import (
+    Action,
+    Episode,
+    Game,
+    Question,
+    State,
+    Step,
+    check_steps,
+    expected_accuracy,
+    require,
+    unroll,
+)
 from nextstate.envs.games import make_game
 
 PRINTABLE = frozenset(map(chr, range(32, 127)))
@@ -54,7 +65,9 @@ def answer_space(game: Game, answer: str) -> gym.Space[Any]:
 def ceilings(episode: Episode) -> list[float]:
     """Return what the ideal reader is expected to score on the first question of each step."""
     beliefs = episode.beliefs("ideal")
-    return [score(row[0], step.questions[0].accepted) for row, step in zip(beliefs, episode.steps, strict=True)]
+    return [
+        expected_accuracy(row[0], step.questions[0].accepted) for row, step in zip(beliefs, episode.steps, strict=True)
+    ]
 
 
 class PredictionEnv(gym.Env[str, Any]):
@@ -105,7 +118,7 @@ class PredictionEnv(gym.Env[str, Any]):
             self.episode = unroll(self.game, int(self.np_random.integers(2**31)), self.steps)
         else:
             self.episode = unroll(self.game, seed, self.steps, rng=self.np_random)
-        self._told, self._ceilings = self.episode.told, ceilings(self.episode)
+        self._told, self._ceilings = self.episode.texts, ceilings(self.episode)
         self._head, self._at = self.episode.opening, 0
         info: dict[str, Any] = {}
         self._show(info)

@@ -24,7 +24,7 @@ class Episode:
     _beliefs: dict[str, list[list[Distribution]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def told(self) -> tuple[str, ...]:
+    def texts(self) -> tuple[str, ...]:
         """The words each step adds to the transcript for good: narration, inline questions with answers, outcome."""
         if self.game.feedback == "branch":
             return tuple([s.narration + s.outcome for s in self.steps])
@@ -38,13 +38,13 @@ class Episode:
     @property
     def transcripts(self) -> tuple[str, ...]:
         """The transcript before each step, and at last the whole one; T + 1 strings."""
-        return tuple(accumulate(self.told, initial=self.opening))
+        return tuple(accumulate(self.texts, initial=self.opening))
 
     def prompt(self, step: int, question: int = 0) -> str:
         """Return the text that ends where the answer to that question belongs (both counted from 0)."""
         now = self.steps[step]
         asked = now.questions[: question + 1]
-        head = self.opening + "".join(self.told[:step]) + now.narration
+        head = self.opening + "".join(self.texts[:step]) + now.narration
         if self.game.feedback == "inline":
             head += "".join(q.stem + q.choices[q.truth] + q.closing for q in asked[:-1])
         return head + asked[-1].stem
@@ -62,18 +62,18 @@ class Episode:
         if name == "chance":
             return [[uniform(len(q.choices)) for q in step.questions] for step in self.steps]
         reader = self.game.reader(self.start)
-        hear, guess, learn = reader.hear, reader.guess, reader.learn
+        observe, guess, observe_answer = reader.observe, reader.guess, reader.observe_answer
         inline = self.game.feedback == "inline"
         out: list[list[Distribution]] = []
         for _, action, _, _, asked, _ in self.steps:
-            hear(action)
+            observe(action)
             if not inline:
                 out.append([guess(name, question) for question in asked])
                 continue
             row: list[Distribution] = []
             for question in asked:
                 row.append(guess(name, question))
-                learn(question.truth)
+                observe_answer(question.truth)
             out.append(row)
         return out
 

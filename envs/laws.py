@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nextstate.envs.contrast import flaws, pieces
+from nextstate.envs.contrast import problems, segments
 from nextstate.envs.environments import PRINTABLE, PlayEnv, PredictionEnv
-from nextstate.envs.game import Action, Distribution, Episode, Game, GameError, State, Step, score, unroll
+from nextstate.envs.game import Action, Distribution, Episode, Game, GameError, State, Step, expected_accuracy, unroll
 from nextstate.envs.games import game_class
 from nextstate.envs.rules import Rules
 
@@ -215,7 +215,7 @@ def text_is_exact(case: Case) -> Iterator[str]:
         for t, step in enumerate(episode.steps):
             for i, question in enumerate(step.questions):
                 prompt = episode.prompt(t, i)
-                if prompt != "".join(pieces(episode, t, i)) or not prompt.endswith(question.stem):
+                if prompt != "".join(segments(episode, t, i)) or not prompt.endswith(question.stem):
                     yield f"expected a prompt that is made of its pieces and ends with its stem, found {prompt!r}"
                 if not prompt.startswith(transcripts[t] + step.narration):
                     yield f"expected a prompt that begins with the transcript and narration, found {prompt!r}"
@@ -315,7 +315,7 @@ def no_shortcut_beats_the_ideal_reader(case: Case) -> Iterator[str]:
         for name in names:
             rows[name].append(
                 [
-                    score(belief, question.accepted) - score(ideal, question.accepted)
+                    expected_accuracy(belief, question.accepted) - expected_accuracy(ideal, question.accepted)
                     for step, row, top in zip(episode.steps, episode.beliefs(name), best, strict=True)
                     for question, belief, ideal in zip(step.questions, row, top, strict=True)
                 ]
@@ -351,11 +351,11 @@ def pairs_are_sound(case: Case) -> Iterator[str]:
                 break
             if pair != again:
                 yield f"expected the same {kind} pair from the same seed {seed}, found another"
-            for problem in flaws(pair):
+            for problem in problems(pair):
                 yield f"expected a {kind} pair to measure with, found that {problem} (seed {seed})"
             for side, episode in enumerate(pair.sides):
                 yield from _side_problems(game, episode, f"{kind} pair of seed {seed}")
-                texts = pieces(episode)
+                texts = segments(episode)
                 for name, role in pair.roles.items():
                     span = role[side]
                     if not texts[span.piece][span.start : span.end]:

@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair, Span, differences, fair, last, piece_of, pieces, roles, tell
+from nextstate.envs.contrast import (
+    Pair,
+    Span,
+    build_episode,
+    differences,
+    draw_balanced,
+    last,
+    piece_of,
+    roles,
+    segments,
+)
 from nextstate.envs.episode import Episode
 from nextstate.envs.rules import Action, GameError, Rules, State, require, require_whole
 
@@ -42,7 +52,7 @@ def search(
     most = game.max_steps or 10_000
     steps = min(6, most) if steps is None else steps
     require_whole("steps", steps, 1, most)
-    return fair(lambda: _draw(game, rng, kind, steps), hopeless)
+    return draw_balanced(lambda: _draw(game, rng, kind, steps), hopeless)
 
 
 def _draw(game: Rules, rng: np.random.Generator, kind: str, steps: int) -> Pair | None:
@@ -90,8 +100,8 @@ def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 def _episode(game: Rules, start: State, actions: Sequence[Action], variable: str, seed: int) -> Episode:
     """Return the episode of these actions, whose last step asks about `variable` alone."""
     if game.feedback == "branch":
-        return tell(game, start, actions, variable, seed)
-    full = tell(game, start, actions, seed=seed)
+        return build_episode(game, start, actions, variable, seed)
+    full = build_episode(game, start, actions, seed=seed)
     final = full.steps[-1]
     asked = tuple(q for q in final.questions if q.variable == variable)
     return replace(full, steps=(*full.steps[:-1], final._replace(questions=asked)))
@@ -119,7 +129,7 @@ def _pair(kind: str, clean: Episode, corrupted: Episode) -> Pair | None:
 def _spans(pair: Pair, side: int) -> dict[str, Span]:
     """Return where the roles are that both kinds of pairs have."""
     episode, answers = pair.sides[side], pair.answers
-    texts = pieces(episode)
+    texts = segments(episode)
     narration = piece_of(episode, -1, "narration")
     out = {"last": last(episode)}
     for name, first, end, word in (

@@ -37,7 +37,7 @@ def require_whole(name: str, value: object, low: int, high: int) -> None:
     require(ok, name, value, f"a whole number from {low} to {high}")
 
 
-def split(u: float, n: int) -> tuple[int, float]:
+def split_uniform(u: float, n: int) -> tuple[int, float]:
     """Cut a uniform draw `u` in [0, 1) into a uniform index below `n` and what is left of `u`, again uniform.
 
     One float a step thus decides everything about the step, so that single, vector and replayed episodes draw alike.
@@ -48,7 +48,7 @@ def split(u: float, n: int) -> tuple[int, float]:
 
 
 @lru_cache(maxsize=4096)
-def point(n: int, index: int) -> Distribution:
+def one_hot(n: int, index: int) -> Distribution:
     """Return the distribution over `n` choices that is certain of `index`."""
     return tuple(float(i == index) for i in range(n))
 
@@ -97,7 +97,7 @@ class Step(NamedTuple):
 
 
 @lru_cache(maxsize=65536)
-def score(belief: Distribution, accepted: tuple[int, ...]) -> float:
+def expected_accuracy(belief: Distribution, accepted: tuple[int, ...]) -> float:
     """Return the expected accuracy of answering with the likeliest choice, ties broken evenly."""
     top = max(belief)
     best = [i for i, p in enumerate(belief) if p >= top - 1e-12]
@@ -107,15 +107,15 @@ def score(belief: Distribution, accepted: tuple[int, ...]) -> float:
 class Reader(ABC):
     """What a reader who knows the game's rules can conclude from the text alone, and what shortcuts would answer.
 
-    The reader is given only what the text says: `hear` is called with each action that is narrated, and `learn` with
-    each answer that stays in the text.
+    The reader is given only what the text says: `observe` is called with each action that is narrated, and
+    `observe_answer` with each answer that stays in the text.
     """
 
     @abstractmethod
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         """Take in the outcome of the previous step, if it has one, and the narration of `action`."""
 
-    def learn(self, answer: int) -> None:  # noqa: B027 - many readers have nothing to learn from answers
+    def observe_answer(self, answer: int) -> None:  # noqa: B027 - many readers have nothing to learn from answers
         """Take in that choice `answer` was the last question's answer (inline feedback only)."""
 
     @abstractmethod
@@ -179,7 +179,7 @@ class Rules(ABC):
     def policy(self, state: State, u: float) -> Action:
         """Turn a uniform draw `u` in [0, 1) into the game's own next action; by default each legal one alike."""
         legal = self.actions(state)
-        return legal[split(u, len(legal))[0]]
+        return legal[split_uniform(u, len(legal))[0]]
 
     @abstractmethod
     def values(self, state: State) -> Mapping[str, str]:
@@ -254,7 +254,7 @@ class FullReader(Reader):
     def __init__(self, rules: Rules, state: State) -> None:
         self.rules, self.next_state = rules, state
 
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         self.state, self.action = self.next_state, action
         self.next_state = self.rules.transition(self.state, action)
 
@@ -270,7 +270,7 @@ def _draw(asked: tuple[Question, ...], k: int, v: float) -> tuple[Question, ...]
     left = list(asked)
     picked = []
     for _ in range(k):
-        i, v = split(v, len(left))
+        i, v = split_uniform(v, len(left))
         picked.append(left.pop(i))
     return tuple(picked)
 

@@ -86,7 +86,7 @@ class PredictionVectorEnv(gym.vector.VectorEnv[tuple[str, ...], Any, Any]):
         )
         # Turned round, so that each step finds a row of what it needs of every environment.
         self._ceilings = np.array([ceilings(episode) for episode in self.episodes]).T
-        self._told = list(zip(*[episode.told for episode in self.episodes], strict=True))
+        self._told = list(zip(*[episode.texts for episode in self.episodes], strict=True))
         self._states = list(zip(*[[s.next_state for s in episode.steps] for episode in self.episodes], strict=True))
         self._narrations = list(zip(*[[s.narration for s in episode.steps] for episode in self.episodes], strict=True))
         facts: dict[int, Facts] = {}  # most games ask the same few question objects again and again

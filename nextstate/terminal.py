@@ -15,7 +15,7 @@ from nextstate.agents.play import AgentPlayer, Player, Playing
 from nextstate.agents.registry import HUMAN, PLAYERS, REFERENCES, spec_of
 from nextstate.envs.aims import Aim, reply, shortest
 from nextstate.envs.environments import DEFAULT_STEPS, PlayEnv
-from nextstate.envs.game import Episode, Game, GameError, Reader, score, unroll
+from nextstate.envs.game import Episode, Game, GameError, Reader, expected_accuracy, unroll
 
 LONG = 100  # commands that somebody has, at most, in a game with an objective
 ENDS = {
@@ -88,7 +88,7 @@ def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
         for t, step in enumerate(episode.steps):
             if step.narration.strip():
                 terminal.say(step.narration.strip())
-            answered(terminal, reader, episode, t, tally, score(ideal[t][0], step.questions[0].accepted))
+            answered(terminal, reader, episode, t, tally, expected_accuracy(ideal[t][0], step.questions[0].accepted))
             if step.outcome.strip():
                 terminal.say(step.outcome.strip())
     if tally.asked < length:
@@ -138,17 +138,17 @@ class Examiner:
     def ask(self, episode: Episode) -> None:
         """Ask about the last step of what was played so far."""
         step, game = episode.steps[-1], self.game
-        self.ideal.hear(step.action)
+        self.ideal.observe(step.action)
         asked = game.questions(step.state, step.action, step.next_state)
         inline = game.feedback == "inline"
         if asked:
             # Where answers stay in the transcript, those before the one that is asked would be told by it.
             question = asked[0 if inline else int(self.rng.integers(len(asked)))]
-            ceiling = score(self.ideal.guess("ideal", question), question.accepted)
+            ceiling = expected_accuracy(self.ideal.guess("ideal", question), question.accepted)
             steps = (*episode.steps[:-1], step._replace(questions=(question,)))
             answered(self.terminal, self.reader, replace(episode, steps=steps), len(steps) - 1, self.tally, ceiling)
         for question in asked if inline else ():
-            self.ideal.learn(question.truth)
+            self.ideal.observe_answer(question.truth)
 
 
 def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed: int, questions: bool) -> int:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple, final
 
 import numpy as np
 
-from nextstate.envs.game import Action, Distribution, Feedback, Game, Question, Reader, State, point
+from nextstate.envs.game import Action, Distribution, Feedback, Game, Question, Reader, State, one_hot
 
 TREASURES = (1, 3)  # the rooms where they lie
 
@@ -100,11 +100,11 @@ class Knows(Reader):
     def __init__(self, game: Corridor, state: Walk) -> None:
         self.game, self.state = game, state
 
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         self.state = self.game.transition(self.state, action)
 
     def guess(self, name: str, question: Question) -> Distribution:
-        return point(len(question.choices), self.state.at)
+        return one_hot(len(question.choices), self.state.at)
 
 
 def _walk(state: State) -> Walk:

@@ -18,7 +18,7 @@ from nextstate.agents.agent import Agent, Prediction, Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.text import Encoder
-from nextstate.envs.contrast import pieces
+from nextstate.envs.contrast import segments
 from nextstate.envs.games import make_game
 
 RELATIVE = {torch.float32: 1e-4, torch.bfloat16: 0.15, torch.float16: 2e-2}  # tolerance over the standard deviation
@@ -68,7 +68,7 @@ class Truth(NamedTuple):
 
 def tokens_of(encoder: Encoder, prompt: Prompt) -> list[int]:
     """Return the tokens of a prompt."""
-    opening, *rest = pieces(*prompt)
+    opening, *rest = segments(*prompt)
     return [*encoder.opening(opening), *(token for text in rest for token in encoder.piece(text))]
 
 

@@ -125,13 +125,13 @@ def test_a_model_that_cannot_answer_one_cell_may_answer_another(tmp_path: Path) 
 def test_after_something_unforeseen_a_model_is_asked_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def remark(self: Agent, episode: Any) -> str:
+    def warn(self: Agent, episode: Any) -> str:
         asked.append(self.name)
         if self.name == "chance":
             raise ZeroDivisionError("nobody foresaw this\nand this")
         return ""
 
-    monkeypatch.setattr(Agent, "remark", remark)
+    monkeypatch.setattr(Agent, "episode_warnings", warn)
     make(SMALL | {"agents": ["chance", "ideal"]}, tmp_path / "run")
     assert asked == ["chance", "ideal", "ideal"]
     assert {x["reason"] for x in left_out(tmp_path / "run")} == {
@@ -142,7 +142,7 @@ def test_after_something_unforeseen_a_model_is_asked_no_more(tmp_path: Path, mon
     def stop(self: Agent, episode: Any) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Agent, "remark", stop)
+    monkeypatch.setattr(Agent, "episode_warnings", stop)
     with pytest.raises(KeyboardInterrupt):
         make(SMALL | {"agents": ["ideal"]}, tmp_path / "stopped")
 
@@ -163,7 +163,7 @@ def test_where_every_agent_fails_the_last_line_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "given"),
     [
-        ("patch", {"pairs": 2, "settings": {"states": 3}, "steps": 5, "kinds": ["state"], "resamples": 100}),
+        ("patch", {"pairs": 2, "game_args": {"states": 3}, "steps": 5, "kinds": ["state"], "resamples": 100}),
         ("response", {"block": 3, "prompts": 2, "window_prompts": 1}),
     ],
 )
@@ -186,7 +186,7 @@ def test_wrong_names_of_modules_are_one_line_of_the_command_line(tmp_path: Path)
     modules = {"blocks": "transformer.h", "attention": "attn", "projection": "o_proj", "mlp": "mlp"}
     entry = {"name": "./good", "modules": modules}
     run = SMALL | {"agents": [entry]}
-    patch = {"name": "one", "wandb": "disabled", "model": entry, "pairs": 2, "settings": {"states": 4}, "steps": 5}
+    patch = {"name": "one", "wandb": "disabled", "model": entry, "pairs": 2, "game_args": {"states": 4}, "steps": 5}
     for command, config in (("run", run), ("patch", patch)):
         (tmp_path / f"{command}.yaml").write_text(json.dumps(config))
         code, out, err = nextstate(command, f"{command}.yaml", "--out", command, cwd=tmp_path)

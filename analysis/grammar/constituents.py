@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nextstate.agents.generation import Codes
+from nextstate.agents.generation import TokenMap
 from nextstate.analysis import stats
 from nextstate.analysis.grammar.probe import padded, room
 from nextstate.envs.game import GameError, require, require_whole
@@ -70,7 +70,7 @@ class Constituents(NamedTuple):
 
 
 def constituents(
-    model: Any, codes: Codes, strings: Sequence[Derivation], causal: bool = True, batch: int = 8
+    model: Any, codes: TokenMap, strings: Sequence[Derivation], causal: bool = True, batch: int = 8
 ) -> Constituents:
     """Measure the attention of a model on strings, Results 6 to 9 of the paper, from one pass over them.
 
@@ -223,7 +223,9 @@ class _Plan:
 
 
 @torch.no_grad()
-def _weights(model: Any, codes: Codes, strings: Sequence[np.ndarray]) -> list[Float[Tensor, "string head query key"]]:
+def _weights(
+    model: Any, codes: TokenMap, strings: Sequence[np.ndarray]
+) -> list[Float[Tensor, "string head query key"]]:
     ids, mask = padded(codes, strings, model.device)
     found = model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
     if not found or any(x is None for x in found):

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nextstate.agents.generation import Codes, Strings
+from nextstate.agents.generation import Strings, TokenMap
 from nextstate.analysis import stats
 from nextstate.analysis.grammar.config import ProbeConfig
 from nextstate.envs.game import GameError, require, require_whole
@@ -140,7 +140,7 @@ class PositionProbe(nn.Module):
 
 
 def padded(
-    codes: Codes, strings: Strings, device: torch.device
+    codes: TokenMap, strings: Strings, device: torch.device
 ) -> tuple[Int[Tensor, "string place"], Int[Tensor, "string place"]]:
     """Return the prompts of strings as tokens, filled up on the right, and the attention mask."""
     rows = [codes.encode(string) for string in strings]
@@ -157,7 +157,7 @@ def room(model: Any) -> int:
 
 def train_probes(
     model: Any,
-    codes: Codes,
+    codes: TokenMap,
     grammar: Grammar,
     rng: np.random.Generator,
     config: ProbeConfig,
@@ -221,7 +221,7 @@ def train_probes(
 @torch.no_grad()
 def evaluate_probes(
     model: Any,
-    codes: Codes,
+    codes: TokenMap,
     grammar: Grammar,
     rng: np.random.Generator,
     probes: Mapping[Wanted, PositionProbe],
@@ -288,7 +288,7 @@ def evaluate_probes(
 
 def probe(
     model: Any,
-    codes: Codes,
+    codes: TokenMap,
     grammar: Grammar,
     rng: np.random.Generator,
     config: ProbeConfig,
@@ -311,7 +311,7 @@ class _Batch:
 
 
 @torch.no_grad()
-def _run(model: Any, codes: Codes, strings: Sequence[Derivation], layers: Sequence[int]) -> _Batch:
+def _run(model: Any, codes: TokenMap, strings: Sequence[Derivation], layers: Sequence[int]) -> _Batch:
     most = room(model)
     ids, mask = padded(codes, [x.tokens[:most] for x in strings], model.device)
     hidden = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
@@ -329,7 +329,7 @@ def _run(model: Any, codes: Codes, strings: Sequence[Derivation], layers: Sequen
     )
 
 
-def _check(model: Any, codes: Codes, grammar: Grammar) -> None:
+def _check(model: Any, codes: TokenMap, grammar: Grammar) -> None:
     require(not model.training, "model.training", True, "a model in evaluation mode: call model.eval()")
     if len(codes.terminals) != len(grammar.terminals):
         raise GameError(f"{codes} has {len(codes.terminals)} terminals: expected {len(grammar.terminals)}")

@@ -215,10 +215,10 @@ def prefixes(run: Run[GrammarConfig], kind: str) -> tuple[list[np.ndarray], list
 def _write(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
     """Let the model write after each kind of prefix at each temperature; a row for each, with how much was right."""
     from nextstate.agents.generation import right, write
-    from nextstate.agents.grammar_training import codes_of
+    from nextstate.agents.grammar_training import token_map
 
     given, grammar, model, rows = run.config.writing, _grammar(run.config), _load(run, spec), []
-    codes, longest = codes_of(grammar), sizes.bounds(grammar)[0][1]
+    codes, longest = token_map(grammar), sizes.bounds(grammar)[0][1]
     for kind in given.kinds:
         own, shown = prefixes(run, kind)
         for temperature in given.temperatures:
@@ -234,12 +234,12 @@ def _write(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
 def _diversity(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
     """Compare what the model writes from nothing, and its next tokens, with the grammar's; one row."""
     from nextstate.agents.generation import divergences, diversity, write
-    from nextstate.agents.grammar_training import codes_of
+    from nextstate.agents.grammar_training import token_map
     from nextstate.envs.grammar.derivation import sample
     from nextstate.envs.grammar.inside import log_probabilities
 
     n, grammar, model = run.config.writing.strings, _grammar(run.config), _load(run, spec)
-    codes, nothing = codes_of(grammar), [np.zeros(0, dtype=np.int64)] * n
+    codes, nothing = token_map(grammar), [np.zeros(0, dtype=np.int64)] * n
     found = diversity(model, codes, write(model, codes, nothing, run.rng("diversity"), sizes.bounds(grammar)[0][1]))
     drawn = [each.tokens for each in sample(grammar, run.rng("truth"), n)]
     row = {
@@ -262,7 +262,7 @@ def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
 
 def _probe(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
     """Read ancestors and ends of constituents off the model's states."""
-    from nextstate.agents.grammar_training import codes_of
+    from nextstate.agents.grammar_training import token_map
     from nextstate.analysis.grammar.probe import Wanted, probe
 
     given, grammar = run.config.probes, _grammar(run.config)
@@ -271,7 +271,7 @@ def _probe(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
     if given.shuffled:
         wanted += [Wanted(layer, REACHES[given.reaches[0]], True) for layer in given.layers]
     settings = ProbeConfig(**given.model_dump(include=set(ProbeConfig.model_fields)))
-    found = probe(_load(run, spec), codes_of(grammar), grammar, run.rng("probes"), settings, wanted)
+    found = probe(_load(run, spec), token_map(grammar), grammar, run.rng("probes"), settings, wanted)
     names = {reach: name for name, reach in REACHES.items()}
     named = [names[reach] for reach in found["reach"]]
     return _named(spec, "probes", found.with_columns(reach=pl.Series(named, dtype=pl.String)))
@@ -279,7 +279,7 @@ def _probe(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
 
 def _attend(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
     """Measure where attention goes: by distance, to the ends of constituents, between them."""
-    from nextstate.agents.grammar_training import codes_of
+    from nextstate.agents.grammar_training import token_map
     from nextstate.analysis.grammar.constituents import constituents, means, peaks, rows
     from nextstate.envs.grammar.derivation import sample
 
@@ -287,7 +287,7 @@ def _attend(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
     assert run.config.attention is not None
     drawn = sample(grammar, run.rng("attention"), run.config.attention.strings)
     model = _load(run, spec, eager=True)
-    found = constituents(model, codes_of(grammar), drawn, spec.architecture != "masked")
+    found = constituents(model, token_map(grammar), drawn, spec.architecture != "masked")
     every = pl.col("layer").is_null()  # the mean over layers
     tables = {
         "attention-profile": rows(found.profile).rename({"value": "weight"}),

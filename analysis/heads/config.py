@@ -27,7 +27,7 @@ class PatchConfig(RunConfig):
 
     model: str | AgentConfig = Field(description="a language model")
     game: str = Field("DFA", description="name of a game, or pkg.module:Name")
-    settings: dict[str, Any] = Field({}, description="settings of the game")
+    game_args: dict[str, Any] = Field({}, description="settings of the game")
     pairs: int = Field(64, ge=2, le=100_000, description="of each kind; published designs have as many as they have")
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
         default=["state", "action", "name", "noop"],

@@ -67,7 +67,7 @@ class TokenPair:
 def tokens_of(encoder: Encoder, prompt: Prompt) -> tuple[int, ...]:
     """Return the tokens of a prompt, exactly those that a language model reads when it answers it."""
     trunk = Trunk(encoder, prompt.episode)
-    node = trunk.plant(prompt.step, prompt.question).node
+    node = trunk.add_question(prompt.step, prompt.question).node
     return tuple(trunk.tree.tokens[n] for n in trunk.tree.path(node))
 
 

@@ -24,7 +24,7 @@ from nextstate.analysis.attention import Look, attention_hooks
 from nextstate.analysis.heads.config import MIN_EFFECT
 from nextstate.analysis.heads.pairs import PatchError, TokenPair, tokens_of
 from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, changes, read
-from nextstate.envs.contrast import Pair, flaws, pieces
+from nextstate.envs.contrast import Pair, problems, segments
 
 _WHAT = ("state", "action", "origin", "subject")  # roles that say what a prompt tells
 _MAY = {"state": {"state"}, "noop": {"state", "origin"}, "action": {"action"}, "name": {"state", "action", "origin"}}
@@ -45,13 +45,13 @@ def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair
     the end of both prompts. A role keeps its name where it is at the same token in both prompts; else there are two of
     it, such as "match (clean)" and "match (corrupted)".
 
-    A pair is left out if it has `flaws`; if roles differ that should not (a state pair tells another state and the same
-    action, an action pair the reverse; published noop pairs only rename, and need not differ in a role); if its prompts
-    have different numbers of tokens, or the same tokens; or if one answer is how the other begins.
+    A pair is left out if it has `problems`; if roles differ that should not (a state pair has another state and the
+    same action, an action pair the reverse; published noop pairs only rename, and need not differ in a role); if its
+    prompts have different numbers of tokens, or the same tokens; or if one answer is the beginning of the other.
     """
     kept, out = [], []
     for i, pair in enumerate(pairs):
-        reason = "; ".join(flaws(pair)) or _misfit(pair)
+        reason = "; ".join(problems(pair)) or _misfit(pair)
         if not reason:
             try:
                 kept.append(_joined(encoder, pair))
@@ -63,7 +63,7 @@ def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair
 
 
 def _misfit(pair: Pair) -> str:
-    told = [pieces(side) for side in pair.sides]
+    told = [segments(side) for side in pair.sides]
     differ = {
         name for name, role in pair.roles.items()
         if name in _WHAT and len({text[s.piece][s.start : s.end] for text, s in zip(told, role, strict=True)}) > 1
@@ -88,7 +88,7 @@ def _joined(encoder: Encoder, pair: Pair) -> TokenPair:
     if common == min(map(len, answers)):
         said = " and ".join(repr(a) for a in pair.answers)
         raise PatchError(f"one answer is how the other begins, as tokens: {said}")
-    shared, told = answers[0][:common], [pieces(side) for side in pair.sides]
+    shared, told = answers[0][:common], [segments(side) for side in pair.sides]
     roles: dict[str, int] = {}
     for name, role in pair.roles.items():
         places = [encoder.locate(text, span) for text, span in zip(told, role, strict=True)]
@@ -173,16 +173,16 @@ class Routing(stats.Band):
     def labels(self) -> np.ndarray[Any, Any]:
         """What each site carries: "state", "action", "both", "unclear", or "" (nothing that stands out).
 
-        "both" where both recoveries stand out (see `carriers`). "state" where only that by state pairs does, and the
+        "both" where both recoveries stand out (see `significant`). "state" where only that by state pairs does, and the
         band of the routing score says that it is the larger one; where the band does not say so it is "unclear".
         """
-        state, action = carriers(self.state), carriers(self.action)
+        state, action = significant(self.state), significant(self.action)
         more, less = self.band_low > 0, self.band_high < 0
         cases = [state & action, state & more, action & less, state | action]
         return np.select(cases, ["both", "state", "action", "unclear"], "")
 
 
-def carriers(found: stats.Band) -> Bool[np.ndarray, "layer head column"]:
+def significant(found: stats.Band) -> Bool[np.ndarray, "layer head column"]:
     """Return where the simultaneous band leaves out 0 and the value is at least `MIN_EFFECT` in size."""
     return np.asarray(found.nonzero & (np.abs(found.value) >= MIN_EFFECT))
 
@@ -212,7 +212,7 @@ def head_table(found: Routing, layers: Sequence[int]) -> pl.DataFrame:
     for name, one in (("state", found.state), ("action", found.action)):
         columns |= {name: one.value.ravel(), f"{name}_low": one.low.ravel(), f"{name}_high": one.high.ravel()}
         columns |= {f"{name}_{end}": getattr(one, end).ravel() for end in ("band_low", "band_high")}
-        columns |= {f"{name}_carries": carriers(one).ravel()}
+        columns |= {f"{name}_carries": significant(one).ravel()}
     columns |= {"routing": found.value.ravel()}
     columns |= {f"routing_{k}": getattr(found, k).ravel() for k in ("low", "high", "band_low", "band_high")}
     return pl.DataFrame(columns | {"share": found.share.ravel(), "carries": found.labels.ravel().tolist()})

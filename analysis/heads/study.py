@@ -29,7 +29,7 @@ class Heads(Study[PatchConfig]):
     config = PatchConfig
 
     def jobs(self, config: PatchConfig) -> list[Job]:
-        game = make_game(config.game, **config.settings)
+        game = make_game(config.game, **config.game_args)
         kinds = kinds_of(config, game)
         for design, kind in kinds:  # a game that cannot make them says so before anything is written
             draw(config.model_copy(update={"pairs": 1}), game, design, kind, np.random.default_rng(0))
@@ -49,7 +49,7 @@ class Heads(Study[PatchConfig]):
 
     def identity(self, job: Job, run: Run[PatchConfig]) -> dict[str, Any]:
         def game() -> dict[str, Any]:
-            return game_identity(make_game(run.config.game, **run.config.settings))
+            return game_identity(make_game(run.config.game, **run.config.game_args))
 
         return run.asks(run.config.model) | run.once("game", game)
 
@@ -85,7 +85,7 @@ class Heads(Study[PatchConfig]):
 
 
 def _drawn(run: Run[PatchConfig], design: str, kind: str) -> list[Pair]:
-    game = make_game(run.config.game, **run.config.settings)
+    game = make_game(run.config.game, **run.config.game_args)
     return run.once(("drawn", design, kind), lambda: draw(run.config, game, design, kind, run.rng(design, kind)))
 
 
@@ -96,7 +96,7 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     from nextstate.analysis.heads.tables import PAIRS, pair_rows
 
     pairs, model = _drawn(run, design, kind), run.model(run.config.model)
-    run.warn(model.remark(pairs[0].clean))
+    run.warn(model.episode_warnings(pairs[0].clean))
     found, excluded = token_pairs(model.encoder, pairs)
     reasons = {x.pair: x.reason for x in excluded}
     joined = dict(zip([i for i in range(len(pairs)) if i not in reasons], found, strict=True))

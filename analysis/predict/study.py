@@ -219,7 +219,7 @@ def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[pl
     planned = _planned(cell, run.config) / len(cell.seeds)
     for k, episodes in enumerate(_episodes(run, cell)):
         if k == 0:
-            run.warn(agent.remark(episodes[0]))
+            run.warn(agent.episode_warnings(episodes[0]))
         if run.config.mode == "live":
             part = cell.seeds[k * CHUNK : (k + 1) * CHUNK]
             result = live(agent, cell.game, part, cell.steps)

@@ -35,7 +35,7 @@ def sample(run: Run[PredictConfig], cells: Sequence[Cell]) -> dict[str, pl.DataF
 
     There are as many episodes of a cell as `ANSWERS` allows, and of an episode the first `STEPS` steps that are asked
     about. `shown_questions` has a row for each question, `shown_answers` one for each answer. In the former, `opening`
-    is the text before an episode's first step (with its first question only), `told` what a step adds to it.
+    is the text before an episode's first step (with its first question only), `texts` what a step adds to it.
     """
     rows = tables.rows(run, list(_spread(cells)))
     rank = pl.col("step").rank("dense").over("agent", "setting", "episode")

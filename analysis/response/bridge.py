@@ -23,7 +23,7 @@ from nextstate.analysis.heads.pairs import tokens_of
 from nextstate.analysis.heads.sweep import site_values
 from nextstate.analysis.response.induction import Ablation, averaged, without
 from nextstate.analysis.response.measure import Response, responses
-from nextstate.envs.contrast import Pair, pieces
+from nextstate.envs.contrast import Pair, segments
 
 OTHERS = "others"
 MOST = 16  # other tokens of a transcript
@@ -58,7 +58,7 @@ def transcripts(encoder: Encoder, pairs: Sequence[Pair]) -> list[Transcript]:
     """
     out = []
     for number, pair in enumerate(pairs):
-        side, texts, roles = pair.clean, pieces(pair.clean), dict[str, int]()
+        side, texts, roles = pair.clean, segments(pair.clean), dict[str, int]()
         tokens = tokens_of(encoder, Prompt(side, len(side.steps) - 1))
         for name in ROLES:
             if name in pair.roles:

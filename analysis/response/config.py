@@ -28,7 +28,7 @@ class BridgeConfig(Strict):
     """Transcripts of a game: the clean sides of its minimal pairs."""
 
     game: str = Field(description="name of a game, or pkg.module:Name")
-    settings: dict[str, Any] = Field({}, description="settings of the game")
+    game_args: dict[str, Any] = Field({}, description="settings of the game")
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
         default=["state"], min_length=1, description="kinds of pairs"
     )
@@ -106,7 +106,7 @@ class Bridge(NamedTuple):
         Raises:
             GameError: the game cannot make such pairs.
         """
-        game = make_game(self.config.game, **self.config.settings)
+        game = make_game(self.config.game, **self.config.game_args)
         return [game.contrast(rng, self.kind, steps=self.config.steps) for _ in range(pairs or self.config.pairs)]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from nextstate.analysis.heads.routing import carriers
+from nextstate.analysis.heads.routing import significant
 from nextstate.analysis.response.bridge import COLUMNS as BRIDGE
 from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig, bridges_of
 from nextstate.analysis.response.induction import excess, lost, means
@@ -284,7 +284,7 @@ def _heads(run: Run[ResponseConfig]) -> pl.DataFrame:
     ends = {("lost" if end == "value" else end): getattr(gone, end).ravel() for end in _ENDS}
     return (
         rows.drop("left").with_columns(**ends)
-        .with_columns(carries=pl.Series(carriers(gone).ravel() & np.isfinite(ends["low"])))
+        .with_columns(carries=pl.Series(significant(gone).ravel() & np.isfinite(ends["low"])))
         .join(run.table("scores"), on=["layer", "head"], how="left")
     )  # fmt: skip
 

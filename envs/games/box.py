@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair, Span, fair, last, roles, spot, tell
+from nextstate.envs.contrast import Pair, Span, build_episode, draw_balanced, find_span, last, roles
 from nextstate.envs.game import (
     Action,
     Distribution,
@@ -24,9 +24,9 @@ from nextstate.envs.game import (
     Sample,
     State,
     Step,
-    point,
+    one_hot,
     require_whole,
-    split,
+    split_uniform,
     uniform,
 )
 
@@ -161,7 +161,7 @@ class Box(Game):
         u -= int(u)
         which, count = state.index(source), state.count(source)
         if count > 1:
-            i, u = split(u, count)
+            i, u = split_uniform(u, count)
             for _ in range(i):
                 which = state.index(source, which + 1)
         target: int = int(u * (self.boxes - 1))
@@ -214,7 +214,7 @@ class BoxReader(Reader):
         self.start, self.places, self.named = start, list(start), list(start)  # every object's fact named its box
         self.n, self.index = game.boxes, {noun: o for o, noun in enumerate(game._nouns)}
 
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         assert isinstance(action, tuple)
         self.places[action[0]] = action[1]
         self.named.append(action[1])
@@ -222,11 +222,11 @@ class BoxReader(Reader):
     def guess(self, name: str, question: Question) -> Distribution:
         at = self.index[question.variable]
         if name in ("ideal", "last_mention"):  # the last sentence about an object names its box
-            return point(self.n, self.places[at])
+            return one_hot(self.n, self.places[at])
         if name == "action_only":
-            return point(self.n, self.named[-1])
+            return one_hot(self.n, self.named[-1])
         if name == "stay":
-            return point(self.n, self.start[at])
+            return one_hot(self.n, self.start[at])
         if name == "most_frequent":
             counts = Counter(self.named)
             top = max(counts.values())
@@ -258,7 +258,7 @@ def _draw_pair(game: Box, rng: np.random.Generator, kind: str, design: str, step
     require_whole("objects", objects, 2, len(OBJECTS))
     require_whole("boxes", game.boxes, {"action": 2, "name": 4}.get(kind, 3), len(LETTERS))
     require_whole("steps", steps, {"state": 2, "action": 1, "name": 3, "noop": 1 + distance}[kind], 10_000)
-    return fair(lambda: _draw(game, rng, kind, steps, distance), ("last_mention",))
+    return draw_balanced(lambda: _draw(game, rng, kind, steps, distance), ("last_mention",))
 
 
 def _draw(game: Box, rng: np.random.Generator, kind: str, steps: int, distance: int) -> Pair | None:
@@ -278,7 +278,7 @@ def _draw(game: Box, rng: np.random.Generator, kind: str, steps: int, distance: 
     if moves is None:
         return None
     seed, noun = int(rng.integers(2**31)), OBJECTS[subject]
-    clean, corrupted = (tell(game, start, side, noun, seed) for side in moves)
+    clean, corrupted = (build_episode(game, start, side, noun, seed) for side in moves)
     if kind == "action" and rng.random() < 0.5:  # which side has the later answer is left to chance
         clean, corrupted = corrupted, clean
     return Pair(kind, "balanced", clean, corrupted, roles(_spans(kind, clean), _spans(kind, corrupted)))
@@ -343,9 +343,9 @@ def _spans(kind: str, side: Episode) -> dict[str, Span]:
     state, match, word = _told(side, noun, n - 1), _told(side, noun, n), _moved(now.action)
     return {
         "state": state,
-        "action": spot(side, n, word),
+        "action": find_span(side, n, word),
         "match": match,
         **({"distractor": state if match != state else _told(side, word, n)} if kind == "action" else {}),
-        "subject": spot(side, n + 1, noun if noun in now.questions[0].stem else noun.capitalize()),
+        "subject": find_span(side, n + 1, noun if noun in now.questions[0].stem else noun.capitalize()),
         "last": last(side),
     }

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair, answered, fair, last, roles, tell
+from nextstate.envs.contrast import Pair, answered, build_episode, draw_balanced, last, roles
 from nextstate.envs.game import (
     Action,
     Distribution,
@@ -20,7 +20,7 @@ from nextstate.envs.game import (
     Reader,
     Sample,
     State,
-    point,
+    one_hot,
     require,
     require_whole,
     uniform,
@@ -128,13 +128,15 @@ class Cycle(Game):
             else:
                 other = tuple([letters[n] if i == steps % n else c for i, c in enumerate(pattern)])
             seed = int(rng.integers(2**31))
-            sides = [tell(self, Phase(letters, 0), ["next"] * steps, seed=seed) for letters in (pattern, other)]
+            sides = [
+                build_episode(self, Phase(letters, 0), ["next"] * steps, seed=seed) for letters in (pattern, other)
+            ]
             places = [
                 {"state": answered(e, steps - 2), "match": answered(e, steps - 1 - n), "last": last(e)} for e in sides
             ]
             return Pair(kind, design, sides[0], sides[1], roles(*places))
 
-        return fair(draw, ("last_mention",) if n == 2 else ())
+        return draw_balanced(draw, ("last_mention",) if n == 2 else ())
 
 
 class CycleReader(Reader):
@@ -143,22 +145,22 @@ class CycleReader(Reader):
     def __init__(self, period: int, first: int) -> None:
         self.period, self.shown = period, [first]
 
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         pass
 
-    def learn(self, answer: int) -> None:
+    def observe_answer(self, answer: int) -> None:
         self.shown.append(answer)
 
     def guess(self, name: str, question: Question) -> Distribution:
         n = len(question.choices)
         if name == "ideal":
             if len(self.shown) >= self.period:
-                return point(n, self.shown[-self.period])
+                return one_hot(n, self.shown[-self.period])
             return uniform(n, tuple(i for i in range(n) if i not in self.shown))
         if name == "stay":
-            return point(n, self.shown[-1])
+            return one_hot(n, self.shown[-1])
         if name == "last_mention":  # the most recent letter that is not the current one
-            return point(n, self.shown[-2]) if len(self.shown) > 1 else uniform(n)
+            return one_hot(n, self.shown[-2]) if len(self.shown) > 1 else uniform(n)
         if name == "most_frequent":
             counts = Counter(self.shown)
             top = max(counts.values())

@@ -11,7 +11,7 @@ from typing import ClassVar, final
 import numpy as np
 
 from nextstate.envs.contrast import Pair
-from nextstate.envs.game import Action, Distribution, Feedback, Question, Reader, Sample, State, Step, point, uniform
+from nextstate.envs.game import Action, Distribution, Feedback, Question, Reader, Sample, State, Step, one_hot, uniform
 from nextstate.envs.games.dfa_pairs import draw_pair
 from nextstate.envs.games.machine import DENSITIES, LOWER, UPPER, DFASettings, Machine, Place
 
@@ -170,38 +170,38 @@ class DFAReader(Reader):
     """Remembers every transition shown, by (state, action), by action and by state."""
 
     def __init__(self, told: bool, start: int) -> None:
-        self.told, self.at, self.action = told, start, -1
+        self.texts, self.at, self.action = told, start, -1
         self.pairs: dict[tuple[int, int], int] = {}  # without actions, by (state, next state)
         self.by_action: dict[int, int] = {}
         self.by_state: dict[int, int] = {}
         self.named = [start]
 
-    def hear(self, action: Action) -> None:
-        if self.told:
+    def observe(self, action: Action) -> None:
+        if self.texts:
             assert isinstance(action, int)
             self.action = action
 
-    def learn(self, answer: int) -> None:
-        at, action = self.at, self.action if self.told else answer
+    def observe_answer(self, answer: int) -> None:
+        at, action = self.at, self.action if self.texts else answer
         self.pairs[at, action] = self.by_action[action] = self.by_state[at] = self.at = answer
         self.named.append(answer)
 
     def guess(self, name: str, question: Question) -> Distribution:
         n = len(question.choices)
         if name == "ideal":
-            if self.told:
+            if self.texts:
                 known = self.pairs.get((self.at, self.action))
-                return elsewhere(n, self.at) if known is None else point(n, known)
+                return elsewhere(n, self.at) if known is None else one_hot(n, known)
             seen = tuple([s for s in range(n) if (self.at, s) in self.pairs])
             return uniform(n, seen) if seen else elsewhere(n, self.at)
         if name == "stay":
-            return point(n, self.at)
+            return one_hot(n, self.at)
         if name == "last_mention":  # the most recently named state that is not the current one
-            return point(n, self.named[-2]) if len(self.named) > 1 else uniform(n)
+            return one_hot(n, self.named[-2]) if len(self.named) > 1 else uniform(n)
         if name == "action_only":
-            return point(n, self.by_action[self.action]) if self.action in self.by_action else uniform(n)
+            return one_hot(n, self.by_action[self.action]) if self.action in self.by_action else uniform(n)
         if name == "state_only":
-            return point(n, self.by_state[self.at]) if self.at in self.by_state else uniform(n)
+            return one_hot(n, self.by_state[self.at]) if self.at in self.by_state else uniform(n)
         if name == "most_frequent":
             counts = Counter(self.named)
             top = max(counts.values())

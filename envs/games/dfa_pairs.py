@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair, Span, answered, fair, last, piece_of, roles, spot, tell
+from nextstate.envs.contrast import Pair, Span, answered, build_episode, draw_balanced, find_span, last, piece_of, roles
 from nextstate.envs.game import Episode, GameError, require, require_whole
 from nextstate.envs.games.machine import LOWER, UPPER, DFASettings, Machine, Place
 
@@ -41,7 +41,7 @@ def draw_pair(
     require_whole("actions_listed", game.actions_listed, 3 if kind == "noop" else 2, len(UPPER[game.symbols]))
     require_whole("steps", steps, 5 + distance, 10_000)
     hopeless = ("state_only",) if game.kind == "state-state" else ()
-    return fair(lambda: _draw(game, rng, kind, steps, distance), hopeless)
+    return draw_balanced(lambda: _draw(game, rng, kind, steps, distance), hopeless)
 
 
 def _draw(game: DFASettings, rng: np.random.Generator, kind: str, steps: int, distance: int) -> Pair | None:
@@ -142,7 +142,7 @@ def _table(edges: Edges) -> tuple[tuple[tuple[int, int], ...], ...]:
 
 
 def _episode(game: DFASettings, machine: Machine, path: list[int], seed: int = 0) -> Episode:
-    return tell(game, machine.places[machine.start], path, seed=seed)
+    return build_episode(game, machine.places[machine.start], path, seed=seed)
 
 
 def _pair(kind: str, design: str, clean: Episode, corrupted: Episode, distance: int) -> Pair:
@@ -162,7 +162,7 @@ def _spans(side: Episode, other: Episode, distance: int) -> dict[str, Span]:
     if now.narration:
         assert isinstance(now.action, int)
         assert isinstance(now.state, Place)
-        spans["action"] = spot(side, piece_of(side, -1, "narration"), now.state.machine.actions[now.action])
+        spans["action"] = find_span(side, piece_of(side, -1, "narration"), now.state.machine.actions[now.action])
     return spans
 
 

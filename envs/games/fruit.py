@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple, final
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair, Span, fair, last, piece_of, roles, spot, tell
+from nextstate.envs.contrast import Pair, Span, build_episode, draw_balanced, find_span, last, piece_of, roles
 from nextstate.envs.game import (
     Action,
     Distribution,
@@ -20,10 +20,10 @@ from nextstate.envs.game import (
     Reader,
     Sample,
     State,
-    point,
+    one_hot,
     require,
     require_whole,
-    split,
+    split_uniform,
     uniform,
 )
 
@@ -116,10 +116,10 @@ class FruitStore(Game):
         store = _store(state)
         waiting = [p for p, has in enumerate(store.has) if has is None]
         free = [f for f in range(self.people) if f not in store.has]
-        i, u = split(u, len(waiting))
-        j, u = split(u, len(free))
-        given, u = split(u, 2)
-        k, _ = split(u, self.people - 1)
+        i, u = split_uniform(u, len(waiting))
+        j, u = split_uniform(u, len(free))
+        given, u = split_uniform(u, 2)
+        k, _ = split_uniform(u, self.people - 1)
         return Clue(waiting[i], free[j], k + (k >= waiting[i]) if given else None)
 
     def values(self, state: State) -> Mapping[str, str]:
@@ -190,20 +190,25 @@ class FruitStore(Game):
                 order[what[at]], order[what[-1]] = order[what[-1]], order[what[at]]
                 twin, others = start._replace(fruits=tuple(order)), clues
             seed, asked = int(rng.integers(2**31)), NAMES[start.people[who[-1]]]
-            clean, corrupted = tell(self, start, clues, asked, seed), tell(self, twin, others, asked, seed)
+            clean, corrupted = (
+                build_episode(self, start, clues, asked, seed),
+                build_episode(self, twin, others, asked, seed),
+            )
             places = []
             for side, other in ((clean, corrupted), (corrupted, clean)):
                 spans = {
                     "action": _given(side, -1),
-                    "match": spot(side, 0, side.steps[-1].questions[0].answer),
-                    "distractor": spot(side, 0, other.steps[-1].questions[0].answer),
-                    "subject": spot(side, piece_of(side, -1, "stem"), asked),
+                    "match": find_span(side, 0, side.steps[-1].questions[0].answer),
+                    "distractor": find_span(side, 0, other.steps[-1].questions[0].answer),
+                    "subject": find_span(side, piece_of(side, -1, "stem"), asked),
                     "last": last(side),
                 }
                 places.append(spans if kind == "action" else {"state": _given(side, at), **spans})
             return Pair(kind, design, clean, corrupted, roles(*places))
 
-        return fair(draw, ("first_listed",) if kind == "name" else ())  # or the first would never be the answer
+        return draw_balanced(
+            draw, ("first_listed",) if kind == "name" else ()
+        )  # or the first would never be the answer
 
 
 class FruitReader(Reader):
@@ -212,19 +217,19 @@ class FruitReader(Reader):
     def __init__(self, people: int) -> None:
         self.n, self.gone = people, list[int]()
 
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         self.gone.append(_clue(action).fruit)
 
     def guess(self, name: str, question: Question) -> Distribution:
         if name == "ideal":
             return uniform(self.n, tuple(f for f in range(self.n) if f not in self.gone))
         if name == "last_mention":
-            return point(self.n, self.gone[-1])
+            return one_hot(self.n, self.gone[-1])
         if name == "most_frequent":  # each fruit was listed once, the gone ones named once more
             counts = Counter(self.gone)
             return uniform(self.n, tuple(sorted(counts)))
         if name == "first_listed":
-            return point(self.n, 0)
+            return one_hot(self.n, 0)
         raise KeyError(name)
 
 
@@ -235,7 +240,7 @@ def _giver(rng: np.random.Generator, person: int, n: int) -> int | None:
 
 def _given(episode: Episode, step: int) -> Span:
     store, clue = _store(episode.start), _clue(episode.steps[step].action)
-    return spot(episode, piece_of(episode, step, "narration"), FRUITS[store.fruits[clue.fruit]])
+    return find_span(episode, piece_of(episode, step, "narration"), FRUITS[store.fruits[clue.fruit]])
 
 
 def _store(state: State) -> Store:

@@ -260,7 +260,7 @@ class CFGReader(Reader):
     def __init__(self, rules: Grammar, tokens: tuple[int, ...]) -> None:
         self.rules, self.tokens = rules, tokens
 
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         place = _place(action)
         # Of the place only what is told: the token.
         token = ancestors(self.rules, place)[-1] - self.rules.first[-1]

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from nextstate.envs.contrast import Pair
-from nextstate.envs.game import Action, Feedback, Game, Question, Reader, Sample, State, require, require_whole, split
+from nextstate.envs.game import (
+    Action,
+    Feedback,
+    Game,
+    Question,
+    Reader,
+    Sample,
+    State,
+    require,
+    require_whole,
+    split_uniform,
+)
 from nextstate.envs.textworld.pairs import draw_pair
 from nextstate.envs.textworld.reader import AdventureReader, Told
 from nextstate.envs.textworld.words import Sight
@@ -147,8 +158,8 @@ class TextWorld(Game):
     def policy(self, state: State, u: float) -> int:
         assert isinstance(state, Situation)
         kinds = _kinds(state.world, state.facts, state.done)
-        i, u = split(u, len(kinds))
-        return kinds[i][split(u, len(kinds[i]))[0]]
+        i, u = split_uniform(u, len(kinds))
+        return kinds[i][split_uniform(u, len(kinds[i]))[0]]
 
     def values(self, state: State) -> Mapping[str, str]:
         assert isinstance(state, Situation)

@@ -25,7 +25,7 @@ from scipy.sparse import csr_array
 from nextstate.envs.game import GameError
 from nextstate.envs.grammar.derivation import Derivation
 from nextstate.envs.grammar.grammar import Grammar
-from nextstate.envs.grammar.reading import Reading
+from nextstate.envs.grammar.reading import Posterior
 from nextstate.envs.grammar.sizes import derivation_bits, length_moments
 
 PLACES = 20_000  # held at once: what keeps matrices of a few MB each, and shares the cost of a call among strings
@@ -208,7 +208,7 @@ def _lowest(grammar: Grammar) -> float:
 def _by_reading(grammar: Grammar, string: np.ndarray) -> Next:
     """Return what follows the prefixes of a string whose numbers no float64 holds, read token by token."""
     p, log_prefix = np.zeros((len(string) + 1, len(grammar.terminals) + 1)), np.full(len(string) + 1, -np.inf)
-    now, so_far = Reading.start(grammar), 0.0
+    now, so_far = Posterior.start(grammar), 0.0
     for k, token in enumerate((*string.tolist(), None)):
         p[k], log_prefix[k] = now.following, so_far
         if token is None or not now.following[token]:

@@ -27,7 +27,7 @@ STRIDE = 200  # tokens at most that one reading is made of by recursion
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Posterior:
     """What is known after a prefix of a string.
 
     Args:
@@ -48,7 +48,7 @@ class Reading:
     begun: tuple[dict[int, float], ...]
 
     @classmethod
-    def start(cls, grammar: Grammar) -> Reading:
+    def start(cls, grammar: Grammar) -> Posterior:
         """Return what is known before the first token."""
         waiting, begun = _predict(grammar, (), {0: 1.0}, 0, defaultdict(list))
         return cls(grammar, _following(grammar, begun, 0.0), (), (), (waiting,), (begun,))
@@ -58,7 +58,7 @@ class Reading:
         """The probability that the string ends here."""
         return self.following[-1]
 
-    def read(self, token: int) -> Reading:
+    def read(self, token: int) -> Posterior:
         """Return what is known after one more token, the index of a terminal.
 
         Raises:
@@ -84,7 +84,7 @@ class Reading:
         end = whole.get(0, {}).get(0, 0.0)
         beliefs = tuple([_normal(row) for row in ancestors[::-1]])
         following = _following(grammar, begun, end)
-        return Reading(grammar, following, beliefs, tuple(ends[::-1]), (*self.waiting, waiting), (*self.begun, begun))
+        return Posterior(grammar, following, beliefs, tuple(ends[::-1]), (*self.waiting, waiting), (*self.begun, begun))
 
     def _outside(self, origins: dict[int, float], a: int) -> float:
         return sum([p * self.begun[i][a] for i, p in origins.items()], 0.0)
@@ -142,14 +142,14 @@ def _normal(row: tuple[float, ...]) -> Distribution:
 
 
 @lru_cache(maxsize=KEPT)
-def read(grammar: Grammar, tokens: tuple[int, ...]) -> Reading:
+def read(grammar: Grammar, tokens: tuple[int, ...]) -> Posterior:
     """Return what is known after `tokens`; quick where a reading of all but the last has just been asked for.
 
     Raises:
         GameError: no string of the grammar begins with them.
     """
     if not tokens:
-        return Reading.start(grammar)
+        return Posterior.start(grammar)
     for k in range(STRIDE, len(tokens), STRIDE):  # so that recursion stays shallow
         read(grammar, tokens[:k])
     return read(grammar, tokens[:-1]).read(tokens[-1])

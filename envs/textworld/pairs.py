@@ -7,7 +7,18 @@ from itertools import permutations
 
 import numpy as np
 
-from nextstate.envs.contrast import Pair, Span, differences, fair, last, piece_of, pieces, roles, spot, tell
+from nextstate.envs.contrast import (
+    Pair,
+    Span,
+    build_episode,
+    differences,
+    draw_balanced,
+    find_span,
+    last,
+    piece_of,
+    roles,
+    segments,
+)
 from nextstate.envs.episode import Episode
 from nextstate.envs.rules import Action, GameError, Rules, State, require_whole
 from nextstate.envs.textworld.world import Situation
@@ -23,7 +34,9 @@ def draw_pair(game: Rules, rng: np.random.Generator, kind: str, steps: int | Non
     steps = 8 if steps is None else steps
     require_whole("steps", steps, {"action": 1, "state": 2}[kind], 10_000)
     # What was told last is where a thing is, and a command's own effect is its answer: no pair can defeat these.
-    return fair(lambda: _draw(game, rng, kind, steps), ("last_mention", *(["action_only"] if kind == "action" else [])))
+    return draw_balanced(
+        lambda: _draw(game, rng, kind, steps), ("last_mention", *(["action_only"] if kind == "action" else []))
+    )
 
 
 def _draw(game: Rules, rng: np.random.Generator, kind: str, steps: int) -> Pair | None:
@@ -49,7 +62,7 @@ def _draw(game: Rules, rng: np.random.Generator, kind: str, steps: int) -> Pair 
         ended = both[int(rng.integers(len(both)))]
         tails = [[*tail, ended] for tail in tails]
     seed = int(rng.integers(2**31))
-    sides = [tell(game, start, [*story, *tail], subject, seed) for tail in tails]
+    sides = [build_episode(game, start, [*story, *tail], subject, seed) for tail in tails]
     if rng.random() < 0.5:  # which side has the later answer is left to chance
         sides.reverse()
     clean, corrupted = sides
@@ -68,7 +81,7 @@ def _differ_in_one_name(pair: Pair) -> bool:
         found = differences(pair)
     except GameError:  # not the same sentences
         return False
-    clean, corrupted = (pieces(side) for side in pair.sides)
+    clean, corrupted = (segments(side) for side in pair.sides)
     words = {(clean[a.piece][a.start : a.end], corrupted[b.piece][b.start : b.end]) for a, b in found}
     return len(found) == {"action": 1, "state": 2}[pair.kind] and len(words) == 1
 
@@ -100,10 +113,14 @@ def _done(state: Situation, command: int) -> int:
 
 
 def _spans(kind: str, side: Episode, subject: str) -> dict[str, Span]:
-    parts = pieces(side)
+    parts = segments(side)
     narration = piece_of(side, -1, "narration")
     *_, word = parts[narration].split("\n")[-2].split() if kind == "state" else ("", _thing(side))
-    found = {"action": spot(side, narration, word), "subject": spot(side, narration + 1, subject), "last": last(side)}
+    found = {
+        "action": find_span(side, narration, word),
+        "subject": find_span(side, narration + 1, subject),
+        "last": last(side),
+    }
     told = [
         (i, m) for i, text in enumerate(parts[:narration]) for m in re.finditer(rf"The {subject} is ([^.]*)\.", text)
     ]

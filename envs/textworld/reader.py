@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nextstate.envs.game import Action, Distribution, Question, Reader, point, uniform
+from nextstate.envs.game import Action, Distribution, Question, Reader, one_hot, uniform
 from nextstate.envs.textworld.words import Sight
 from nextstate.envs.textworld.world import OPPOSITE, Command, Variable
 
@@ -59,7 +59,7 @@ class AdventureReader(Reader):
                 maybe |= sum(1 << b for b in v.bits if b < len(world.facts) and len(world.facts[b]) > 2)
         return maybe
 
-    def hear(self, action: Action) -> None:
+    def observe(self, action: Action) -> None:
         assert isinstance(action, int)
         self._read()
         command = self.world.commands[action]
@@ -111,11 +111,11 @@ class AdventureReader(Reader):
         known = {"P", "I", room, *command.named}
         self.effect = {}
 
-        def told(bit: int) -> bool:
+        def stated(bit: int) -> bool:
             return all(e in known or (world.names[e] and world.names[e] in command.words) for e in world.facts[bit][1:])
 
         for v in world.variables:
-            needed = [b for b in v.bits if command.needs >> b & 1 and told(b)] if command.needs & v.mask else []
+            needed = [b for b in v.bits if command.needs >> b & 1 and stated(b)] if command.needs & v.mask else []
             if needed:
                 self._settle(v, 1 << needed[0])
             if not (command.adds | command.removes) & v.mask:
@@ -125,7 +125,7 @@ class AdventureReader(Reader):
                 self._settle(v, self._ahead(v, room, command.words))
                 continue
             new = [b for b in v.bits if command.adds >> b & 1] or [v.bits[-1]]
-            if told(new[0]) if new[0] < len(world.facts) else v.entity in known:
+            if stated(new[0]) if new[0] < len(world.facts) else v.entity in known:
                 self._settle(v, 1 << new[0])
                 self.effect[v.name] = v.bits.index(new[0])
             else:
@@ -159,9 +159,9 @@ class AdventureReader(Reader):
             possible = tuple([k for k, bit in enumerate(variable.bits) if self.maybe >> bit & 1])
             return uniform(n, possible)
         if name == "last_mention":
-            return point(n, self.last[variable.name]) if variable.name in self.last else uniform(n)
+            return one_hot(n, self.last[variable.name]) if variable.name in self.last else uniform(n)
         if name == "stay":
-            return point(n, self.first[variable.name]) if variable.name in self.first else uniform(n)
+            return one_hot(n, self.first[variable.name]) if variable.name in self.first else uniform(n)
         if name == "action_only":
-            return point(n, self.effect[variable.name]) if variable.name in self.effect else uniform(n)
+            return one_hot(n, self.effect[variable.name]) if variable.name in self.effect else uniform(n)
         raise KeyError(name)

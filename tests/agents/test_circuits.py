@@ -14,7 +14,7 @@ from circuits import EPSILON, Circuit, Slot, circuit
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import prompts_of
 from nextstate.envs import Episode, make_game, unroll
-from nextstate.envs.contrast import Pair, differences, pieces
+from nextstate.envs.contrast import Pair, differences, segments
 
 SEEDS = range(10)
 GAMES = ("DFA", "Cycle")
@@ -45,7 +45,7 @@ def pairs(game: str, kind: str) -> list[Pair]:
 def logits(agent: LanguageModel, episodes: list[Episode]) -> torch.Tensor:
     """Return the logits at the end of the last prompt of each episode; all prompts are equally long."""
     encode = agent.encoder
-    parts = [pieces(episode) for episode in episodes]
+    parts = [segments(episode) for episode in episodes]
     tokens = [encode.opening(p[0]) + tuple(t for text in p[1:] for t in encode.piece(text)) for p in parts]
     return agent.model(torch.tensor(tokens)).logits[:, -1]
 
@@ -172,7 +172,7 @@ def test_the_matching_head_looks_at_what_the_pair_calls_the_match() -> None:
     for kind in ("state", "action", "noop"):
         for pair in pairs("DFA", kind):
             for i, side in enumerate(pair.sides):
-                parts = pieces(side)
+                parts = segments(side)
                 tokens = agent.encoder.opening(parts[0]) + tuple(t for p in parts[1:] for t in agent.encoder.piece(p))
                 with torch.inference_mode():
                     seen = agent.model(torch.tensor([tokens]), output_attentions=True).attentions[layer][0, head, -1]
@@ -187,7 +187,7 @@ def test_the_matching_head_looks_at_what_the_pair_calls_the_match() -> None:
 def test_the_tokens_of_a_pair_differ_where_its_words_do(game: str, kind: str) -> None:
     encode = built(game, 0).agent.encoder
     for pair in pairs(game, kind):
-        parts = [pieces(side) for side in pair.sides]
+        parts = [segments(side) for side in pair.sides]
         clean, corrupted = (
             encode.opening(p[0]) + tuple(t for text in p[1:] for t in encode.piece(text)) for p in parts
         )

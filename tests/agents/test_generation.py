@@ -11,7 +11,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from nextstate.agents.generation import (
-    Codes,
+    TokenMap,
     divergence,
     divergences,
     diversity,
@@ -26,7 +26,7 @@ from nextstate.envs.grammar.grammar import Grammar
 from nextstate.envs.grammar.inside import log_probabilities, next_tokens
 from nextstate.envs.grammar.sources import random_grammar
 
-CODES = Codes(begin=4, end=3, terminals=(1, 2))  # token 0 stands for nothing
+CODES = TokenMap(begin=4, end=3, terminals=(1, 2))  # token 0 stands for nothing
 GRAMMAR = Grammar.read("S -> A B | B A A\nA -> x\nB -> y | x")
 LONGEST = 3
 
@@ -103,7 +103,7 @@ def test_divergence_is_that_of_plain_passes_and_none_of_the_truth() -> None:
 
 def test_a_model_that_learns_gets_nearer() -> None:
     grammar = random_grammar(np.random.default_rng(0), levels=3)
-    codes = Codes(0, 0, (1, 2, 3))  # one token before and after, as strings follow one another in windows
+    codes = TokenMap(0, 0, (1, 2, 3))  # one token before and after, as strings follow one another in windows
     model, rng = tiny(3, 4), np.random.default_rng(2)
     strings = [d.tokens for d in sample(grammar, rng, 200)]
 
@@ -135,9 +135,9 @@ def test_a_model_that_learns_gets_nearer() -> None:
 def test_bad_input_is_named() -> None:
     model, rng = tiny(), np.random.default_rng(0)
     with pytest.raises(GameError, match="expected a token of its own"):
-        Codes(1, 3, (1, 2))
+        TokenMap(1, 3, (1, 2))
     with pytest.raises(GameError, match="expected a token of its own"):
-        Codes(4, 2, (1, 2))
+        TokenMap(4, 2, (1, 2))
     with pytest.raises(GameError, match="temperature=0 is not possible"):
         write(model, CODES, [[]], rng, 3, temperature=0)
     with pytest.raises(GameError, match="longest=1 is not possible with a prefix of 2"):

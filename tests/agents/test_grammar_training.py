@@ -17,11 +17,11 @@ import torch
 from nextstate.agents.config import ConfigError
 from nextstate.agents.grammar_training import (
     Windows,
-    codes_of,
     flops_per_token,
     load,
     make_tokenizer,
     matmul_peak,
+    token_map,
     train,
 )
 from nextstate.agents.training_config import SPECIAL, GrammarTraining, ModelSpec, check_training
@@ -41,7 +41,7 @@ TINY: dict[str, Any] = {
 
 def test_windows_are_strings_one_after_another() -> None:
     data = Windows(GRAMMAR, 24, 200, seed=3, perturbation=None, masked=False)
-    codes, strings = codes_of(GRAMMAR), []
+    codes, strings = token_map(GRAMMAR), []
     for first in (0, 64):
         stream = [t for i in range(first, first + 64) for t in data[i]["input_ids"].tolist()]
         assert len(stream) == 64 * 24
@@ -142,7 +142,7 @@ def test_a_run_goes_on_where_it_was_killed(architecture: Any, tmp_path: Path) ->
         assert [row["step"] for row in told["curve"] if "kl" in row] == [3, 6]
         assert all(0 <= row["accuracy"] <= 1 for row in told["curve"] if "accuracy" in row)
     tokenizer = make_tokenizer(GRAMMAR)
-    codes = codes_of(GRAMMAR)
+    codes = token_map(GRAMMAR)
     assert tokenizer.encode("1 2 3", add_special_tokens=False) == list(codes.terminals)
     assert tokenizer.encode("1 2 3") == [codes.begin, *codes.terminals]
 

@@ -27,7 +27,7 @@ from nextstate.analysis.predict.study import Predict
 from nextstate.analysis.predict.tables import QUESTION
 from nextstate.analysis.study import go
 from nextstate.envs import make_game, unroll
-from nextstate.envs.contrast import pieces
+from nextstate.envs.contrast import segments
 from tests.runs import answered, frame, left_out, make, page_of
 
 GAMES: list[tuple[str, dict[str, Any], int]] = [
@@ -38,7 +38,7 @@ HEADS = ((1, 2), (0, 3), (1, 0))
 
 
 def tokens(agent: LanguageModel, prompt: Prompt) -> list[int]:
-    first, *others = pieces(*prompt)
+    first, *others = segments(*prompt)
     return [*agent.encoder.opening(first), *(t for p in others for t in agent.encoder.piece(p))]
 
 

@@ -123,7 +123,7 @@ def test_an_incomplete_checkpoint_loads_where_that_is_asked_for_and_is_marked(tm
     (warning,) = one.warnings()
     assert "incomplete checkpoint (1 tensor is missing" in warning
     episode = episodes_of(make_game("Cycle"), range(1), 3)[0]
-    assert warning in one.remark(episode)
+    assert warning in one.episode_warnings(episode)
     # What is missing is random, and the same each time.
     assert torch.equal(one.model.state_dict()[MATRIX["llama"]], two.model.state_dict()[MATRIX["llama"]])
     assert replay(one, [episode]).rows == replay(two, [episode]).rows
@@ -360,7 +360,7 @@ def test_bos_as_a_config_asks_for_is_remarked_where_it_differs(tmp_path: Path) -
     (said,) = on.warnings()
     assert "read transcripts with <s> before them (bos=True); its tokenizer puts nothing there" in said
     episode = episodes_of(make_game("Cycle"), range(1), 3)[0]
-    assert said in on.remark(episode)
+    assert said in on.episode_warnings(episode)
     lengths = [replay(agent, [episode]).rows[0]["prompt_tokens"] for agent in (none, on)]
     assert lengths[1] == lengths[0] + 1
     with pytest.raises(TokenizerError, match="bos=True is not possible"):

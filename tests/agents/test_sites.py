@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from nextstate.agents.language import LanguageModel
-from nextstate.agents.sites import SITES, Names, SiteError, Sites
+from nextstate.agents.sites import SITES, ModuleMap, SiteError, Sites
 from tests.conftest import ARCHITECTURES, build
 
 MORE = ("opt", "opt-350m", "qwen2", "qwen3", "mistral")
-LLAMA = Names(blocks="model.layers", attention="self_attn", projection="o_proj", mlp="mlp")
+LLAMA = ModuleMap(blocks="model.layers", attention="self_attn", projection="o_proj", mlp="mlp")
 GEMMA2 = replace(LLAMA, attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
 
 SHAPE = {

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nextstate.agents.rollout import episodes_of
 from nextstate.agents.text import Encoder, TokenizerError
-from nextstate.envs.contrast import Span, pieces
+from nextstate.envs.contrast import Span, segments
 from nextstate.envs.game import Episode
 from nextstate.envs.games import GAMES, make_game
 
@@ -21,12 +21,12 @@ def test_pieces_are_the_tokens_of_the_whole_text(folders: dict[str, Path], name:
     for architecture, folder in folders.items():
         encoder = Encoder(AutoTokenizer.from_pretrained(folder))
         for episode in episodes_of(make_game(name), range(5), 3):
-            pieces = (episode.opening, *episode.told)
-            ids = encoder.opening(pieces[0]) + tuple(t for p in pieces[1:] for t in encoder.piece(p))
+            segments = (episode.opening, *episode.texts)
+            ids = encoder.opening(segments[0]) + tuple(t for p in segments[1:] for t in encoder.piece(p))
             # Not `skip_special_tokens`: letters that a tokenizer has never seen are special tokens, one a byte.
             told = encoder.tokenizer.decode(ids).removeprefix(encoder.tokenizer.bos_token)
-            assert told == "".join(pieces)
-            assert encoder.natural(pieces), architecture
+            assert told == "".join(segments)
+            assert encoder.natural(segments), architecture
 
 
 def words(*vocabulary: str) -> PreTrainedTokenizerFast:
@@ -56,7 +56,7 @@ def test_spans_are_located_at_their_last_token(folders: dict[str, Path], name: s
         for kind, design in [(k, d) for k, designs in GAMES[name].contrasts.items() for d in designs]:
             pair = make_game(name).contrast(np.random.default_rng(0), kind, design)
             for episode, spans in zip(pair.sides, zip(*pair.roles.values(), strict=True), strict=True):
-                parts = pieces(episode)
+                parts = segments(episode)
                 assert "".join(parts) == episode.prompt(len(episode.steps) - 1)
                 tokens = tokens_of(encoder, episode)
                 starts = [len(encoder.opening(parts[0]))]
@@ -74,7 +74,7 @@ def test_spans_are_located_at_their_last_token(folders: dict[str, Path], name: s
 
 
 def tokens_of(encoder: Encoder, episode: Episode) -> tuple[int, ...]:
-    parts = pieces(episode)
+    parts = segments(episode)
     return encoder.opening(parts[0]) + tuple(t for p in parts[1:] for t in encoder.piece(p))
 
 
@@ -85,7 +85,7 @@ def test_the_end_of_a_pair_is_its_last_token_and_equal_symbols_give_equal_length
         lengths = [len(tokens_of(encoder, side)) for side in pair.sides]
         assert lengths[0] == lengths[1]
         for side, span, n in zip(pair.sides, pair.roles["last"], lengths, strict=True):
-            assert encoder.locate(pieces(side), span) == n - 1
+            assert encoder.locate(segments(side), span) == n - 1
 
 
 @pytest.mark.parametrize("span", [Span(0, 0, 0), Span(0, 2, 9), Span(5, 0, 1), Span(-1, 0, 1)])

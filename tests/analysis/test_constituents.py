@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from nextstate.agents.generation import Codes
+from nextstate.agents.generation import TokenMap
 from nextstate.analysis.grammar.constituents import Constituents, constituents, means, peaks, rows
 from nextstate.envs import GameError
 from nextstate.envs.grammar.derivation import Derivation, sample
 from nextstate.envs.grammar.grammar import Grammar
 
-CODES = Codes(begin=3, end=0, terminals=(1, 2))
+CODES = TokenMap(begin=3, end=0, terminals=(1, 2))
 GRAMMAR = Grammar.read("S -> A B | B A\nA -> c d | d c c\nB -> c c | d d d\nc -> x y | x\nd -> y x | y y")
 EVEN = Grammar.read("S -> A B | B A\nA -> c d | d c\nB -> c c | d d\nc -> x y | x x\nd -> y x | y y")
 # Two ends are three tokens apart at least, so that no token is two from one and itself another.

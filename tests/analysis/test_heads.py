@@ -29,11 +29,11 @@ from nextstate.analysis.heads.routing import (
     Routing,
     attention_of,
     baseline,
-    carriers,
     head_table,
     layout,
     prefers,
     routing,
+    significant,
     token_pairs,
     top_heads,
 )
@@ -49,7 +49,7 @@ from tests.pages import data, loads_nothing, markup, places
 
 SEEDS = range(10)
 NARROW: dict[str, Any] = {
-    "name": "narrow", "model": "circuit", "settings": {"states": 5, "actions_listed": 4}, "pairs": 6, "steps": 8,
+    "name": "narrow", "model": "circuit", "game_args": {"states": 5, "actions_listed": 4}, "pairs": 6, "steps": 8,
     "kinds": ["state", "action"], "directions": ["denoise"], "resamples": 200, "wandb": "disabled",
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ def joined(agent: LanguageModel, game: str, kind: str) -> list[TokenPair]:
 def named(found: Sweep, made: Circuit) -> set[str]:
     """Return which heads stand out, by what they do; a head that does nothing goes by its slot."""
     names = {slot: name for name, slot in made.heads.items()}
-    cells = carriers(recovery(found, np.random.default_rng(0), resamples=200))
+    cells = significant(recovery(found, np.random.default_rng(0), resamples=200))
     return {names.get((int(a), int(b)), f"{a}.{b}") for a, b in np.argwhere(cells[..., 0])}
 
 
@@ -316,7 +316,7 @@ def test_the_headline_of_the_page_names_the_heads(folder: Path) -> None:
 
 def test_a_sweep_comes_back_from_its_table(folder: Path) -> None:
     run, agent = open_run(folder, "")[1], built("DFA", 1).agent
-    pairs = draw(narrow(), make_game("DFA", **NARROW["settings"]), "balanced", "state", run.rng("balanced", "state"))
+    pairs = draw(narrow(), make_game("DFA", **NARROW["game_args"]), "balanced", "state", run.rng("balanced", "state"))
     again = sweep(agent, token_pairs(agent.encoder, pairs)[0], vocabulary=False)
     back = sweep_of(run, "balanced", "state", "head", "denoise", "last")
     assert back is not None
@@ -421,7 +421,7 @@ def test_wrong_configs(tmp_path: Path, change: dict[str, Any], message: str) -> 
 
 
 def test_pairs_that_a_game_has_not(tmp_path: Path) -> None:
-    config = narrow(game="Cycle", settings={}, kinds=["action"])
+    config = narrow(game="Cycle", game_args={}, kinds=["action"])
     with pytest.raises(RunError, match="Cycle has no balanced pairs of kinds action; it has state"):
         go(Heads(), config, tmp_path / "run", model=built("Cycle", 0).agent)
     assert not (tmp_path / "run").exists()

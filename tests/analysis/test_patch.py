@@ -18,8 +18,8 @@ from nextstate.agents.agent import Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.sites import SITES, SiteError
-from nextstate.analysis import sweep as engine
 from nextstate.analysis.heads import patch as patching
+from nextstate.analysis.heads import sweep as engine
 from nextstate.analysis.heads.patch import (
     PatchError,
     Readout,

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from nextstate.agents.generation import Codes
+from nextstate.agents.generation import TokenMap
 from nextstate.analysis.grammar.config import ProbeConfig
 from nextstate.analysis.grammar.probe import (
     PositionProbe,
@@ -31,7 +31,7 @@ from nextstate.envs import GameError
 from nextstate.envs.grammar.derivation import Derivation, sample
 from nextstate.envs.grammar.grammar import Grammar
 
-CODES = Codes(begin=3, end=3, terminals=(1, 2))
+CODES = TokenMap(begin=3, end=3, terminals=(1, 2))
 # No string comes about in two ways: the first of each two terminals tells c from d, and these A B from B A. Weights
 # make one symbol the likelier one at each position: where none is, noise decides what a shuffled probe says.
 GRAMMAR = Grammar.read("S -> A B (3) | B A\nA -> c d (3) | d c c\nB -> c c | d d d (3)\nc -> x y | x x\nd -> y x | y y")
@@ -281,7 +281,7 @@ def test_there_are_as_many_targets_as_levels_between() -> None:
 
 
 def test_errors_say_what_was_given() -> None:
-    def train(wanted: list[Wanted], model: Any = None, codes: Codes = CODES) -> object:
+    def train(wanted: list[Wanted], model: Any = None, codes: TokenMap = CODES) -> object:
         config = SMALL.model_copy(update={"steps": 1})
         return train_probes(model or tiny(), codes, GRAMMAR, np.random.default_rng(0), config, wanted)
 
@@ -297,7 +297,7 @@ def test_errors_say_what_was_given() -> None:
     with pytest.raises(GameError, match=r"model\.eval\(\)"):
         train([Wanted()], tiny().train())
     with pytest.raises(GameError, match="3 terminals: expected 2"):
-        train([Wanted()], codes=Codes(0, 0, (1, 2, 3)))
+        train([Wanted()], codes=TokenMap(0, 0, (1, 2, 3)))
     with pytest.raises(GameError, match="5 tokens are too long for a probe of 4 positions"):
         PositionProbe(3, targets(GRAMMAR), 4, 2, 2, None)(torch.zeros(1, 5, 3), torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(ValidationError, match="did you mean 'steps'"):

@@ -24,7 +24,7 @@ from nextstate.agents.rollout import episodes_of, live, prompts_of, replay
 from nextstate.agents.sites import SITES, SiteError
 from nextstate.analysis.record import INDEX, RecordError, load, record, spans
 from nextstate.envs import Episode, make_game
-from nextstate.envs.contrast import pieces
+from nextstate.envs.contrast import segments
 
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("Box", {"boxes": 4}, 4),
@@ -37,7 +37,7 @@ KEYS = ["episode", "step", "question", "role", "site", "layer", "head"]
 
 
 def tokens(agent: LanguageModel, prompt: Prompt) -> list[int]:
-    first, *others = pieces(*prompt)
+    first, *others = segments(*prompt)
     return [*agent.encoder.opening(first), *(t for p in others for t in agent.encoder.piece(p))]
 
 
@@ -67,7 +67,7 @@ def plain(agent: LanguageModel, prompt: Prompt) -> dict[tuple[str, int], torch.T
 
 def words(prompt: Prompt, role: str) -> str:
     piece, start, end = spans(prompt)[role]
-    return pieces(*prompt)[piece][start:end]
+    return segments(*prompt)[piece][start:end]
 
 
 def ordered(index: pl.DataFrame) -> pl.DataFrame:
@@ -153,25 +153,25 @@ def test_nnsight_reads_the_same_head_inputs(folders: dict[str, Path], tmp_path: 
 
 
 def test_what_is_told_where() -> None:
-    def told(name: str, steps: int, **settings: Any) -> list[dict[str, str]]:
+    def found_roles(name: str, steps: int, **settings: Any) -> list[dict[str, str]]:
         episode = episodes_of(make_game(name, **settings), [3], steps)[0]
         prompts = [Prompt(episode, t) for t in range(steps)]
         return [{role: words(p, role) for role in spans(p)} for p in prompts]
 
     episode = episodes_of(make_game("DFA", states=4), [3], 5)[0]
-    for t, (step, found) in enumerate(zip(episode.steps, told("DFA", 5, states=4), strict=True)):
+    for t, (step, found) in enumerate(zip(episode.steps, found_roles("DFA", 5, states=4), strict=True)):
         machine = step.state.machine  # type: ignore[attr-defined]
         assert found == {"state": machine.states[step.state.at], "action": machine.actions[step.action]}  # type: ignore[attr-defined,index]
         span = spans(Prompt(episode, t))["state"]
         assert span.piece == (0 if t == 0 else 4 * t - 1)  # the opening, or the last answer
     for step, found in zip(
-        episodes_of(make_game("Box", boxes=4), [3], 5)[0].steps, told("Box", 5, boxes=4), strict=True
+        episodes_of(make_game("Box", boxes=4), [3], 5)[0].steps, found_roles("Box", 5, boxes=4), strict=True
     ):
         asked = step.questions[0]
         assert found["state"] == make_game("Box", boxes=4).values(step.state)[asked.variable]
         assert found["action"] == step.narration[-2]
-    assert all(set(found) == {"state"} for found in told("Cycle", 5, period=3))
-    assert all(set(found) == {"action"} for found in told("FruitStore", 3, people=4))
+    assert all(set(found) == {"state"} for found in found_roles("Cycle", 5, period=3))
+    assert all(set(found) == {"action"} for found in found_roles("FruitStore", 3, people=4))
 
 
 def test_memory_does_not_grow_with_the_number_of_episodes(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def page_of(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("response") / "run"
-    bridge = [{"game": "Cycle", "settings": {"period": 5}, "pairs": 3}]
+    bridge = [{"game": "Cycle", "game_args": {"period": 5}, "pairs": 3}]
     respond(out, built("Cycle").agent, "nextstate response </script>", bridge=bridge)
     return out
 
@@ -253,11 +253,11 @@ def test_a_precision_with_too_few_strengths_has_no_window(tmp_path: Path, folder
 def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     made, settings = built("DFA"), {"states": 5, "actions_listed": 4}
     narrow: dict[str, Any] = {
-        "name": "heads", "model": "circuit", "settings": settings, "pairs": 5, "steps": 8, "sites": ["head"],
+        "name": "heads", "model": "circuit", "game_args": settings, "pairs": 5, "steps": 8, "sites": ["head"],
         "kinds": ["state", "action"], "directions": ["denoise"], "resamples": 100, "wandb": "disabled",
     }  # fmt: skip
     go(Heads(), Heads.config(**narrow), tmp_path / "heads", model=made.agent)
-    bridge = [{"game": "DFA", "settings": settings, "kinds": ["state", "action"], "pairs": 2, "steps": 8}]
+    bridge = [{"game": "DFA", "game_args": settings, "kinds": ["state", "action"], "pairs": 2, "steps": 8}]
     more: dict[str, Any] = {"bridge": bridge, "patching": str(tmp_path / "heads")}
     run = respond(tmp_path / "run", made.agent, **more)
     assert "Beside patching" in page_of(tmp_path / "run")

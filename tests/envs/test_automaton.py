@@ -65,7 +65,7 @@ def test_an_automaton_is_its_game(small: Game) -> None:
     automaton = Automaton.explore(small, seed=5)
     steps = min(6, small.max_steps or 6)
     mine, theirs = unroll(automaton, 5, steps), unroll(small, 5, steps)
-    assert mine.told == theirs.told
+    assert mine.texts == theirs.texts
     assert mine.transcripts == theirs.transcripts
     assert [s.questions for s in mine.steps] == [s.questions for s in theirs.steps]
     assert [automaton.states[s.next_state] for s in mine.steps] == [s.next_state for s in theirs.steps]
@@ -85,7 +85,7 @@ def test_episodes_start_where_the_game_draws_if_that_can_be_reached() -> None:
     game = make_game("Box")
     automaton = Automaton.explore(game)
     for seed in range(20):
-        assert unroll(automaton, seed, 10).told == unroll(game, seed, 10).told
+        assert unroll(automaton, seed, 10).texts == unroll(game, seed, 10).texts
     drawn_anew = make_game("DFA", states=8)
     automaton = Automaton.explore(drawn_anew, seed=3)
     assert all(unroll(automaton, seed, 5).start == 0 for seed in range(20))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_readers import read_box, read_dfa
 
 from nextstate.envs import GAMES, Episode, Game, GameError, make_game
-from nextstate.envs.contrast import Pair, Span, differences, flaws, piece_of, pieces, shortcuts, spot
+from nextstate.envs.contrast import Pair, Span, differences, find_span, piece_of, problems, segments, shortcuts
 
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)
 
@@ -62,7 +62,7 @@ def any_pair(draw: st.DrawFn, kinds: tuple[str, ...] = ("state", "action", "name
 
 
 def text(episode: Episode, span: Span) -> str:
-    return pieces(episode)[span.piece][span.start : span.end]
+    return segments(episode)[span.piece][span.start : span.end]
 
 
 def prompt(episode: Episode) -> str:
@@ -85,7 +85,7 @@ def test_both_sides_are_episodes_of_the_game(pair: Pair) -> None:
         assert len(side.steps[-1].questions) == 1
         for t, step in enumerate(side.steps):
             for q in range(len(step.questions)):
-                assert "".join(pieces(side, t, q)) == side.prompt(t, q)
+                assert "".join(segments(side, t, q)) == side.prompt(t, q)
     assert pickle.loads(pickle.dumps(pair)) == pair
     assert hash(pair.swapped().swapped()) == hash(pair)
     assert pair.swapped().swapped() == pair
@@ -94,7 +94,7 @@ def test_both_sides_are_episodes_of_the_game(pair: Pair) -> None:
 @settings(max_examples=80, deadline=None)
 @given(pair=any_pair())
 def test_answers_differ_are_settled_and_legal_on_the_other_side(pair: Pair) -> None:
-    assert flaws(pair) == ()
+    assert problems(pair) == ()
     assert pair.answers[0] != pair.answers[1]
     assert len(pair.clean.steps) == len(pair.corrupted.steps)
     for side, (question, other) in zip(pair.sides, zip(pair.questions, pair.answers[::-1], strict=True), strict=True):
@@ -134,7 +134,7 @@ def test_one_thing_differs(pair: Pair) -> None:
         assert set(words) == renamed
         if name != "FruitStore":
             (old, new) = renamed.pop()
-            told = [re.findall(r"\w+", "".join(pieces(side)).split("Sequence:")[-1]) for side in pair.sides]
+            told = [re.findall(r"\w+", "".join(segments(side)).split("Sequence:")[-1]) for side in pair.sides]
             assert new not in told[0]
             assert old not in told[1]
             assert (f" {old}", f" {new}") == pair.answers
@@ -187,12 +187,12 @@ def test_roles_are_where_they_say(pair: Pair) -> None:
             assert spans["distractor"] != spans["match"]
         if "subject" in said:
             assert said["subject"].lower() == question.variable.lower()
-            assert spans["subject"].piece == len(pieces(side)) - 1
+            assert spans["subject"].piece == len(segments(side)) - 1
         if "state" in said and side.game.name in ("DFA", "Cycle"):
             assert list(side.game.values(side.steps[-1].state).values()) == [said["state"]]
         if "action" in said:
             assert spans["action"].piece == piece_of(side, -1, "narration")
-        parts = pieces(side)
+        parts = segments(side)
         assert "".join(parts[: spans["last"].piece]) + parts[spans["last"].piece] == prompt(side)
         assert spans["last"].end == len(parts[spans["last"].piece])
 
@@ -210,7 +210,7 @@ def test_noop_steps_change_nothing_that_is_asked_about(seed: int, distance: int)
     for name, size in (("Box", 5), ("DFA", 6), ("FruitStore", 12)):
         game = make_game(name, **{GAMES[name].size: size})
         pair = game.contrast(np.random.default_rng(seed), "noop", distance=distance)
-        (first, _), told = differences(pair)[0], pieces(pair.clean)
+        (first, _), told = differences(pair)[0], segments(pair.clean)
         between = pair.clean.steps[-1 - distance : -1] if name == "DFA" else pair.clean.steps[-distance:]
         if name == "DFA":
             assert all(s.state == s.next_state for s in between)
@@ -219,7 +219,7 @@ def test_noop_steps_change_nothing_that_is_asked_about(seed: int, distance: int)
             assert first.piece == piece_of(pair.clean, len(pair.clean.steps) - 1 - distance, "narration")
             word = pair.questions[0].variable if name == "Box" else pair.answers[0]
             assert not any(re.search(rf"\b{word.strip()}\b", s.narration) for s in between)
-        assert len(told) == len(pieces(pair.corrupted))
+        assert len(told) == len(segments(pair.corrupted))
 
 
 def each_kind() -> list[tuple[str, str]]:
@@ -271,14 +271,14 @@ def test_what_shortcuts_score(name: str, kind: str, expected: dict[str, tuple[fl
 HEADER = "States: {x1,x2,x3,x4}\nActions:{A1,A2,A3}\nSequence: Start at state x1."
 
 
-def told(*steps: str) -> str:
+def text_of(*steps: str) -> str:
     return "".join(f" Take action {action}, go to state {state}." for action, state in map(str.split, steps))
 
 
 def test_different_state_same_action_as_published() -> None:
     rng, game = np.random.default_rng(0), make_game("DFA")
-    one, two = told("A1 x3", "A2 x1"), told("A1 x4", "A2 x2")
-    cross, back = told("A3 x4", "A2 x2"), told("A3 x3", "A2 x1")
+    one, two = text_of("A1 x3", "A2 x1"), text_of("A1 x4", "A2 x2")
+    cross, back = text_of("A3 x4", "A2 x2"), text_of("A3 x3", "A2 x1")
     asked = " Take action A1, go to state"
     clean = {6: one + cross + two, 10: one + cross + two + back + one, 14: one + cross + two + back + one + cross + two}
     for steps, words in clean.items():
@@ -296,7 +296,7 @@ def test_the_published_design_asks_for_one_answer_where_the_reference_found_it()
         pair = game.contrast(rng, "state", "paper", steps=steps)
         assert pair.answers[1] == " x3"
         same += [steps] if pair.answers[0] == pair.answers[1] else []
-        assert bool(flaws(pair)) == (steps in same)
+        assert bool(problems(pair)) == (steps in same)
         assert all(value in (0.5, 1) for name, value in shortcuts(pair).items() if name == "action_only")
     assert same == [10, 18, 26]
 
@@ -305,11 +305,11 @@ def test_the_published_design_asks_for_one_answer_where_the_reference_found_it()
 def test_noop_as_published(distance: int) -> None:
     pair = make_game("DFA").contrast(np.random.default_rng(0), "noop", "paper", distance=distance)
     for side, name in zip(pair.sides, ("x1", "x3"), strict=True):
-        walk = told("A1 x2", f"A2 {name}", "A1 x2", *["A x2"] * distance)
+        walk = text_of("A1 x2", f"A2 {name}", "A1 x2", *["A x2"] * distance)
         listed = f"States: {{x1,x2,x3}}\nActions:{{A1,A2,A}}\nSequence: Start at state {name}."
         assert prompt(side) == f"{listed}{walk} Take action A2, go to state"
     assert pair.answers == (" x1", " x3")
-    assert flaws(pair) == ()
+    assert problems(pair) == ()
 
 
 @pytest.mark.parametrize(
@@ -386,20 +386,20 @@ def test_what_cannot_be_is_said(game: Game, arguments: dict[str, Any], message: 
 def test_the_ends_of_what_is_possible(name: str, size: dict[str, Any], kind: str, steps: int | None) -> None:
     game, rng = make_game(name, **size), np.random.default_rng(0)
     pairs = [game.contrast(rng, kind, steps=steps, distance=1 if kind == "noop" else None) for _ in range(20)]
-    assert all(flaws(p) == () for p in pairs)
+    assert all(problems(p) == () for p in pairs)
 
 
 def test_flaws_are_named() -> None:
     game, rng = make_game("DFA"), np.random.default_rng(0)
     pair, other = game.contrast(rng, "state"), game.contrast(rng, "state", steps=14)
-    same = flaws(Pair("state", "balanced", pair.clean, pair.clean, {}))
+    same = problems(Pair("state", "balanced", pair.clean, pair.clean, {}))
     assert same == (f"both sides have the answer {pair.answers[0].strip()}",)
-    found = flaws(Pair("state", "balanced", pair.clean, other.clean, {}))
+    found = problems(Pair("state", "balanced", pair.clean, other.clean, {}))
     assert "the sides have 12 and 14 steps" in found
     short = Episode(game, 0, pair.clean.start, pair.clean.opening, pair.clean.steps[:1])
-    assert "the clean transcript does not settle the answer" in flaws(Pair("state", "balanced", short, short, {}))
+    assert "the clean transcript does not settle the answer" in problems(Pair("state", "balanced", short, short, {}))
     with pytest.raises(GameError, match="word='nobody' is not in piece 0"):
-        spot(pair.clean, 0, "nobody")
+        find_span(pair.clean, 0, "nobody")
     fruits = make_game("FruitStore").contrast(rng, "state").clean
-    found = flaws(Pair("state", "", pair.clean, fruits, {}))
+    found = problems(Pair("state", "", pair.clean, fruits, {}))
     assert any(flaw.endswith("is no choice on the clean side") for flaw in found)

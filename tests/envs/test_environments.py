@@ -18,7 +18,16 @@ from corridor import register
 from gymnasium.utils.env_checker import check_env
 
 import nextstate
-from nextstate.envs import GAMES, GameError, PlayEnv, PredictionEnv, make_game, register_environments, score, unroll
+from nextstate.envs import (
+    GAMES,
+    GameError,
+    PlayEnv,
+    PredictionEnv,
+    expected_accuracy,
+    make_game,
+    register_environments,
+    unroll,
+)
 from nextstate.envs.aims import Aim, draw_goal, leads, plan, reply, shortest, words
 from nextstate.envs.settings import listed
 
@@ -93,7 +102,7 @@ def test_an_episode_is_the_unrolled_one(name: str) -> None:
             assert info["answer"] == question.answer
             assert info["accepted"] == question.accepted
             assert info["state"] == dict(env.game.values(step.next_state))
-            assert info["ceiling"] == score(beliefs[t][0], question.accepted)
+            assert info["ceiling"] == expected_accuracy(beliefs[t][0], question.accepted)
             assert info["determined"] == (info["ceiling"] == 1)
             assert info["chance"] == len(question.accepted) / len(question.choices)
             assert not info["illegal"]

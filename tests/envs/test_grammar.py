@@ -22,7 +22,7 @@ from nextstate.envs.grammar.edits import min_edits
 from nextstate.envs.grammar.frequencies import frequencies
 from nextstate.envs.grammar.grammar import Grammar, Rule
 from nextstate.envs.grammar.inside import count_parses, log_probabilities, member, next_tokens, parse
-from nextstate.envs.grammar.reading import Reading, read
+from nextstate.envs.grammar.reading import Posterior, read
 from nextstate.envs.grammar.sources import PUBLISHED, implicit, published, random_grammar, read_file
 from nextstate.envs.grammar.walk import ancestors, chosen, draw, ends, following
 
@@ -160,7 +160,7 @@ def test_beliefs_while_reading_are_what_listing_says(grammar: Grammar, seed: int
     told, rng = listed(grammar), np.random.default_rng(seed)
     for w in {told[int(i)].tokens for i in rng.integers(len(told), size=3)}:
         x = grammar.encode(w).tolist()
-        now = Reading.start(grammar)
+        now = Posterior.start(grammar)
         for k in range(len(w) + 1):
             left = [t for t in told if t.tokens[:k] == w[:k]]
             total = sum(t.p for t in left)
@@ -381,7 +381,7 @@ def test_nothing_underflows() -> None:
     (after,) = next_tokens(grammar, [x])
     assert -log_probabilities(grammar, [x])[0] > 1000 * math.log(2) * 1.1  # a float64 ends at 2**-1074
     assert after.p.sum(axis=1) == pytest.approx(1, abs=1e-9)
-    now = Reading.start(grammar)
+    now = Posterior.start(grammar)
     for k, token in enumerate(x.tolist()):
         assert np.abs(after.p[k] - now.following).max() <= 1e-9
         now = now.read(token)
@@ -496,7 +496,7 @@ def test_what_is_no_string_is_named() -> None:
     with pytest.raises(GameError, match="expected whole numbers in a row"):
         min_edits(grammar, [0.5])
     with pytest.raises(GameError, match="token 1 is 7"):
-        Reading.start(grammar).read(7)
+        Posterior.start(grammar).read(7)
     assert min_edits(Grammar.read("1 -> a b"), [0, 9]) == 1
     assert min_edits(grammar, [0] * 20) is None
     with pytest.raises(GameError, match="grammar='cfg3z' is not possible: expected one of cfg3b"):

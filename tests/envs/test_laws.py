@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from outside import GAME, write_package
 
 from nextstate.envs import GAMES, Game, LawError, check_game, make_game, unroll
-from nextstate.envs.game import Distribution, split
+from nextstate.envs.game import Distribution, split_uniform
 from nextstate.envs.laws import LAWS_OF_MANY_EPISODES, Case
 
 ALMOST_ONE = math.nextafter(1.0, 0.0)
@@ -38,14 +38,14 @@ def any_game(draw: st.DrawFn) -> Game:
 
 @given(u=st.floats(0, ALMOST_ONE), n=st.integers(1, 10**6))
 def test_split_stays_below_n_and_leaves_a_draw(u: float, n: int) -> None:
-    index, left = split(u, n)
+    index, left = split_uniform(u, n)
     assert 0 <= index < n
     assert 0 <= left < 1
 
 
 @given(n=st.integers(1, 10**6))
 def test_split_of_the_largest_draw_is_the_last(n: int) -> None:
-    assert split(ALMOST_ONE, n)[0] == n - 1
+    assert split_uniform(ALMOST_ONE, n)[0] == n - 1
 
 
 # Elsewhere narrations tell the state, and the question is whether that is remembered.

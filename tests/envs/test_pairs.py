@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextstate.envs import Automaton, Game, GameError, make_game
-from nextstate.envs.contrast import differences, flaws, piece_of, pieces, shortcuts
+from nextstate.envs.contrast import differences, piece_of, problems, segments, shortcuts
 from nextstate.envs.game import Action, State
 from nextstate.envs.pairs import KINDS, search
 
@@ -30,7 +30,7 @@ def test_a_pair_that_is_found_differs_in_what_its_kind_says(
 ) -> None:
     game, hopeless = which
     pair = search(game, np.random.default_rng(seed), kind, 3, hopeless)
-    assert flaws(pair) == ()
+    assert problems(pair) == ()
     assert all(value <= 0.5 for name, value in shortcuts(pair).items() if name not in hopeless)
     clean, corrupted = pair.sides
     same_start, steps = clean.start == corrupted.start, list(zip(clean.steps, corrupted.steps, strict=True))
@@ -47,7 +47,7 @@ def test_a_pair_that_is_found_differs_in_what_its_kind_says(
         assert all(role.clean.piece < narration for role in found)
         assert pair.roles["state"] in found
     for i, side in enumerate(pair.sides):
-        texts = pieces(side)
+        texts = segments(side)
         said = {name: texts[role[i].piece][role[i].start : role[i].end] for name, role in pair.roles.items()}
         assert said.get("match", pair.answers[i].strip()) == pair.answers[i].strip()
         assert said.get("distractor", pair.answers[1 - i].strip()) == pair.answers[1 - i].strip()

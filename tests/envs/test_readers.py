@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from nextstate.envs import make_game, score, unroll
+from nextstate.envs import expected_accuracy, make_game, unroll
 from nextstate.envs.games.dfa import Place
 
 # References/state-dynamics: exact lookup, else uniform over the other states; middle density, 200 samples a cell.
@@ -71,7 +71,7 @@ def test_dfa_ceilings_are_the_published_ones(states: int) -> None:
     for seed in range(n):
         episode = unroll(game, seed, max(STEPS))
         beliefs = episode.beliefs("ideal")
-        mine += [score(beliefs[t - 1][0], episode.steps[t - 1].questions[0].accepted) for t in STEPS]
+        mine += [expected_accuracy(beliefs[t - 1][0], episode.steps[t - 1].questions[0].accepted) for t in STEPS]
     for t, ours, published in zip(STEPS, mine / n, CEILING[states], strict=True):
         p = (ours * n + published * theirs) / (n + theirs)
         z = (ours - published) / np.sqrt(max(p * (1 - p), 0.005) * (1 / n + 1 / theirs))
@@ -85,7 +85,7 @@ def test_dfa_at_minimum_density_is_known_from_ten_steps_on(states: int) -> None:
         ceilings = []
         for seed in range(200):
             episode = unroll(game, seed, t)
-            ceilings.append(score(episode.beliefs("ideal")[-1][0], episode.steps[-1].questions[0].accepted))
+            ceilings.append(expected_accuracy(episode.beliefs("ideal")[-1][0], episode.steps[-1].questions[0].accepted))
         assert np.mean(ceilings) > 0.97
 
 

@@ -252,12 +252,12 @@ def test_what_stands_in_the_outcome_is_determined_afterwards() -> None:
         episode = unroll(game, seed, 15, ask="all")
         reader: Reader = game.reader(episode.start)
         for now, then in zip(episode.steps, episode.steps[1:], strict=False):
-            reader.hear(now.action)
+            reader.observe(now.action)
             if game.command(then.state, then.action) not in ("look", "inventory"):
                 continue
             ahead: Reader = game.reader(episode.start)
             for step in episode.steps[: episode.steps.index(then) + 1]:
-                ahead.hear(step.action)
+                ahead.observe(step.action)
             for question in then.questions:
                 sentence = f"{question.stem}{question.choices[question.truth]}."
                 if sentence in now.outcome:

@@ -27,7 +27,7 @@ from nextstate.envs.games import make_game
 from tests.outside_agent import NGRAM, write_package
 from tests.runs import frame
 
-GAMES = [{"game": "DFA", "settings": {"states": 3}, "steps": 6, "episodes": 5}]
+GAMES = [{"game": "DFA", "game_args": {"states": 3}, "steps": 6, "episodes": 5}]
 BROKEN = """
 from nextstate.agents.agent import Agent
 THREE = 3
@@ -53,7 +53,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_module_entry_point_and_mapping_give_the_same_rows_in_a_run(site: Path) -> None:
     agents: list[Any] = ["ngram", "ngrams:NGram", {"kind": "ngram", "n": 2}, {"kind": "ngrams:NGram", "n": 1}, "ideal"]
-    play = [{"game": "DFA", "settings": {"states": 3}, "steps": 3, "episodes": 2}]
+    play = [{"game": "DFA", "game_args": {"states": 3}, "steps": 3, "episodes": 2}]
     config = {"name": "outside", "agents": agents, "games": GAMES, "play": play, "players": [], "wandb": "disabled"}
     (site / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "nextstate.cli", "run", str(site / "config.yaml"), "--out", str(site / "run")]

@@ -13,7 +13,7 @@ import pytest
 from outside import GAME, write_package
 
 from nextstate.envs import GAMES, Automaton, GameError, check_game, game_class, games, make_game, register_environments
-from nextstate.envs.contrast import flaws, shortcuts
+from nextstate.envs.contrast import problems, shortcuts
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def test_it_has_minimal_pairs(folder: Path, kind: str) -> None:
     game, rng = make_game("Cups", cups=4), np.random.default_rng(0)
     for _ in range(20):
         pair = game.contrast(rng, kind, steps=5)
-        assert flaws(pair) == ()
+        assert problems(pair) == ()
         assert shortcuts(pair) == {}
         assert {kind, "match", "distractor", "subject", "last"} <= pair.roles.keys()
         last_actions = [side.steps[-1].action for side in pair.sides]
