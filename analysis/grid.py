@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -16,6 +15,7 @@ from nextstate.agents.config import Strict
 from nextstate.envs.files import file_digest, slug
 from nextstate.envs.game import Game
 from nextstate.envs.games import make_game
+from nextstate.envs.plugins import source_digest
 
 GRID: dict[str, Any] = {
     "slug": pl.String, "game": pl.String, "settings": pl.String, "size_name": pl.String, "size": pl.Int64,
@@ -90,10 +90,8 @@ def game_identity(game: Game) -> dict[str, Any]:
     That is the source file of a game from another package, and the files that its settings name.
     """
     files = [Path(value) for value in game.settings.values() if isinstance(value, str) and Path(value).is_file()]
-    module = type(game).__module__
-    if not module.startswith("nextstate.") and (source := getattr(sys.modules.get(module), "__file__", None)):
-        files.append(Path(source))
-    return {"game": file_digest(*files)} if files else {}
+    found = {"game": source_digest(type(game)), "files": file_digest(*files) if files else None}
+    return {name: digest for name, digest in found.items() if digest}
 
 
 def grid_table(asked: Sequence[Cell], played: Sequence[Cell]) -> pl.DataFrame:

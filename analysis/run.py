@@ -83,6 +83,20 @@ def hardware() -> dict[str, Any]:
 # --- the run
 
 
+def _no_summary(record: Mapping[str, Any], name: str) -> str:
+    made = ", ".join(map(repr, record.get("summary", ()))) or "none"
+    return f"the study {record['study']!r} reads the summary {name!r}, but its `summarise` returned {made}"
+
+
+class _Summaries(dict[str, pl.DataFrame]):
+    def __init__(self, record: Mapping[str, Any], tables: Mapping[str, pl.DataFrame]) -> None:
+        super().__init__(tables)
+        self._record = record
+
+    def __missing__(self, name: str) -> pl.DataFrame:
+        raise RunError(_no_summary(self._record, name))
+
+
 class Run(Generic[C]):
     """A run's folder while a study works on it, or while it is read.
 
@@ -270,11 +284,13 @@ class Run(Generic[C]):
         Raises:
             RunError: the study did not make it.
         """
+        if name not in self.record.get("summary", [name]):
+            raise RunError(_no_summary(self.record, name))
         return self.table(f"summary/{name}")
 
     def summaries(self) -> dict[str, pl.DataFrame]:
-        """Return all tables of `summary/`, by name."""
-        return self.tables("summary/*")
+        """Return all tables of `summary/`, by name; one that the study did not make raises `RunError`."""
+        return _Summaries(self.record, self.tables("summary/*"))
 
     def keep(
         self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""

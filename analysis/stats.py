@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.special import ndtri
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 from scipy.stats import t as student_t
 
 LEVEL = 0.95  # the share of intervals that should hold the true value
@@ -62,6 +62,22 @@ def spearman(one: Float[np.ndarray, " cell"], two: Float[np.ndarray, " cell"]) -
     if len(one) < 3 or len(np.unique(one)) < 2 or len(np.unique(two)) < 2:
         return math.nan
     return float(spearmanr(one, two).statistic)
+
+
+def ratio_spearman(one: Ratio, two: Ratio, rng: np.random.Generator) -> tuple[float, Float[np.ndarray, " 2"]]:
+    """Return Spearman's rank correlation of the ratios of means of two independent samples over the same cells.
+
+    The interval is the percentile bootstrap over the units of both; noise in the ratios draws it towards 0.
+    """
+    value = spearman(*(top.mean(0) / bottom.mean() for top, bottom in (one, two)))
+    drawn = []
+    for top, bottom in (one, two):
+        sums = resampled_sums(np.column_stack([top, bottom]), rng)
+        ranks = rankdata(sums[:, :-1] / sums[:, -1:], axis=1)
+        drawn.append(ranks - ranks.mean(1, keepdims=True))
+    with np.errstate(invalid="ignore"):
+        draws = (drawn[0] * drawn[1]).sum(1) / np.sqrt((drawn[0] ** 2).sum(1) * (drawn[1] ** 2).sum(1))
+    return value, percentiles(draws)
 
 
 # --- bootstrap over units

@@ -61,7 +61,7 @@ class Study(ABC, Generic[C]):
     """A kind of run.
 
     Attributes:
-        name: the name of the study, as `run.json` and `STUDIES` have it.
+        name: the name of the study, as `STUDIES` or the entry point has it.
         config: the class of its configs.
     """
 
@@ -143,11 +143,19 @@ def find_study(name: str) -> Study[Any]:
         raise RunError(str(error)) from error
     if not (isinstance(found, type) and issubclass(found, Study)):
         raise RunError(f"{name} is no study: expected a subclass of nextstate.analysis.study.Study")
-    try:
-        study: Study[Any] = found()
-    except TypeError as error:  # members that are missing
-        raise RunError(f"the study {name} is not complete: {error}") from error
+    missing = sorted(found.__abstractmethods__) + [x for x in ("name", "config") if not hasattr(found, x)]
+    if missing:
+        raise RunError(f"the study {name} is not complete: it does not define {', '.join(missing)}")
+    study: Study[Any] = found()
     return study
+
+
+def reference(study: Study[Any]) -> str:
+    """Return what `find_study` finds a study by: the name under which it is listed or installed, or pkg.module:Name."""
+    path = f"{type(study).__module__}:{type(study).__qualname__}"
+    known = {name: listed.path for name, listed in STUDIES.items()}
+    known |= {name: entry.value for name, entry in plugins.names(GROUP).items() if name not in known}
+    return next((name for name, value in known.items() if value == path), path)
 
 
 # --- running one
@@ -184,7 +192,7 @@ def go(
     progress = progress or Progress()
     jobs = checked(study, config)  # before anything is written
     with locked(out, command, wait, progress):
-        record = open_record(study.name, config, out, command, progress)
+        record = open_record(reference(study), config, out, command, progress)
         run = Run(out, config, record, progress, saved=True)
         run.given = model
         progress.begin(sum(job.cost for job in jobs))
@@ -232,7 +240,8 @@ def identity_of(study: Study[C], job: Job, run: Run[C]) -> dict[str, Any]:
         "versions": run.once("versions", partial(versions, DECISIVE)),
     }  # fmt: skip
     inputs = {key: run.about[key]["content"] for key in job.needs}
-    return found | ({"inputs": inputs} if inputs else {}) | study.identity(job, run)
+    more = {"inputs": inputs, "study": run.once("source", partial(plugins.source_digest, type(study)))}
+    return found | {key: value for key, value in more.items() if value} | study.identity(job, run)
 
 
 def _do_all(study: Study[C], run: Run[C], jobs: Sequence[Job], accept_mixed: bool, mirror: _Mirror) -> None:

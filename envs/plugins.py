@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from nextstate.envs.files import file_digest
 
 
 class PluginError(ValueError):
@@ -56,6 +61,21 @@ def load(group: str, name: str, built_in: Collection[str] = ()) -> object:
     return _import(known[name])
 
 
+def source_digest(found: Callable[..., Any]) -> str | None:
+    """Return a digest of the source file of a class or function; None if it is part of nextstate, or has no such file.
+
+    Results that a plugin has a part in keep it, so that they are made anew when its code has changed.
+    """
+    found = inspect.unwrap(found)
+    if getattr(found, "__module__", "").partition(".")[0] == "nextstate":
+        return None
+    try:
+        source = inspect.getsourcefile(found)
+    except TypeError:  # written in C, or an object that can be called
+        return None
+    return None if source is None else file_digest(Path(source))
+
+
 def unknown(group: str, name: str, known: Collection[str]) -> str:
     """Return the message for a name that nothing has, with the nearest known name or all of them."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
@@ -80,8 +100,8 @@ def _not_found(entry: EntryPoint, error: BaseException) -> bool:
 
 
 def _noun(group: str) -> str:
-    noun = group.rpartition(".")[2]
-    return f"{noun[:-3]}y" if noun.endswith("ies") else noun.removesuffix("s")
+    name = group.rpartition(".")[2]
+    return f"{name[:-3]}y" if name.endswith("ies") else name.removesuffix("s")
 
 
 def _origin(entry: EntryPoint) -> str:

@@ -28,8 +28,7 @@ from nextstate.envs.episode import Episode
 from nextstate.envs.files import slug
 from nextstate.envs.game import GameError, unroll
 from nextstate.envs.games.box import Box
-from tests.outside import GAME
-from tests.outside_agent import NGRAM
+from tests.outside import GAME, NGRAM
 from tests.runs import answered, frame, left_out, make, opened, page_of, record
 
 SMALL: dict[str, Any] = {

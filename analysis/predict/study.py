@@ -6,9 +6,7 @@ Tables: `questions/CELL` with one row for each question, `answers/AGENT/CELL` wi
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
@@ -25,8 +23,9 @@ from nextstate.analysis.predict.config import Participant, PredictConfig, asked_
 from nextstate.analysis.predict.tables import ANSWERS, frame_of, question_frame
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Study
-from nextstate.envs.files import file_digest, slug
+from nextstate.envs.files import slug
 from nextstate.envs.game import Episode
+from nextstate.envs.plugins import source_digest
 
 if TYPE_CHECKING:
     from nextstate.analysis.page.page import Page
@@ -151,8 +150,7 @@ def _agent_identity(who: Participant, run: Run[PredictConfig]) -> dict[str, Any]
         return run.asks(AgentConfig(**who.spec.arguments))
     if who.spec.kind in BUILT_IN:
         return {}
-    source = inspect.getsourcefile(inspect.unwrap(who.spec.maker))
-    return {"agent": file_digest(Path(source)) if source else None}
+    return {"agent": source_digest(who.spec.maker)}
 
 
 def _made(run: Run[PredictConfig], who: Participant) -> Agent | Player:

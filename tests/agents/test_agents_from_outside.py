@@ -24,7 +24,7 @@ from nextstate.agents.rollout import episodes_of
 from nextstate.analysis.predict.config import PredictConfig, participants
 from nextstate.analysis.run import RunError
 from nextstate.envs.games import make_game
-from tests.outside_agent import NGRAM, write_package
+from tests.outside import NGRAM, write_package
 from tests.runs import frame
 
 GAMES = [{"game": "DFA", "game_args": {"states": 3}, "steps": 6, "episodes": 5}]

@@ -30,7 +30,7 @@ from nextstate.agents.training import (
     train,
     train_tokenizer,
 )
-from tests.outside import write_package
+from tests.outside import write_game
 
 SMALL: dict[str, Any] = {
     "model": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "vocabulary": 400},
@@ -150,7 +150,7 @@ def test_the_shipped_configs_give_the_rows_that_the_built_in_model_was_trained_o
 
 def test_every_game_can_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: FreshRows) -> None:
     """A model learns from strings of grammars, and from a game in a package of its own, at every level."""
-    monkeypatch.syspath_prepend(write_package(tmp_path))
+    monkeypatch.syspath_prepend(write_game(tmp_path))
     for name in ("CFG", "Cups", "cups_pkg.game:Cups"):
         config = TrainConfig(
             **SMALL,
@@ -166,7 +166,7 @@ def test_every_game_can_be_trained_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_short_training_on_a_game_of_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.syspath_prepend(write_package(tmp_path / "package"))
+    monkeypatch.syspath_prepend(write_game(tmp_path / "package"))
     written = tmp_path / "cups.yaml"
     written.write_text(yaml.safe_dump({**SMALL, "stages": [{"mixture": {"cups_pkg.game:Cups": 1.0}}]}))
     final = train(read_config(str(written), [], TrainConfig), tmp_path / "out")

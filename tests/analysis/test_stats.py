@@ -239,3 +239,21 @@ def test_differences_cover() -> None:
         every += int(((apart.band_low <= 0.3) & (apart.band_high >= 0.3)).all())
     assert 0.9 <= cell / 200 <= 0.99
     assert 0.87 <= every / 200 <= 0.99
+
+
+def test_ratio_spearman_is_that_of_the_ratios_and_its_interval_narrows_with_the_noise() -> None:
+    rng = np.random.default_rng(0)
+    truth, widths = rng.normal(size=12), []
+    for noise in (0.0, 0.3, 3.0):
+        samples = []
+        for units in (40, 60):
+            gap = rng.uniform(1, 3, units)
+            samples.append((gap[:, None] * (truth + noise * rng.normal(size=(units, 12))), gap))
+        value, (low, high) = stats.ratio_spearman(*samples, np.random.default_rng(1))
+        by_hand = [top.sum(0) / bottom.sum() for top, bottom in samples]
+        assert value == pytest.approx(scipy.stats.spearmanr(*by_hand).statistic)
+        assert low - 1e-12 <= value
+        assert value <= high + 1e-12
+        widths.append(high - low)
+    assert widths[0] == pytest.approx(0)
+    assert widths[0] < widths[1] < widths[2]

@@ -276,7 +276,7 @@ def test_studies_that_are_not_sound_are_refused_before_anything_is_written(
 
 
 def test_a_page_that_reads_what_summarise_did_not_make_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"summary/starts\.parquet is missing"):
+    with pytest.raises(RunError, match=r"reads the summary .starts., but its `summarise` returned .ends.$"):
         go(Walk(), config(unknown_table=True), tmp_path / "run")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from outside import GAME, write_package
+from outside import GAME, write_game
 
 from nextstate.envs import GAMES, Automaton, GameError, check_game, game_class, games, make_game, register_environments
 from nextstate.envs.contrast import problems, shortcuts
@@ -33,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_an_installed_game_takes_part(folder: Path) -> None:
-    write_package(folder)
+    write_game(folder)
     register_environments()
     assert "cups_pkg" not in sys.modules  # nothing is imported until it is used
     assert games.game_names() == [*GAMES, "Cups"]
@@ -53,7 +53,7 @@ def test_an_installed_game_takes_part(folder: Path) -> None:
 
 
 def test_importing_nextstate_imports_no_game_of_another_package(tmp_path: Path) -> None:
-    write_package(tmp_path, "raise RuntimeError('imported')")
+    write_game(tmp_path, "raise RuntimeError('imported')")
     code = """
 import sys
 import gymnasium as gym, nextstate
@@ -66,7 +66,7 @@ print("nextstate/Cups-v0" in gym.registry, "cups_pkg" in sys.modules)
 
 
 def test_a_game_by_reference_is_then_known_by_its_name(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    write_package(folder)
+    write_game(folder)
     (folder / "cups_pkg-1.0.dist-info" / "entry_points.txt").unlink()  # a package that offers nothing
     with pytest.raises(GameError, match="there is no game 'Cups'"):
         make_game("Cups")
@@ -79,13 +79,13 @@ def test_a_game_by_reference_is_then_known_by_its_name(folder: Path, tmp_path_fa
 
 
 def test_a_game_is_the_same_found_by_name_or_by_reference(folder: Path) -> None:
-    write_package(folder)
+    write_game(folder)
     assert game_class("cups_pkg.game:Cups") is game_class("Cups")
 
 
 @pytest.mark.parametrize("kind", ["state", "action"])
 def test_it_has_minimal_pairs(folder: Path, kind: str) -> None:
-    write_package(folder)
+    write_game(folder)
     game, rng = make_game("Cups", cups=4), np.random.default_rng(0)
     for _ in range(20):
         pair = game.contrast(rng, kind, steps=5)
@@ -113,7 +113,7 @@ def test_it_has_minimal_pairs(folder: Path, kind: str) -> None:
     ],
 )
 def test_what_cannot_be_found_is_named_in_one_line(folder: Path, reference: str, message: str) -> None:
-    write_package(folder)
+    write_game(folder)
     with pytest.raises(GameError, match=message) as raised:
         make_game(reference)
     assert "\n" not in str(raised.value)
@@ -130,7 +130,7 @@ def test_what_cannot_be_found_is_named_in_one_line(folder: Path, reference: str,
     ],
 )
 def test_a_broken_package_is_skipped_and_named(folder: Path, game: str, message: str) -> None:
-    write_package(folder, game)
+    write_game(folder, game)
     register_environments()
     with pytest.raises(GameError, match=message) as raised:
         gym.make("nextstate/Cups-v0")
@@ -141,9 +141,9 @@ def test_a_broken_package_is_skipped_and_named(folder: Path, game: str, message:
 
 
 def test_two_packages_with_one_name_are_both_named(folder: Path) -> None:
-    write_package(folder)
-    write_package(folder, distribution="jars", package="jars_pkg")
-    write_package(folder, distribution="boxes", package="boxes_pkg", game=GAME.replace('"Cups"', '"Box"'), name="Box")
+    write_game(folder)
+    write_game(folder, package="jars_pkg")
+    write_game(folder, package="boxes_pkg", game=GAME.replace('"Cups"', '"Box"'), name="Box")
     with pytest.raises(GameError, match=r"the game 'Cups'.*cups-pkg.* and .*jars"):
         make_game("Cups")
     with pytest.raises(GameError, match=r"the game 'Box'.*nextstate.* and .*boxes"):
@@ -156,8 +156,8 @@ def test_two_packages_with_one_name_are_both_named(folder: Path) -> None:
 
 
 def test_two_references_with_one_name(folder: Path) -> None:
-    write_package(folder)
-    write_package(folder, distribution="jars", package="jars_pkg")
+    write_game(folder)
+    write_game(folder, package="jars_pkg")
     for metadata in folder.glob("*.dist-info"):
         (metadata / "entry_points.txt").unlink()
     make_game("cups_pkg.game:Cups")

@@ -13,7 +13,7 @@ import pytest
 from every_game import SMALL, label, variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from outside import GAME, write_package
+from outside import GAME, write_game
 
 from nextstate.envs import GAMES, Game, LawError, check_game, make_game, unroll
 from nextstate.envs.game import Distribution, split_uniform
@@ -211,7 +211,7 @@ def test_a_broken_game_is_caught(defect: str, tmp_path: Path, monkeypatch: pytes
     old, new, law = DEFECTS[defect]
     assert GAME.count(old) == 1
     package = f"broken_{list(DEFECTS).index(defect)}"
-    monkeypatch.syspath_prepend(write_package(tmp_path, GAME.replace(old, new) + MORE, package=package))
+    monkeypatch.syspath_prepend(write_game(tmp_path, GAME.replace(old, new) + MORE, package=package))
     cls = import_module(f"{package}.game").Cups
     with pytest.raises(LawError, match=rf"law {law!r} is broken by Cups\(.*cups=\d\), seeds? \d+.*expected "):
         check_game(cls, seeds=range(40))

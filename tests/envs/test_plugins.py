@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nextstate.envs import plugins
-from tests.outside_agent import write_package
+from tests.outside import write_package
 
 GROUP = "nextstate.things"
 COLOURS = "red = 'the colour red'\nblue = 'the colour blue'\n"
@@ -85,3 +85,15 @@ def test_what_cannot_be_loaded_is_told_in_one_line(site, name, said):
     with pytest.raises(plugins.PluginError, match=said) as caught:
         plugins.load(GROUP, name, built_in=["green"])
     assert "\n" not in str(caught.value)
+
+
+def test_the_source_of_a_plugin_is_known_by_its_content(site):
+    package(site, "shapes", "def square(): pass\nclass Circle: pass\n", {})
+    square, circle = plugins.load(GROUP, "shapes:square"), plugins.load(GROUP, "shapes:Circle")
+    before = plugins.source_digest(square)
+    assert before == plugins.source_digest(circle)
+    assert len(before) == 64
+    (site / "shapes.py").write_text("def square(): return 4\n")
+    assert plugins.source_digest(square) != before
+    assert plugins.source_digest(plugins.load) is None  # part of nextstate
+    assert plugins.source_digest(dict) is None  # no file in Python
