@@ -356,7 +356,7 @@ def open_run(folder: Path, keys: str = "summary/") -> tuple[Study[Any], Run[Any]
         RunError: it is no run, or its study or config is not known here.
     """
     record = read_record(folder)
-    study = find_study(record["config"].get("study") or record["study"])  # pkg.module:Name, where one was given
+    study = find_study(record["study"])
     try:
         config = study.config.model_validate(record["config"])
     except ValidationError as error:
