@@ -75,9 +75,10 @@ class Lens(Study[LensConfig]):
 
     def do(self, job: Job, run: Run[LensConfig]) -> pl.DataFrame:
         game, steps, seeds = job.given
-        model, episodes = run.model(run.config.model), episodes_of(game, seeds, steps)
-        run.warn(model.remark(episodes[0]))
-        rows = []
+        model: LanguageModel = run.model(run.config.model)
+        episodes = episodes_of(game, seeds, steps)
+        run.warn(model.episode_warnings(episodes[0]))
+        rows: list[dict[str, Any]] = []
         for part in read_layers(model, [prompt for episode in episodes for prompt in prompts_of(episode)]):
             rows += part
             run.advance(len({(row["episode"], row["step"], row["question"]) for row in part}))
@@ -130,9 +131,9 @@ class Lens(Study[LensConfig]):
             "Accuracy of the answer that the model's own final norm and unembedding read off the residual stream at "
             "the answering token, against the number of blocks that have run. The band is the 95 % interval over "
             "episodes. Dashed: the ceiling, which is the accuracy of an ideal reader of the transcript; dotted: "
-            f"chance.\n\n“Knows from”: from there on accuracy is at least {SHARE:.0%} of the last layer's. It is not "
-            "given where the last layer's interval reaches down to chance. “Left out”: questions two of whose choices "
-            "begin with the same token."
+            f"chance.\n\n“Knows from”: from there on accuracy is at least {round(100 * SHARE)} % of the last layer's. "
+            "It is not given where the last layer's interval reaches down to chance. “Left out”: questions two of "
+            "whose choices begin with the same token."
         )
         figures = [_figure(rows, game) for (game,), rows in layers.group_by("game", maintain_order=True)]
         words = {"logit lens": "What a model would answer if the blocks that are still to come were skipped."}

@@ -89,7 +89,8 @@ class Transfer(Study[TransferConfig]):
         return run.asks(run.config.model) | game_identity(job.given.made.game)
 
     def do(self, job: Job, run: Run[TransferConfig]) -> pl.DataFrame:
-        model, given = run.model(run.config.model), job.given
+        model: LanguageModel = run.model(run.config.model)
+        given: Given = job.given
         pairs = _pairs(run, model, given)
         if given.heads_of is None:
             frame = _swept(model, pairs, given)
