@@ -122,7 +122,7 @@ def test_a_model_learns_a_game_answers_about_it_and_its_heads_are_swept(trained:
     assert accuracy["ideal"] == 1
     assert accuracy["cups/model"] > 0.8 > accuracy["chance"]
 
-    patching = trained.config("patch.yaml", PATCHING, model="cups/model", settings={"cups": 2})
+    patching = trained.config("patch.yaml", PATCHING, model="cups/model", game_args={"cups": 2})
     done = trained.nextstate("patch", patching, "--out", "heads")
     assert done.code == 0, done.err
     (counts,) = pl.read_parquet(trained.path / "heads" / "summary" / "counts.parquet").rows(named=True)
