@@ -53,9 +53,15 @@ class ModulesConfig(Strict):
     attention: str = Field(description="path of the attention module in a block")
     projection: str = Field(description="path of the output projection in the attention module")
     mlp: str = Field(description="path of the MLP in a block")
-    attn_out: str = ""
-    mlp_out: str = ""
-    adds: bool = True
+    attn_out: str = Field(
+        default="", description="path of the module that is added to the stream, if not that of attention"
+    )
+    mlp_out: str = Field(
+        default="", description="path of the module that is added to the stream, if not that of the MLP"
+    )
+    adds: bool = Field(
+        default=True, description="whether the block adds these modules' outputs to the stream unchanged"
+    )
 
 
 class AgentConfig(Strict):
@@ -65,18 +71,39 @@ class AgentConfig(Strict):
     """
 
     kind: Literal["model"] = Field(default="model", exclude=True)
-    name: str
-    device: str | None = None
-    device_map: str | dict[str, int | str] | None = Field(default=None, description="such as auto; instead of device")
-    dtype: str | None = None
-    quantization: Literal["4bit", "8bit"] | None = None
-    attn_implementation: str | None = None
-    revision: str | None = None
-    allow_incomplete: bool = False
-    bos: bool | None = Field(default=None, description="begin with BOS, or not; by default as the tokenizer does")
-    modules: ModulesConfig | None = Field(default=None, description="by default they are found by structure")
-    batch_size: int = Field(default=64, ge=1)
-    batch_tokens: int | None = Field(default=None, ge=1)
+    name: str = Field(description="nextstate/tiny, a folder, or a name on the Hugging Face hub")
+    device: str | None = Field(default=None, description="cpu, cuda or mps; by default the best there is")
+    device_map: str | dict[str, int | str] | None = Field(
+        default=None,
+        description="instead of device: auto, or a mapping from modules to devices, spreads the model over them",
+    )
+    dtype: str | None = Field(
+        default=None,
+        description="float32, bfloat16 or float16; by default float32 on a CPU, else that of the checkpoint",
+    )
+    quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="with bitsandbytes, on a GPU")
+    attn_implementation: str | None = Field(
+        default=None,
+        description="sdpa, eager or another one of transformers; by default sdpa where the model has it, else eager",
+    )
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit on the hub; by default the newest commit"
+    )
+    allow_incomplete: bool = Field(
+        default=False, description="load a checkpoint that lacks tensors; its answers and the page are marked"
+    )
+    bos: bool | None = Field(
+        default=None, description="begin transcripts with BOS, or not; by default as the tokenizer does"
+    )
+    modules: ModulesConfig | None = Field(
+        default=None, description="names of modules; by default they are found by structure"
+    )
+    batch_size: int = Field(default=64, ge=1, description="episodes in one forward pass, at most")
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens in one forward pass, at most; by default 8,192 on a CPU and 65,536 on a GPU",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> AgentConfig:
@@ -89,8 +116,8 @@ class InterveneConfig(Strict):
     """Heads to ablate; every language model is then asked twice: as it is, and without these heads."""
 
     heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
-    mode: Literal["zero", "mean", "resample"] = "zero"
-    episodes: int = Field(16, ge=1, le=10_000, description="reference episodes of mean and resample")
+    mode: Literal["zero", "mean", "resample"] = Field(default="zero", description="what replaces the output of a head")
+    episodes: int = Field(default=16, ge=1, le=10_000, description="reference episodes of mean and resample")
 
 
 class KindConfig(BaseModel):

@@ -121,8 +121,9 @@ class Spec:
 def kind_of(entry: AgentEntry) -> str:
     """Return the kind of an entry of a config; no plugin is imported.
 
-    >>> [kind_of(entry) for entry in ("ideal", "shortcut:stay", "shortcuts", "openai-community/gpt2")]
-    ['ideal', 'shortcut', 'shortcut', 'model']
+    Examples:
+        >>> [kind_of(entry) for entry in ("ideal", "shortcut:stay", "shortcuts", "openai-community/gpt2")]
+        ['ideal', 'shortcut', 'shortcut', 'model']
     """
     if not isinstance(entry, str):
         return entry.kind

@@ -18,54 +18,47 @@ BEGIN, END, PAD, MASK = SPECIAL = ("<begin>", "<end>", "<pad>", "<mask>")  # of 
 class Optimisation(Strict):
     """How any model is trained: AdamW, with a learning rate that falls linearly to 0."""
 
-    rows: int = Field(default=16, ge=1, description="of a step, over all processes")
-    steps: int = Field(default=9000, ge=1)
-    learning_rate: float = 2e-3
-    warmup: int = 200
-    weight_decay: float = 0.01
-    evaluate_every: int = Field(default=500, ge=1)
-    save_every: int = Field(default=500, ge=1)
-    threads: int | None = None
+    rows: int = Field(default=16, ge=1, description="in each step, over all processes")
+    steps: int = Field(default=9000, ge=1, description="optimiser steps")
+    learning_rate: float = Field(default=2e-3, description="at the end of the warm-up")
+    warmup: int = Field(default=200, description="steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.01, description="of AdamW")
+    evaluate_every: int = Field(default=500, ge=1, description="steps from one evaluation to the next")
+    save_every: int = Field(default=500, ge=1, description="steps from one checkpoint to the next")
+    threads: int | None = Field(default=None, description="of the CPU; by default as PyTorch has it")
 
 
 class GrammarTraining(Optimisation):
     """Shape of the models that are trained on a grammar, and how they are trained; the defaults are the paper's."""
 
-    hidden_size: int = Field(default=768, ge=1)
-    layers: int = Field(default=12, ge=1)
-    heads: int = Field(default=12, ge=1)
+    hidden_size: int = Field(default=768, ge=1, description="width of the residual stream")
+    layers: int = Field(default=12, ge=1, description="number of blocks")
+    heads: int = Field(default=12, ge=1, description="of each block")
     window: int = Field(default=512, ge=4, description="tokens of a row, cut from strings one after another")
-    rows: int = Field(default=96, ge=1, description="of a step, over all processes")
-    steps: int = Field(default=100_000, ge=1)
-    learning_rate: float = 3e-4
-    warmup: int = 0
-    weight_decay: float = 0.1
-    evaluate_every: int = Field(default=2000, ge=1)
+    rows: int = Field(default=96, ge=1, description="in each step, over all processes")
+    steps: int = Field(default=100_000, ge=1, description="optimiser steps")
+    learning_rate: float = Field(default=3e-4, description="at the end of the warm-up")
+    warmup: int = Field(default=0, description="steps in which the learning rate rises")
+    weight_decay: float = Field(default=0.1, description="of AdamW")
+    evaluate_every: int = Field(default=2000, ge=1, description="steps from one evaluation to the next")
     evaluation_strings: int = Field(default=200, ge=1, description="written, and scored, each time")
 
 
 class PerturbationConfig(Strict):
     """How some training strings are perturbed; see `nextstate.envs.grammar.perturb.Perturbation`."""
 
-    kind: Literal["token", "symbol", "permutation"]
-    fraction: float = Field(ge=0, le=1)
-    rate: float = Field(ge=0, le=1)
+    kind: Literal["token", "symbol", "permutation"] = Field(description="what is changed")
+    fraction: float = Field(ge=0, le=1, description="share of the strings that are changed")
+    rate: float = Field(ge=0, le=1, description="share of the tokens or symbols of such a string that are changed")
 
 
 class ModelSpec(Strict):
-    """One model of a grammar study.
+    """One model of a grammar study."""
 
-    Args:
-        architecture: one of those of `nextstate.agents.architectures`.
-        untrained: keep the initial random weights, as a control for probes.
-        perturbation: how some of its training strings are perturbed.
-        name: in tables and figures; by default it is made from the other arguments.
-    """
-
-    architecture: Architecture = "rotary"
-    untrained: bool = False
-    perturbation: PerturbationConfig | None = None
-    name: str = ""
+    architecture: Architecture = Field(default="rotary", description="how attention knows where tokens are")
+    untrained: bool = Field(default=False, description="keep the initial random weights, as a control for probes")
+    perturbation: PerturbationConfig | None = Field(default=None, description="of some of its training strings")
+    name: str = Field(default="", description="in tables and figures; by default made from the other keys")
 
     @property
     def title(self) -> str:

@@ -26,7 +26,7 @@ GRID: dict[str, Any] = {
 class GridConfig(Strict):
     """A game over a grid of settings."""
 
-    game: str
+    game: str = Field(description="name of a game, or pkg.module:Name")
     grid: dict[str, list[Any]] = Field({}, description="values of settings, of which every combination is a cell")
     game_args: dict[str, Any] = Field({}, description="settings that all cells share")
 

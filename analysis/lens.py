@@ -42,15 +42,15 @@ SHARE = 0.9  # of the last layer's accuracy, from which on the model counts as k
 class LensGame(GridConfig):
     """A game over a grid of settings, and the episodes that are asked about."""
 
-    steps: int = Field(12, ge=1)
-    episodes: int = Field(24, ge=1, le=10_000)
+    steps: int = Field(12, ge=1, description="length of an episode")
+    episodes: int = Field(24, ge=1, le=10_000, description="of each cell")
 
 
 class LensConfig(RunConfig):
     """Everything that decides what the logit lens finds."""
 
-    model: str | AgentConfig
-    games: list[LensGame] = Field(min_length=1)
+    model: str | AgentConfig = Field(description="a language model")
+    games: list[LensGame] = Field(min_length=1, description="in which to look")
 
 
 class Lens(Study[LensConfig]):

@@ -50,10 +50,12 @@ class ModelFailed(RunError):
 class RunConfig(Strict):
     """The part of a config that all studies share."""
 
-    study: str = Field("", description="which study this is a config of; by default that of the command")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of the run")
-    seed: int = Field(0, ge=0, le=10**9)
-    wandb: Literal["offline", "online", "disabled"] = "offline"
+    study: str = Field(default="", description="name of the study, or pkg.module:Name; by default that of the command")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run; its folder is runs/NAME by default"
+    )
+    seed: int = Field(default=0, ge=0, le=10**9, description="decides everything that is drawn at random")
+    wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="how it is logged to W&B")
 
 
 C = TypeVar("C", bound=RunConfig)

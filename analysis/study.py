@@ -32,15 +32,25 @@ if TYPE_CHECKING:
 
 
 class Job(NamedTuple):
-    """One unit of a study's work. It makes the table `key`, which is kept in the run's folder."""
+    """One unit of a study's work. It makes the table `key`, which is kept in the run's folder.
 
-    key: str  # such as "answers/ideal/Box-boxes=4": parts of letters, digits and =._+-, joined by /
-    title: str  # what is shown while it runs, and where it is left out
-    cost: int = 1  # in units of the progress bar
-    given: Any = None  # what `Study.do` needs to know
-    needs: tuple[str, ...] = ()  # keys of earlier jobs whose tables it reads
-    agent: str = ""  # which agent it asks; after one that cannot be used, its other jobs are left out
-    repeatable: bool = True  # whether `nextstate verify` may do it again (not a training of hours)
+    Attributes:
+        key: such as "answers/ideal/Box-boxes=4": parts of letters, digits and =._+-, joined by /.
+        title: what is shown while it runs, and where it is left out.
+        cost: in units of the progress bar.
+        given: what `Study.do` needs to know.
+        needs: keys of earlier jobs whose tables it reads.
+        agent: which agent it asks; after one that cannot be used, its other jobs are left out.
+        repeatable: whether `nextstate verify` may do it again (not a training of hours).
+    """
+
+    key: str
+    title: str
+    cost: int = 1
+    given: Any = None
+    needs: tuple[str, ...] = ()
+    agent: str = ""
+    repeatable: bool = True
 
 
 class Skip(Exception):
@@ -50,7 +60,7 @@ class Skip(Exception):
 class Study(ABC, Generic[C]):
     """A kind of run.
 
-    Class attributes:
+    Attributes:
         name: the name of the study, as `STUDIES` or the entry point has it.
         config: the class of its configs.
     """

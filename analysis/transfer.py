@@ -41,9 +41,11 @@ class TransferGame(GridConfig):
 class TransferConfig(RunConfig):
     """Everything that decides what a study of transfer finds."""
 
-    model: str | AgentConfig
-    games: list[TransferGame] = Field(min_length=1)
-    kinds: list[Literal["state", "action"]] = Field(default=["state", "action"], min_length=1)
+    model: str | AgentConfig = Field(description="a language model")
+    games: list[TransferGame] = Field(min_length=1, description="in which to look")
+    kinds: list[Literal["state", "action"]] = Field(
+        default=["state", "action"], min_length=1, description="kinds of pairs"
+    )
     pairs: int = Field(48, ge=LEAST, le=10_000, description="minimal pairs of each game and kind")
     top: int = Field(3, ge=1, description="how many heads of a game are patched together")
     random_sets: int = Field(50, ge=20, le=10_000, description="of as many heads of the same layers, to compare with")

@@ -40,10 +40,10 @@ Which causal language models of transformers {transformers} are read exactly, an
 `nextstate` reads a whole episode at once and scores every question in it. How far that can be shared between questions
 depends on the model, so each model is first compared with its own plain forward passes, and takes the first road on
 which they agree: **tree** (everything in one pass), **fork** (the transcript once, questions as rows that go on from a
-copy of its state), **step** (the same, token by token) or **rows** (a row a question, nothing shared). A model for
-which none is exact is refused, with a reason. Where live sessions take another road, it stands after a stroke.
+copy of its state), **step** (the same, token by token) or **rows** (one row for each question). A model for
+which none is exact is refused, with a reason. Where live sessions take another road, both are given, as `tree / rows`.
 
-This table is the check of that check. For each architecture a tiny random model (2 to 4 layers, at least one of each
+This table checks that comparison. For each architecture a tiny random model (2 to 4 layers, at least one of each
 kind that it mixes; windows, chunks and convolutions of {window} tokens or so) plays
 {jobs},
 up to {depth} tokens and so far beyond every window, once by replay and once live ("two tokens" is DFA with names of two

@@ -1,102 +1,13 @@
-"""Packages of other authors, one file each: a game of three cups, a word n-gram agent, and a study of agreement."""
+"""Packages of other authors, one file each: game and agent of docs/extending.md, and a study of agreement."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
-GAME = '''
-"""A ball under one of several cups that are swapped."""
+from tests.documents import file
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from itertools import combinations
-from typing import ClassVar
-
-from nextstate.envs.game import Game, Question, require_whole
-
-LETTERS = "ABCDEFGH"
-
-
-@dataclass(frozen=True)
-class Cups(Game):
-    """A ball lies under one of the cups; each step swaps the contents of two cups.
-
-    Args:
-        cups: number of cups, 2 to 8.
-    """
-
-    name: ClassVar[str] = "Cups"
-    size: ClassVar[str] = "cups"
-    sizes: ClassVar[range] = range(2, 9)
-
-    cups: int = 3
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_whole("cups", self.cups, 2, len(LETTERS))
-
-    @property
-    def max_choices(self):
-        return self.cups
-
-    def initial(self, rng):
-        return int(rng.integers(self.cups))
-
-    def actions(self, state):
-        return list(combinations(range(self.cups), 2))
-
-    def transition(self, state, action):
-        one, two = action
-        return two if state == one else one if state == two else state
-
-    def values(self, state):
-        return {"ball": LETTERS[state]}
-
-    def opening(self, state):
-        return f"The ball is under cup {LETTERS[state]}."
-
-    def narrate(self, state, action, next_state):
-        one, two = action
-        return f" Swap cup {LETTERS[one]} and cup {LETTERS[two]}."
-
-    def questions(self, state, action, next_state):
-        choices = tuple(f" {letter}" for letter in LETTERS[: self.cups])
-        return (Question("ball", " The ball is under cup", choices, next_state, (next_state,)),)
-'''
-
-NGRAM = '''"""A word n-gram model as an agent of nextstate."""
-
-import re
-from collections import Counter
-
-from nextstate.agents.agent import Agent, from_belief
-
-
-class NGram(Agent):
-    """Counts which words followed the last n - 1 words earlier in the transcript, and answers what followed most.
-
-    Args:
-        n: words that are counted together, the answer included.
-        smoothing: added to each count.
-    """
-
-    def __init__(self, n: int = 2, smoothing: float = 0.5) -> None:
-        self.n, self.smoothing = n, smoothing
-
-    def predict(self, prompts):
-        return [self._answer(p) for p in prompts]
-
-    def _answer(self, prompt):
-        words = re.findall(r"\\w+", prompt.episode.prompt(prompt.step, prompt.question))
-        last = words[len(words) - self.n + 1 :]
-        starts = [i for i in range(self.n - 1, len(words)) if words[i - self.n + 1 : i] == last]
-        choices = [re.findall(r"\\w+", choice) for choice in prompt.asked.choices]
-        counts = [self.smoothing + sum(words[i : i + len(c)] == c for i in starts) for c in choices]
-        return from_belief(tuple(count / sum(counts) for count in counts), prompt.asked, 0.0)
-'''
-
+GAME, NGRAM = file("cups.py"), file("ngrams.py")
 STUDY = '''
 """How often a model answers as another reader of the transcript does."""
 

@@ -18,8 +18,10 @@ class Writing(Strict):
 
     strings: int = Field(default=1000, ge=1, description="for each kind of prefix and temperature")
     prefix: int = Field(default=50, ge=1, description="tokens given; of a shorter string all but its last one")
-    kinds: list[Literal["nothing", "clean", "corrupted"]] = Field(default=["nothing", "clean"], min_length=1)
-    temperatures: list[float] = Field(default=[1.0], min_length=1)
+    kinds: list[Literal["nothing", "clean", "corrupted"]] = Field(
+        default=["nothing", "clean"], min_length=1, description="what a string begins with"
+    )
+    temperatures: list[float] = Field(default=[1.0], min_length=1, description="at which tokens are sampled")
     corruption: float = Field(
         default=0.15, ge=0, le=1,
         description="share of the tokens of a corrupted prefix that are drawn anew; what follows is judged after the "
@@ -33,13 +35,13 @@ class ProbeConfig(Strict):
     The optimiser is AdamW with betas (0.9, 0.98) and a constant learning rate.
     """
 
-    heads: int = Field(16, ge=1)
-    dim: int = Field(1024, ge=1)  # of a position's vector in each head
-    steps: int = Field(30_000, ge=1)
-    rows: int = Field(60, ge=2)  # strings a step
-    learning_rate: float = Field(0.003, gt=0)
-    weight_decay: float = Field(0.001, ge=0)
-    strings: int = Field(200, ge=2)  # held out, to test on
+    heads: int = Field(16, ge=1, description="of the probe")
+    dim: int = Field(1024, ge=1, description="size of the vector of a position, in each head")
+    steps: int = Field(30_000, ge=1, description="optimiser steps")
+    rows: int = Field(60, ge=2, description="strings in each step")
+    learning_rate: float = Field(0.003, gt=0, description="of the probe")
+    weight_decay: float = Field(0.001, ge=0, description="of the probe")
+    strings: int = Field(200, ge=2, description="held out, to test on")
 
 
 class Probing(ProbeConfig):
@@ -47,7 +49,7 @@ class Probing(ProbeConfig):
 
     layers: list[int] = Field(default=[-1], min_length=1, description="0 is the embedding, -1 the last one")
     reaches: list[Literal["full", "tridiagonal", "diagonal"]] = Field(
-        default=["full", "tridiagonal", "diagonal"], min_length=1
+        default=["full", "tridiagonal", "diagonal"], min_length=1, description="which tokens a probe may look at"
     )
     shuffled: bool = Field(default=True, description="also with labels of other strings, as a control")
 
@@ -55,7 +57,7 @@ class Probing(ProbeConfig):
 class Attending(Strict):
     """Which attention is measured."""
 
-    strings: int = Field(default=100, ge=1)
+    strings: int = Field(default=100, ge=1, description="on which attention is measured")
     models: list[str] = Field(default=[], description="by name; all by default")
 
 
@@ -63,11 +65,11 @@ class GrammarConfig(RunConfig):
     """Everything that decides what a grammar study finds."""
 
     grammar: dict[str, Any] = Field(default={}, description="settings of the game CFG")
-    models: list[ModelSpec] = Field(default=[ModelSpec()], min_length=1)
-    training: GrammarTraining = GrammarTraining()
-    writing: Writing = Writing()
-    probes: Probing | None = None
-    attention: Attending | None = None
+    models: list[ModelSpec] = Field(default=[ModelSpec()], min_length=1, description="what is trained")
+    training: GrammarTraining = Field(GrammarTraining(), description="shape of the models, and how they are trained")
+    writing: Writing = Field(Writing(), description="what the models write")
+    probes: Probing | None = Field(None, description="what probes read off the states; by default nothing")
+    attention: Attending | None = Field(None, description="where attention goes; by default it is not measured")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> GrammarConfig:

@@ -25,23 +25,27 @@ SITES = ("head", "resid_pre", "attn_out", "mlp_out")
 class PatchConfig(RunConfig):
     """Everything that decides what a patching run finds."""
 
-    model: str | AgentConfig
-    game: str = "DFA"
-    game_args: dict[str, Any] = {}
+    model: str | AgentConfig = Field(description="a language model")
+    game: str = Field("DFA", description="name of a game, or pkg.module:Name")
+    game_args: dict[str, Any] = Field({}, description="settings of the game")
     pairs: int = Field(64, ge=2, le=100_000, description="of each kind; published designs have as many as they have")
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
-        default=["state", "action", "name", "noop"], min_length=1
+        default=["state", "action", "name", "noop"],
+        min_length=1,
+        description="kinds of pairs, of which those that the game has are used",
     )
-    designs: list[Literal["balanced", "paper"]] = Field(default=["balanced"], min_length=1)
+    designs: list[Literal["balanced", "paper"]] = Field(
+        default=["balanced"], min_length=1, description="our own design of pairs, or the published one"
+    )
     directions: list[Literal["denoise", "noise", "zero", "mean", "resample"]] = Field(
         default=["denoise", "noise"], min_length=1, description="the last three ablate heads at all positions"
     )
     sites: list[Literal["head", "resid_pre", "attn_out", "mlp_out"]] = Field(
-        default=["head", "resid_pre", "attn_out", "mlp_out"], min_length=1
+        default=["head", "resid_pre", "attn_out", "mlp_out"], min_length=1, description="what is patched"
     )
-    steps: int | None = Field(None, ge=1, description="of an episode; a noop pair has `distance` more")
-    distance: int | None = Field(None, ge=1, description="of noop pairs")
-    resamples: int = Field(2000, ge=100, le=100_000)
+    steps: int | None = Field(None, ge=1, description="length of an episode; a noop pair has `distance` more")
+    distance: int | None = Field(None, ge=1, description="steps in between in noop pairs")
+    resamples: int = Field(2000, ge=100, le=100_000, description="of the bootstrap")
     max_gigabytes: float = Field(2.0, gt=0, description="bound on the memory a sweep takes in addition to the model")
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ class PlayConfig(GridConfig):
     """A game that is played, over a grid of settings."""
 
     steps: int = Field(10, ge=1, description="commands in an episode, at most")
-    episodes: int = Field(50, ge=1, le=1_000_000)
+    episodes: int = Field(50, ge=1, le=1_000_000, description="of each cell")
     writes: bool = Field(False, description="language models write their commands instead of picking one")
     max_states: int = Field(
         MAX_STATES, ge=1, le=100_000_000, description="visited at most in search of the fewest commands"

@@ -22,21 +22,28 @@ from nextstate.envs.game import Game, check_steps
 class GameConfig(GridConfig):
     """A game that questions are asked about, over a grid of settings."""
 
-    steps: int | list[int] = Field(10, description="of an episode, at most; a list only with grid=cells")
-    episodes: int = Field(50, ge=1, le=1_000_000)
-    questions_per_step: int | Literal["all"] = 1
+    steps: int | list[int] = Field(10, description="length of an episode, at most; a list only with grid=cells")
+    episodes: int = Field(50, ge=1, le=1_000_000, description="of each cell")
+    questions_per_step: int | Literal["all"] = Field(1, description="drawn at random, or all that the game has")
 
 
 class PredictConfig(RunConfig):
     """Everything that decides the tables of a run."""
 
-    agents: list[AgentEntry] = Field(min_length=1)
-    games: list[GameConfig] = []
-    play: list[PlayConfig] = []
-    players: list[Literal["random", "walkthrough"]] = Field(["random", "walkthrough"], description="beside the models")
-    grid: Grid = "episodes"
-    mode: Mode = "replay"
-    intervene: InterveneConfig | None = None
+    agents: list[AgentEntry] = Field(min_length=1, description="who is asked; language models also play")
+    games: list[GameConfig] = Field([], description="what questions are asked about")
+    play: list[PlayConfig] = Field([], description="what is played")
+    players: list[Literal["random", "walkthrough"]] = Field(
+        ["random", "walkthrough"], description="who plays beside the language models"
+    )
+    grid: Grid = Field(
+        "episodes",
+        description="ask after every step of an episode, or (cells) only after the last of episodes of each length",
+    )
+    mode: Mode = Field("replay", description="read whole episodes at once, or (live) answer step by step")
+    intervene: InterveneConfig | None = Field(
+        None, description="ask every language model again without some of its heads"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> PredictConfig:

@@ -27,19 +27,21 @@ ALIKE = 0.99  # smallest cosine between responses to neighbouring strengths with
 class BridgeConfig(Strict):
     """Transcripts of a game: the clean sides of its minimal pairs."""
 
-    game: str
-    game_args: dict[str, Any] = {}
-    kinds: list[Literal["state", "action", "name", "noop"]] = Field(default=["state"], min_length=1)
+    game: str = Field(description="name of a game, or pkg.module:Name")
+    game_args: dict[str, Any] = Field({}, description="settings of the game")
+    kinds: list[Literal["state", "action", "name", "noop"]] = Field(
+        default=["state"], min_length=1, description="kinds of pairs"
+    )
     pairs: int = Field(16, ge=2, le=100_000, description="of each kind")
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, description="length of an episode; by default what suits the game")
 
 
 class ResponseConfig(RunConfig):
     """Everything that decides the results of a response run."""
 
-    model: str | AgentConfig
+    model: str | AgentConfig = Field(description="a language model")
     block: int = Field(24, ge=3, description="random tokens in a block, no two the same")
-    repeats: int = Field(2, ge=2)
+    repeats: int = Field(2, ge=2, description="how often a block occurs in a prompt")
     prompts: int = Field(16, ge=2, le=10_000, description="with repeated blocks, and as many controls")
     alphabet: list[str] = Field(default=[], description="texts of one token to draw from; by default all tokens")
     layer: int = Field(0, ge=0, description="whose input is pushed; 0 is the embedding")
@@ -52,10 +54,10 @@ class ResponseConfig(RunConfig):
     head_prompts: int = Field(8, ge=2, description="on which heads are left out, at most")
     flat: float = Field(FLAT, gt=0, description="largest slope of log response against log strength in a window")
     alike: float = Field(ALIKE, gt=0, le=1, description="smallest cosine between neighbouring strengths in a window")
-    ablation: Literal["mean", "zero"] = "mean"
-    bridge: list[BridgeConfig] = []
+    ablation: Literal["mean", "zero"] = Field("mean", description="what replaces the output of a head that is left out")
+    bridge: list[BridgeConfig] = Field([], description="games on whose transcripts responses are measured too")
     patching: str | None = Field(None, description="folder of a patching run of the same model, to compare heads with")
-    resamples: int = Field(2000, ge=100, le=100_000)
+    resamples: int = Field(2000, ge=100, le=100_000, description="of the bootstrap")
     max_gigabytes: float = Field(2.0, gt=0, description="bound on the memory a pass takes in addition to the model")
 
     @model_validator(mode="after")
