@@ -261,7 +261,6 @@ def test_the_citation_is_valid() -> None:
 
 @pytest.mark.slow
 def test_the_pages_build_and_load_nothing_from_the_network(tmp_path: Path) -> None:
-    pytest.importorskip("mkdocs", reason="needs the packages of the extra `docs`")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
