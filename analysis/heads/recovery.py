@@ -177,7 +177,7 @@ def rank_agreement(one: Sweep, two: Sweep) -> float:
     """
     same = (one.site, one.layers, one.columns) == (two.site, two.layers, two.columns)
     if not same:
-        raise PatchError(f"the sweeps must have the same cells, but got {one.site} at {one.columns} and {two.site} at {two.columns}")
+        raise PatchError(f"sweeps of different cells: {one.site} at {one.columns} and {two.site} at {two.columns}")
     effects = [
         (s.patched.difference[s.kept] - s.base.difference[s.kept][:, None, None, None]).mean(0) for s in (one, two)
     ]

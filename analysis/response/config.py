@@ -61,7 +61,7 @@ class ResponseConfig(RunConfig):
     @model_validator(mode="after")
     def _fits(self) -> ResponseConfig:
         if self.strengths != sorted(set(self.strengths)) or self.strengths[0] <= 0:
-            raise ValueError(f"strengths={self.strengths} are invalid: expected increasing values above 0")
+            raise ValueError(f"strengths={self.strengths} are not possible: expected increasing values above 0")
         if self.window_prompts > self.prompts:
             raise ValueError(f"window_prompts={self.window_prompts} is more than prompts={self.prompts}")
         return self

@@ -75,7 +75,7 @@ def _scales(found: Tables, drawn: FigureList) -> list[dict[str, Any]]:
         common = None if own["low"] is None else (own["low"], own["high"])
         words = "random directions" if kind == RANDOM else "along the vector itself"
         plots = [drawn.add(figures.scale(rows, limit, f"{title}, {words}", common, cosine))
-                 for title, cosine in (("Response against strength", False), ("Cosine between consecutive strengths", True))]  # fmt: skip
+                 for title, cosine in (("Response against strength", False), ("Cosine to next strength", True))]  # fmt: skip
         out.append({"kind": kind, "figures": plots, "common": common})
     return out
 
@@ -130,7 +130,7 @@ def _signatures(found: Tables, config: ResponseConfig, drawn: FigureList) -> lis
             for at in ("before", "same")
         ]
         rows = columns[0].join(columns[1].drop("valid"), on="layer").join(others, on="layer").sort("layer")
-        offsets = figures.stripes(found["offsets"].filter(kind=kind), config.block, "Increase of the response by repetition, by offset")
+        offsets = figures.stripes(found["offsets"].filter(kind=kind), config.block, "Increase by repetition, by offset")
         out.append({
             "kind": kind, "figures": plots, "rows": rows.rows(named=True), "stripes": drawn.add(offsets, where),
             "prompts": found["signature"].filter(kind=kind)["prompts"][0],
