@@ -1,4 +1,4 @@
-"""Attention weights of heads at selected tokens, without full attention matrices; prefix-matching and copying scores."""
+"""Attention weights of heads at selected tokens, and the prefix-matching and copying scores of heads."""
 
 from __future__ import annotations
 

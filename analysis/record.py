@@ -300,7 +300,8 @@ def record(
 
     Args:
         model: the model that answers, directly or as an `Intervened` agent (heads are recorded before intervention).
-        folder: folder to create, with shards `00000.safetensors`, the index in `index-00000.parquet` and so on, and `record.json`.
+        folder: folder to create, with shards `00000.safetensors`, the index in `index-00000.parquet` and so on, and
+            `record.json`.
         sites: sites to keep.
         layers: layers of the sites without heads, and of `head` if `heads` is not given; by default all.
         heads: (layer, head) of each head to keep, for the site `head` and for attention; by default all of `layers`.
@@ -396,8 +397,8 @@ class Shards:
 def load(folder: Path | str) -> tuple[pl.DataFrame, Shards]:
     """Open a recording; return its index and its tensors, which are read when rows of the index are requested.
 
-    The index has one row for each question, position and tensor: game, setting (JSON), episode, step (from 1, as in the rows of a
-    run), question, role, position in the prompt, site, layer, head, and the shard and row where it is. An
+    The index has one row for each question, position and tensor: game, setting (JSON), episode, step (from 1, as in
+    the rows of a run), question, role, position in the prompt, site, layer, head, and the shard and row where it is. An
     interrupted recording can be read up to the last complete part.
 
     Raises:

@@ -45,7 +45,7 @@ class ProbeConfig(Strict):
 class Probing(ProbeConfig):
     """Probes for the ancestors of tokens and the ends of constituents."""
 
-    layers: list[int] = Field(default=[-1], min_length=1, description="layers to probe; 0 is the embedding, -1 the last layer")
+    layers: list[int] = Field(default=[-1], min_length=1, description="0 is the embedding, -1 the last layer")
     reaches: list[Literal["full", "tridiagonal", "diagonal"]] = Field(
         default=["full", "tridiagonal", "diagonal"], min_length=1
     )

@@ -6,7 +6,8 @@ one, or i = j. The paper writes A_{l,h,j->i} with its j our query and its i our 
 string: the row and column of the begin token are dropped, and weights are not normalised again.
 
 b#(i) is the highest level (nearest to the root) of which a constituent ends at token i; p_l(i) is the number of
-constituents of level l that begin up to token i (`nextstate.envs.grammar.derivation`). Levels are those between the root and the terminals.
+constituents of level l that begin up to token i (`nextstate.envs.grammar.derivation`). Levels are those between the
+root and the terminals.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def peaks(to_end: Measure, rng: np.random.Generator) -> pl.DataFrame:
     """Return the excess of attention to ends over adjacent tokens: Result 7 at delta = 0 minus its mean at the others.
 
     Returns:
-        One row for each layer (null: mean over all) and level: `value`, `low`, `high` as in `means`, `pairs` (of delta = 0).
+        One row for each layer (null: mean of all) and level: `value`, `low`, `high` as in `means`, `pairs` (of δ = 0).
     """
     draws = _draws(to_end, rng)
     draws = draws.reshape(*draws.shape[:2], len(to_end.axes["level"]), len(NEAR))

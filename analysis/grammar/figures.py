@@ -124,7 +124,7 @@ def generation(found: Summary, title: str) -> go.Figure | None:
             )  # fmt: skip
     low = min(ends)
     right = {"range": [max(-0.02, low - 0.12 * (1 - low) - 0.002), 1 + 0.04 * (1 - low) + 0.001], "tickformat": "~%"}
-    return go.Figure(traces, _lines(title, "share of generated strings that are in the grammar", names, 40, xaxis=right))
+    return go.Figure(traces, _lines(title, "share of generated strings in the grammar", names, 40, xaxis=right))
 
 
 def _after(tokens: int) -> str:
@@ -213,7 +213,7 @@ def divergence(found: Summary, title: str) -> go.Figure | None:
                 go.Scatter(x=[paper], y=[at], mode="markers", marker=_hollow(style, style.marker, 13),
                            name=f"{plain(name)}, paper", hovertemplate="paper, %{x:.3~g} nats per token<extra></extra>")
             )  # fmt: skip
-    return go.Figure(traces, _lines(title, "divergence from the exact next-token distribution (nats per token)", names, 34,
+    return go.Figure(traces, _lines(title, "divergence from the exact distribution (nats per token)", names, 34,
                                     xaxis=_decades(seen)))  # fmt: skip
 
 

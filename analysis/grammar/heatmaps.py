@@ -132,7 +132,7 @@ def ends(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     hover = [[_residual(v, f"level {level}, δ = {_signed(delta)}") for v, delta in zip(line, deltas, strict=True)]
              for line, level in zip(z, every, strict=True)]  # fmt: skip
     x = [_signed(delta) for delta in deltas]
-    return _cells(title, z, text, hover, x, [str(level) for level in every], "offset δ before the end (tokens)", "level",
+    return _cells(title, z, text, hover, x, [str(level) for level in every], "tokens before the end, δ", "level",
                   reach=reach)  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def pairs(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     x = [[f"level {level}" for level, _ in columns], [_signed(k) for _, k in columns]]
     y = [_signed(q) for q in query]
     axis = {"type": "multicategory", "dividercolor": "#8c8c8c", "dividerwidth": 1}
-    return _cells(title, z, text, hover, x, y, "δ of the token attended to", "δ of the attending token", pitch=34, reach=reach,
+    return _cells(title, z, text, hover, x, y, "δ of the attended token", "δ, attending token", pitch=34, reach=reach,
                   xaxis=axis)  # fmt: skip
 
 

@@ -28,7 +28,7 @@ class PatchConfig(RunConfig):
     model: str | AgentConfig
     game: str = "DFA"
     game_args: dict[str, Any] = {}
-    pairs: int = Field(64, ge=2, le=100_000, description="number of pairs of each kind; published designs have fixed numbers")
+    pairs: int = Field(64, ge=2, le=100_000, description="pairs of each kind; published designs have fixed numbers")
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
         default=["state", "action", "name", "noop"], min_length=1
     )

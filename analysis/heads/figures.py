@@ -21,8 +21,9 @@ LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper,
 MIN_LABELLED = 0.05  # least absolute recovery of a head whose point is labelled
 DIRECTIONS = {"denoise": "denoised", "noise": "noised"}
 CELL = (
-    "recovery %{customdata[0]:.3f} (95 % interval %{customdata[1]:.3f} to %{customdata[2]:.3f})<br>simultaneous 95 % band "
-    "%{customdata[3]:.3f} to %{customdata[4]:.3f}<br>%{customdata[5]}%{customdata[6]}<extra></extra>"
+    "recovery %{customdata[0]:.3f} (95 % interval %{customdata[1]:.3f} to %{customdata[2]:.3f})<br>"
+    "simultaneous 95 % band %{customdata[3]:.3f} to %{customdata[4]:.3f}<br>"
+    "%{customdata[5]}%{customdata[6]}<extra></extra>"
 )
 
 

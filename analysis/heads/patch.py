@@ -129,8 +129,9 @@ def attribution(
 ) -> Sweep:
     """Estimate a sweep from one gradient: (source - base activation) times d(logit difference)/d(activation).
 
-    Arguments and result are those of `sweep`; probabilities and greedy tokens are not computed. The estimate is of first
-    order, so it is inaccurate where the network saturates (Nanda 2023, "Attribution patching"; Syed, Rager & Conmy 2023, arXiv 2310.10348).
+    Arguments and result are those of `sweep`; probabilities and greedy tokens are not computed. The estimate is
+    of first order, so it is inaccurate where the network saturates (Nanda 2023, "Attribution patching"; Syed, Rager & Conmy
+    2023, arXiv 2310.10348).
     """
     chosen = _checked(model, pairs, site, direction, layers, failures)
     columns, groups = plan(pairs, positions, direction)
@@ -154,7 +155,7 @@ def attribution(
         found.patched.probability[rows], found.patched.greedy[rows] = np.nan, -1
 
     for group in groups:
-        size = max(1, model.batch_tokens // (8 * group.length))  # the graph keeps activations that a plain forward pass frees
+        size = max(1, model.batch_tokens // (8 * group.length))  # the graph keeps activations in memory
         for k in range(0, len(group.pairs), size):
             _halving(model, work, replace(group, pairs=group.pairs[k : k + size]), 1)
     return _finish(model, pairs, site, direction, chosen, columns, found, False, float("nan"))
@@ -205,7 +206,7 @@ def _checked(
         by_heads.setdefault(model.sites.shape(site, layer)[0], []).append(layer)
     if len(by_heads) > 1:
         groups = "; ".join(f"{heads} in layers {own}" for heads, own in by_heads.items())
-        raise PatchError(f"layers of one sweep must have equally many heads, but there are {groups}: sweep them separately")
+        raise PatchError(f"layers of one sweep must have equally many heads, but have {groups}: sweep them separately")
     if not pairs or not chosen:
         raise PatchError(f"{len(pairs)} pairs and {len(chosen)} layers: expected at least one of each")
     longest = max(len(p.clean) for p in pairs)
@@ -320,7 +321,7 @@ def _donor(
             raise PatchError(f"resample needs an rng and at least 2 pairs, got rng={rng} and {n}")
         else:
             order = rng.permutation(n)
-            partner = torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)  # no pair is its own partner
+            partner = torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)  # never itself
             seen = {layer: x[partner] for layer, x in seen.items()}
 
     def values(group: Group, column: int) -> dict[int, Activation]:

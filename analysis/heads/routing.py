@@ -42,12 +42,12 @@ def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair
     """Tokenise pairs, each prompt exactly as a language model reads it; return the usable and the excluded pairs.
 
     Answers are compared at the first token in which they differ; the tokens that they begin with in common are appended
-    to both prompts. A role keeps its name if it is at the same token in both prompts; otherwise it is split in two, such
-    as "match (clean)" and "match (corrupted)".
+    to both prompts. A role keeps its name if it is at the same token in both prompts; otherwise it is split into two,
+    such as "match (clean)" and "match (corrupted)".
 
     A pair is excluded if it has `problems`; if its prompts differ in the wrong roles (a state pair must have different
     states and the same action, an action pair the reverse; published noop pairs only rename, and need not differ in any
-    role); if its prompts have different numbers of tokens, or the same tokens; or if one answer is a prefix of the other.
+    role); if its prompts have different numbers of tokens, or the same tokens; or if one answer begins the other.
     """
     kept, out = [], []
     for i, pair in enumerate(pairs):
@@ -123,8 +123,8 @@ def baseline(model: LanguageModel, pairs: Sequence[TokenPair]) -> tuple[Readout,
     """
     longest = max(len(p.clean) for p in pairs)
     if model.context is not None and longest > model.context:
-        raise PatchError(f"a pair has {longest:,} tokens, but the context of {model.name} is {model.context:,}; ask for "
-                         "fewer steps")  # fmt: skip
+        raise PatchError(f"a pair has {longest:,} tokens, but the context of {model.name} is {model.context:,}; "
+                         "ask for fewer steps")  # fmt: skip
     out = Readout.empty(len(pairs)), Readout.empty(len(pairs))
     by_length: dict[int, list[int]] = {}
     for i, pair in enumerate(pairs):

@@ -215,7 +215,7 @@ def fast(model: LanguageModel, site: Site, length: int, columns: int) -> bool:
 
 
 def _agrees(model: LanguageModel, site: Site) -> bool:
-    """Compare a small sweep in one tree with plain hooks: one head in each layer, at the last and at all late tokens."""
+    """Compare a small sweep in one tree with plain hooks: one head per layer, at the last and at all late tokens."""
     rng, length, first = np.random.default_rng(3), 12, 5
     base = rng.integers(3, min(1000, model.model.get_input_embeddings().weight.shape[0]), (2, length))
     source = base.copy()
@@ -344,7 +344,7 @@ def _copies_in_tree(
     sites, trunks, span, n = model.sites, runs.trunks, runs.tokens.shape[1] - start, 2 + len(copies)
     entry, late = copies[0].layer, start - runs.first
     layer_of = torch.tensor([c.layer for c in copies])
-    ends = [2 + int((layer_of <= layer).sum()) for layer in range(sites.layers)]  # number of copies present after each layer
+    ends = [2 + int((layer_of <= layer).sum()) for layer in range(sites.layers)]  # copies present after each layer
     begins = [2 + int((layer_of < layer).sum()) for layer in range(sites.layers)]
     heads = sites.shape(site, entry)[0]
     patched = [layer for layer in sites.layers_with(site) if layer >= entry]
@@ -429,7 +429,7 @@ def tree_pass(
 
 
 def _visible(trunks: Trunks, start: int, span: int, n: int) -> Bool[Tensor, "token column"]:
-    """Return the mask of copies: each attends to the base run before `start` (control 2: the source run) and to itself."""
+    """Return the mask of copies: each sees the base run before `start` (control 2: the source run) and itself."""
     cached = len(trunks.depths)
     seen = torch.zeros(n, span, cached + n * span, dtype=torch.bool)
     seen[:, :, :start] = True
@@ -473,8 +473,8 @@ def _control(
     limit = TOLERANCE.get(model.model.dtype, 1e-1)
     if not error <= limit:  # also raises for NaN
         raise PatchError(
-            f"control failed: with {what} patched, the logits must be those of the {whose} run, but differ by {error:.2g} "
-            f"of their range (limit {limit:.0e} in {model.model.dtype}); {model.name} computes something that patching on "
-            f"branches does not support"
+            f"control failed: with {what} patched, the logits must be those of the {whose} run, but differ by "
+            f"{error:.2g} of their range (limit {limit:.0e} in {model.model.dtype}); {model.name} has an operation "
+            f"that patching on branches does not support"
         )
     return error

@@ -20,7 +20,7 @@ class PlayConfig(GridConfig):
 
     steps: int = Field(10, ge=1, description="most commands in an episode")
     episodes: int = Field(50, ge=1, le=1_000_000)
-    writes: bool = Field(False, description="whether language models write commands as free text instead of choosing among the legal ones")
+    writes: bool = Field(False, description="language models write commands as free text")
     max_states: int = Field(
         MAX_STATES, ge=1, le=100_000_000, description="most states visited in the search for a shortest solution"
     )

@@ -33,7 +33,9 @@ class PredictConfig(RunConfig):
     agents: list[AgentEntry] = Field(min_length=1)
     games: list[GameConfig] = []
     play: list[PlayConfig] = []
-    players: list[Literal["random", "walkthrough"]] = Field(["random", "walkthrough"], description="players in addition to the models")
+    players: list[Literal["random", "walkthrough"]] = Field(
+        ["random", "walkthrough"], description="besides models"
+    )
     grid: Grid = "episodes"
     mode: Mode = "replay"
     intervene: InterveneConfig | None = None

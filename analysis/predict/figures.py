@@ -256,8 +256,8 @@ def determined(totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
 def hard(table: pl.DataFrame, totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
     """Draw `agent`'s accuracy on the determined questions that each shortcut gets wrong.
 
-    `table` comes from `statistics.on_hard`, `totals` from `statistics.pooled` by agent, game and variant. A small circle
-    marks the accuracy on all determined questions: a bar far to the left of it indicates reliance on the shortcut.
+    `table` comes from `statistics.on_hard`, `totals` from `statistics.pooled` by agent, game and variant. Small
+    circles mark the accuracy on all determined questions: bars far to their left indicate reliance on the shortcut.
     Grey ticks: chance.
     """
     rows = table.filter((pl.col("agent") == agent) & (pl.col("n") > 0)).sort("game", "variant", "shortcut")

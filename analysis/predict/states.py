@@ -50,8 +50,9 @@ def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.
 def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Combine the answers of each step to a full state, and to the changes since the previous step.
 
-    The first step of an episode is not counted. An agent's predicted state consists of its greedy answers; its predicted
-    changes are the variables whose answer differs from that one step earlier (one fact became false, another true).
+    The first step of an episode is not counted. An agent's predicted state consists of its greedy answers; its
+    predicted changes are the variables whose answer differs from that one step earlier (one fact
+    became false, another true).
 
     Args:
         answers: from `tables.rows`, of cells in which all variables are asked after every step. Cells with one question

@@ -22,7 +22,7 @@ MEANS = {
     "p_accepted": "p_accepted",
     "rank": "rank",
 }
-RATIOS = {"accuracy": "n", "choice": "n", "over_ceiling": "sum_ceiling"}  # values with an interval -> their denominators
+RATIOS = {"accuracy": "n", "choice": "n", "over_ceiling": "sum_ceiling"}  # values with intervals -> denominators
 
 Rows = pl.LazyFrame | pl.DataFrame
 
@@ -135,8 +135,8 @@ def on_hard(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Return each agent's accuracy on the determined questions that a shortcut gets wrong.
 
     One row for each (agent, game, variant, shortcut), with the columns of `pooled` and `share`, the share of determined
-    questions that the shortcut gets wrong. Shortcuts themselves are omitted as agents. If a shortcut is never wrong, n is
-    0 and the accuracy is null.
+    questions that the shortcut gets wrong. Shortcuts themselves are omitted as agents. If a shortcut is never wrong, n
+    is 0 and the accuracy is null.
     """
     determined, place = _strata(rows).filter("determined"), ["game", "variant"]
     reference = determined.filter(pl.col("agent").str.starts_with("shortcut:")).rename({"agent": "shortcut"})

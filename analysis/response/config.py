@@ -41,7 +41,7 @@ class ResponseConfig(RunConfig):
     block: int = Field(24, ge=3, description="number of distinct random tokens in a block")
     repeats: int = Field(2, ge=2)
     prompts: int = Field(16, ge=2, le=10_000, description="number of prompts with repeated blocks, and of controls")
-    alphabet: list[str] = Field(default=[], description="texts of one token each to draw blocks from; by default all tokens")
+    alphabet: list[str] = Field(default=[], description="texts of one token each to draw from; by default all tokens")
     layer: int = Field(0, ge=0, description="layer whose input is pushed; 0 is the embedding")
     directions: int = Field(3, ge=1, le=1000, description="number of random directions for each prompt")
     strengths: list[float] = Field(

@@ -175,8 +175,8 @@ def depth(lines: pl.DataFrame, title: str, words: str = "response") -> go.Figure
                 x=x, y=value, name=name, mode="lines+markers", marker={"size": 6 if dash == "solid" else 4},
                 line={"color": colour, "dash": dash, "width": 2.2 if dash == "solid" else 1.6},
                 customdata=list(zip(low, high, strict=True)),
-                hovertemplate=f"offset {name}, after layer %{{x}}<br>%{{y:.3f}} (95 % interval %{{customdata[0]:.3f}} to "
-                "%{customdata[1]:.3f})<extra></extra>",
+                hovertemplate=f"offset {name}, after layer %{{x}}<br>%{{y:.3f}} (95 % interval "
+                "%{customdata[0]:.3f} to %{customdata[1]:.3f})<extra></extra>",
             )
         )  # fmt: skip
     ticks: dict[str, Any] = {"dtick": 1 if len(layers) <= 16 else 4, "showgrid": False}
@@ -282,4 +282,6 @@ def side_by_side(rows: pl.DataFrame, kind: str, title: str) -> go.Figure:
         hovertemplate="head %{text}<br>recovery %{x:.3f}, response lost %{y:.3f}<extra></extra>",
     )  # fmt: skip
     axes = {"zeroline": True}
-    return go.Figure([points], layout(title, 340, "recovery by patching", "share of response lost", xaxis=axes, yaxis=axes))
+    return go.Figure(
+        [points], layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes)
+    )

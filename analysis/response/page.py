@@ -32,7 +32,7 @@ def page(run: Run[ResponseConfig]) -> Page:
         "edges": _edges(found),
         "matrices": _matrices(found, run.config, drawn),
         "signatures": _signatures(found, run.config, drawn),
-        "head_plot": [drawn.add(figures.heads(table, "Share of the signature lost without each head"))] if carried else [],
+        "head_plot": [drawn.add(figures.heads(table, "Signature lost without each head"))] if carried else [],
         "heads": shown.rows(named=True),
         "left": len(table) - len(shown),
         "bridges": _bridges(found, drawn),
@@ -75,7 +75,7 @@ def _scales(found: Tables, drawn: FigureList) -> list[dict[str, Any]]:
         common = None if own["low"] is None else (own["low"], own["high"])
         words = "random directions" if kind == RANDOM else "along the vector itself"
         plots = [drawn.add(figures.scale(rows, limit, f"{title}, {words}", common, cosine))
-                 for title, cosine in (("Response against strength", False), ("Cosine to next strength", True))]  # fmt: skip
+                 for title, cosine in (("Response by strength", False), ("Cosine to next strength", True))]  # fmt: skip
         out.append({"kind": kind, "figures": plots, "common": common})
     return out
 

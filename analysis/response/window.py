@@ -78,7 +78,7 @@ def of_kind(found: Response, kind: str) -> list[int]:
     """
     chosen = [i for i, name in enumerate(found.directions) if (name == ALONG) == (kind == ALONG)]
     if kind not in KINDS or not chosen:
-        raise ResponseError(f"kind={kind!r} is not possible: expected one of {', '.join(KINDS)}, with measured directions; "
+        raise ResponseError(f"kind={kind!r} is not possible: expected one of {', '.join(KINDS)}, with directions; "
                             f"the response has {', '.join(found.directions)}")  # fmt: skip
     return chosen
 

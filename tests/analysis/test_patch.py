@@ -491,7 +491,7 @@ def test_pairs_on_which_the_model_fails_are_counted(model: LanguageModel) -> Non
     assert np.abs(found.patched.difference[[0, 2]] - alone.patched.difference).max() < EXACT
     done = recovery(found, np.random.default_rng(0), resamples=50)
     assert (done.pairs, done.failed, done.left_out) == (2, 6, 6)
-    with pytest.raises(PatchError, match="fails on all 6 pairs: in none does it prefer the right answer"):
+    with pytest.raises(PatchError, match="fails on all 6 pairs: it never prefers the correct answer"):
         sweep(model, [p for i, p in enumerate(made) if i not in (0, 2)])
     with pytest.raises(PatchError, match="fails on all 6 pairs"):
         attribution(model, [p for i, p in enumerate(made) if i not in (0, 2)])

@@ -187,16 +187,16 @@ def test_on_a_phone_the_headline_table_is_stacked(run_path: Path) -> None:
 
 def test_where_nothing_is_determined_the_page_says_so(tmp_path: Path) -> None:
     words = words_of(make_run(tmp_path, [("DFA", {"states": 4}, 1)]))
-    assert "The transcript settles the answer of none of them" in words
-    assert "Easy against hard" not in words
+    assert "None of them is determined" in words
+    assert "smallest against largest size" not in words
 
 
 def test_easy_against_hard_needs_two_sizes(run_path: Path, tmp_path: Path) -> None:
     words = " ".join(Page(text_of(run_path)).words)
-    assert "Easy against hard, on determined questions:" in words
+    assert "Accuracy on determined questions, smallest against largest size:" in words
     words = words_of(make_run(tmp_path, [("Box", {"boxes": 3}, 3), ("DFA", {"states": 4}, 1)]))
     assert "of questions in Box" in words
-    assert "Easy against hard" not in words
+    assert "smallest against largest size" not in words
     assert " and on " not in words  # of DFA no question is determined, so that Box is not compared
 
 

@@ -111,17 +111,17 @@ def test_the_page_is_complete_and_says_whose_recipe_it_is(folder: Path) -> None:
 
 def test_where_there_is_no_signature_no_head_carries_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = read(folder)
-    assert "heads carry it" in page_of(folder)
-    assert "stands out</button>" in page_of(folder)
+    assert "heads contribute significantly to it" in page_of(folder)
+    assert "significant</button>" in page_of(folder)
     without = run.summaries()
     without["signature"] = without["signature"].with_columns(emerges=pl.lit(None, dtype=pl.Int64))
     monkeypatch.setattr(run, "summaries", lambda: without)
     made = ResponseStudy().page(run)
     page = markup(render(made, run.record))
-    assert "No induction signature stands out." in page
-    assert "carry it:" not in page
-    assert "carries it:" not in page
-    assert "stands out</button>" not in page
+    assert "No significant induction signature." in page
+    assert "contribute significantly to it" not in page
+    assert "contributes significantly to it" not in page
+    assert "significant</button>" not in page
     assert "prefix matching</button>" in page
     assert not any("left-out" in name for name in made.figures.figures)
 
@@ -260,7 +260,7 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     bridge = [{"game": "DFA", "game_args": settings, "kinds": ["state", "action"], "pairs": 2, "steps": 8}]
     more: dict[str, Any] = {"bridge": bridge, "patching": str(tmp_path / "heads")}
     run = respond(tmp_path / "run", made.agent, **more)
-    assert "Beside patching" in page_of(tmp_path / "run")
+    assert "Comparison with patching" in page_of(tmp_path / "run")
     assert run.summary("ranks")["kind"].to_list() == ["state", "action"]
     for kind in ("state", "action"):
         rows = run.summary("bridge_heads").filter(role=kind, pairs=kind)
