@@ -33,7 +33,7 @@ STUDIES = {
     ),
     "grammar": Listed(
         "nextstate.analysis.grammar.study:GrammarStudy",
-        "Train models on a grammar; measure their generated strings, hidden states and attention. On several GPUs: torchrun "
+        "Train models on a grammar; measure their generated strings, states and attention. On several GPUs: torchrun "
         "--nproc-per-node 8 -m nextstate.cli grammar CONFIG.",
         "nextstate grammar configs/grammar/quickstart.yaml training.steps=300 --out runs/grammar",
     ),

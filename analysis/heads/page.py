@@ -37,9 +37,7 @@ def page(run: Run[PatchConfig]) -> Page:
         "layers": _layers(found["layers"], drawn),
         "by_layer": found["layers"].filter(pl.col("site") != "resid_pre").rows(named=True),
         "positions": _positions(found, drawn),
-        "against": [drawn.add(figures.against(heads, "Recovery of each head, by kind of pair"))]
-        if len(heads)
-        else [],
+        "against": [drawn.add(figures.against(heads, "Recovery of each head, by kind of pair"))] if len(heads) else [],
         "screens": _screens(found, drawn),
         "examples": _examples(found["examples"]),
         "attention": _attention(found["attention"], heads),

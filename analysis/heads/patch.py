@@ -130,8 +130,8 @@ def attribution(
     """Estimate a sweep from one gradient: (source - base activation) times d(logit difference)/d(activation).
 
     Arguments and result are those of `sweep`; probabilities and greedy tokens are not computed. The estimate is
-    of first order, so it is inaccurate where the network saturates (Nanda 2023, "Attribution patching"; Syed, Rager & Conmy
-    2023, arXiv 2310.10348).
+    of first order, so it is inaccurate where the network saturates (Nanda 2023, "Attribution patching"; Syed, Rager &
+    Conmy 2023, arXiv 2310.10348).
     """
     chosen = _checked(model, pairs, site, direction, layers, failures)
     columns, groups = plan(pairs, positions, direction)

@@ -130,9 +130,7 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     pairs = [pair for pair, ok in zip(joined, sound["kept"], strict=True) if ok]
     if job.direction in ("mean", "resample") and kept["tokens"].n_unique() > 1:
         lengths = kept["tokens"].n_unique()
-        raise Skip(
-            f"pairs have {lengths} different lengths; {job.direction} ablation at all positions needs one"
-        )
+        raise Skip(f"pairs have {lengths} different lengths; {job.direction} ablation at all positions needs one")
     positions = {"last": "last", "all": "all", "map": layout(pairs)}[job.where]
     given: dict[str, Any] = {"site": job.site, "positions": positions, "direction": job.direction}
     given |= {"failures": "include", "rng": run.rng(job.key)}  # failed pairs are already filtered out

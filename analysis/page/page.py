@@ -108,7 +108,7 @@ class Page:
         lead: the main findings, a plain sentence or two each.
         sections: in the order of the page.
         words: definitions of the terms that the page uses.
-        template: template of the study, which extends `page/base.html.jinja`; by default the sections are all that is shown.
+        template: template of the study, which extends `page/base.html.jinja`; by default only the sections are shown.
         context: variables of the template.
         figures: the figures that `context` refers to, to which those of `sections` are added.
     """

@@ -393,16 +393,20 @@ class _Drawing:
     def _shapes(self) -> None:
         for shape in self.layout.get("shapes") or ():
             style = {"color": _colour(shape.get("fillcolor") or GREY), "linewidth": 0, "zorder": 0}
-            vertical, horizontal = ("domain" in str(shape.get(ref)) or shape.get(ref) == "paper" for ref in ("yref", "xref"))
-            if shape.get("type") == "rect" and tall:
+            vertical, across = (
+                "domain" in str(shape.get(ref)) or shape.get(ref) == "paper" for ref in ("yref", "xref")
+            )
+            if shape.get("type") == "rect" and vertical:
                 self.axes.axvspan(shape["x0"], shape["x1"], **style)
-            elif shape.get("type") == "rect" and horizontal:
+            elif shape.get("type") == "rect" and across:
                 self.axes.axhspan(shape["y0"], shape["y1"], **style)
             elif shape.get("type") == "line":
                 line = shape.get("line") or {}
                 colour, width = _colour(line.get("color") or GREY), (line.get("width") or 1) * POINT
                 ends = ([shape["x0"], shape["x1"]], [shape["y0"], shape["y1"]])
-                where = self.axes.get_xaxis_transform() if vertical else self.axes.get_yaxis_transform() if horizontal else None
+                where = (
+                    self.axes.get_xaxis_transform() if vertical else self.axes.get_yaxis_transform() if across else None
+                )
                 self.axes.plot(
                     *ends, color=colour, linewidth=width, zorder=2, **({"transform": where} if where else {})
                 )
@@ -439,10 +443,10 @@ class _Drawing:
             if ticks is not None:
                 places, labels = ticks
                 axis.set_ticks(places, labels)
-                spacing = min((abs(b - a) for a, b in pairwise(places)), default=1)
-                spacing *= inches["x"] / len(scale.names) if scale.names else inches["x"] / max(len(places), 1) / spacing
+                gap = min((abs(b - a) for a, b in pairwise(places)), default=1)
+                gap *= inches["x"] / len(scale.names) if scale.names else inches["x"] / max(len(places), 1) / gap
                 widest = max(map(len, labels), default=0) * 0.075
-                if name == "x" and widest > spacing:
+                if name == "x" and widest > gap:
                     axis.set_tick_params(rotation=90)
                     self._below += widest
                 if scale.log:

@@ -33,9 +33,7 @@ class PredictConfig(RunConfig):
     agents: list[AgentEntry] = Field(min_length=1)
     games: list[GameConfig] = []
     play: list[PlayConfig] = []
-    players: list[Literal["random", "walkthrough"]] = Field(
-        ["random", "walkthrough"], description="besides models"
-    )
+    players: list[Literal["random", "walkthrough"]] = Field(["random", "walkthrough"], description="besides models")
     grid: Grid = "episodes"
     mode: Mode = "replay"
     intervene: InterveneConfig | None = None

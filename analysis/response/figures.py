@@ -282,6 +282,4 @@ def side_by_side(rows: pl.DataFrame, kind: str, title: str) -> go.Figure:
         hovertemplate="head %{text}<br>recovery %{x:.3f}, response lost %{y:.3f}<extra></extra>",
     )  # fmt: skip
     axes = {"zeroline": True}
-    return go.Figure(
-        [points], layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes)
-    )
+    return go.Figure([points], layout(title, 340, "recovery by patching", "response lost", xaxis=axes, yaxis=axes))

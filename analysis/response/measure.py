@@ -26,13 +26,13 @@ from nextstate.analysis.heads.sweep import fast
 from nextstate.analysis.response.branches import (
     LIMIT,
     ResponseError,
+    difference_dtype,
     dtype_of,
     fitting,
     rows_of,
     run_prompt,
     run_rows,
     whole_rows,
-    difference_dtype,
 )
 from nextstate.analysis.response.config import ALONG, STRENGTHS
 
@@ -73,7 +73,7 @@ class Response:
 def unit_directions(
     rng: np.random.Generator, prompts: int, directions: int, hidden: int
 ) -> Float[np.ndarray, "prompt direction hidden"]:
-    """Draw random unit vectors, independently for each prompt, so that intervals over prompts include their variance."""
+    """Draw random unit vectors, independently for each prompt, so that intervals over prompts cover them."""
     drawn = rng.normal(size=(prompts, directions, hidden))
     return np.asarray(drawn / np.linalg.norm(drawn, axis=-1, keepdims=True))
 

@@ -96,7 +96,7 @@ def test_the_page_is_complete_and_says_whose_recipe_it_is(folder: Path) -> None:
     page = markup(text)
     assert loads_nothing(text)
     assert "nextstate response </script>" not in page
-    for words in ("The recipe is ours, not the paper's", "Bridge to the games", "scale-invariant window", "Copying",
+    for words in ("this project's own and may differ from the paper's", "Bridge to the games", "scale-invariant window", "Copying",
                   "How each model was run"):  # fmt: skip
         assert words.lower() in page.lower()
     drawn = ResponseStudy().page(read(folder)).figures.figures
@@ -235,7 +235,7 @@ def test_half_precision_without_a_window_is_refused(tmp_path: Path, folders: dic
     agent = LanguageModel(str(folders["gpt2"]), device="cpu", dtype="bfloat16")
     with pytest.raises(ModelFailed, match=r"no scale-invariant window in bfloat16.*load it with dtype=float32$"):
         respond(tmp_path / "a", agent, alphabet=[], strengths=[0.02, 0.1, 0.5])
-    with pytest.raises(ModelFailed, match=r"expected rising ones above 0.0078.*bfloat16"):
+    with pytest.raises(ModelFailed, match=r"expected increasing values above 0.0078.*bfloat16"):
         respond(tmp_path / "b", agent, alphabet=[])
 
 
@@ -276,7 +276,7 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     aside = {x["table"]: x["reason"] for x in again.record["set_aside"] if not x["table"].startswith("summary/")}
     assert aside.keys() == {"bridge_heads/DFA-state", "bridge_heads/DFA-action"}
     assert all("patching" in reason for reason in aside.values())
-    with pytest.raises(RunError, match="is a run of circuit with other files than it has now"):
+    with pytest.raises(RunError, match="used other files of circuit than the present ones"):
         patched(ResponseConfig(**NARROW | more), "0" * 64)
     with pytest.raises(RunError, match="is a run of circuit, expected one of another"):
         respond(tmp_path / "third", made.agent, **more, model="another")
@@ -290,7 +290,7 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strengths": [0.1, 0.01, 0.5]}, "expected rising ones above 0"),
+        ({"strengths": [0.1, 0.01, 0.5]}, "expected increasing values above 0"),
         ({"strengths": [0.1, 0.2]}, "at least 3"),
         ({"window_prompts": 9}, "window_prompts=9 is more than prompts=3"),
         ({"blok": 8}, "unknown key 'blok'.*did you mean 'block'"),
