@@ -396,7 +396,7 @@ class _Drawing:
             vertical, across = (
                 "domain" in str(shape.get(ref)) or shape.get(ref) == "paper" for ref in ("yref", "xref")
             )
-            if shape.get("type") == "rect" and vertical:
+            if shape.get("type") == "rect" and tall:
                 self.axes.axvspan(shape["x0"], shape["x1"], **style)
             elif shape.get("type") == "rect" and across:
                 self.axes.axhspan(shape["y0"], shape["y1"], **style)
@@ -404,9 +404,7 @@ class _Drawing:
                 line = shape.get("line") or {}
                 colour, width = _colour(line.get("color") or GREY), (line.get("width") or 1) * POINT
                 ends = ([shape["x0"], shape["x1"]], [shape["y0"], shape["y1"]])
-                where = (
-                    self.axes.get_xaxis_transform() if vertical else self.axes.get_yaxis_transform() if across else None
-                )
+                where = self.axes.get_xaxis_transform() if tall else self.axes.get_yaxis_transform() if across else None
                 self.axes.plot(
                     *ends, color=colour, linewidth=width, zorder=2, **({"transform": where} if where else {})
                 )

@@ -96,7 +96,7 @@ def test_the_page_is_complete_and_says_whose_recipe_it_is(folder: Path) -> None:
     page = markup(text)
     assert loads_nothing(text)
     assert "nextstate response </script>" not in page
-    for words in ("this project's own and may differ from the paper's", "Bridge to the games", "scale-invariant window", "Copying",
+    for words in ("may differ from the paper's", "Bridge to the games", "scale-invariant window", "Copying",
                   "How each model was run"):  # fmt: skip
         assert words.lower() in page.lower()
     drawn = ResponseStudy().page(read(folder)).figures.figures
