@@ -393,9 +393,7 @@ class _Drawing:
     def _shapes(self) -> None:
         for shape in self.layout.get("shapes") or ():
             style = {"color": _colour(shape.get("fillcolor") or GREY), "linewidth": 0, "zorder": 0}
-            vertical, across = (
-                "domain" in str(shape.get(ref)) or shape.get(ref) == "paper" for ref in ("yref", "xref")
-            )
+            tall, across = ("domain" in str(shape.get(ref)) or shape.get(ref) == "paper" for ref in ("yref", "xref"))
             if shape.get("type") == "rect" and tall:
                 self.axes.axvspan(shape["x0"], shape["x1"], **style)
             elif shape.get("type") == "rect" and across:

@@ -248,7 +248,7 @@ def test_what_controls_give_as_well_is_not_claimed(tmp_path: Path) -> None:
     assert "no better than from a control" in shown(rendered(run))
     alone = ~pl.col("shuffled") & (pl.col("name") != "random")
     run = make(tmp_path / "c", change=lambda made: made | {"probes": made["probes"].filter(alone)})
-    assert "without a control: 99" in shown(rendered(run))
+    assert "(no control was run): mean accuracy 99" in shown(rendered(run))
 
 
 def test_the_deepest_layer_is_shown(tmp_path: Path) -> None:

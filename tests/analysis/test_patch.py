@@ -400,7 +400,7 @@ def test_a_broken_patch_is_caught_by_a_control(model: LanguageModel, monkeypatch
     for broken in (nothing, shifted, elsewhere):
         monkeypatch.setattr(engine, "overwrite", broken)
         for site in SITES:
-            with pytest.raises(PatchError, match="control failed: with everything patched, .* the source run"):
+            with pytest.raises(PatchError, match=r"control failed: with everything patched, .* the source run"):
                 sweep(model, pairs[:2], site=site, failures="include")
     monkeypatch.undo()
 
@@ -413,7 +413,7 @@ def test_a_broken_patch_is_caught_by_a_control(model: LanguageModel, monkeypatch
     monkeypatch.undo()
     seen = engine._visible
     monkeypatch.setattr(engine, "_visible", lambda *a: seen(*a).fill_(True))  # copies that see each other
-    with pytest.raises(PatchError, match="control failed: with nothing patched, .* the base run"):
+    with pytest.raises(PatchError, match=r"control failed: with nothing patched, .* the base run"):
         sweep(model, pairs, failures="include")
 
 
