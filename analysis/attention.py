@@ -1,4 +1,4 @@
-"""What heads attend to, from chosen tokens alone, without a matrix of all tokens by all tokens; what they copy."""
+"""Attention weights of heads at selected tokens, and the prefix-matching and copying scores of heads."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nextstate.agents.language import LanguageModel
 
 
 class Look(NamedTuple):
-    """Tokens of a forward pass: row and token of each, and the columns of its path."""
+    """Selected tokens of a forward pass: the row and index of each, and the columns of its path."""
 
     rows: list[int]
     tokens: list[int]
     columns: list[list[int]]
-    total: int  # columns of the pass, those read before included
+    total: int  # columns of the pass, including cached ones
 
 
 Attend = Callable[[int, Float[Tensor, "place head position"]], None]
@@ -31,17 +31,17 @@ Attend = Callable[[int, Float[Tensor, "place head position"]], None]
 def attention_hooks(
     model: LanguageModel, heads: Mapping[int, Sequence[int]], look: Callable[[], Look], attend: Attend
 ) -> Iterator[None]:
-    """Call `attend` in each forward pass with each layer's attention, from the tokens that `look` chooses.
+    """Call `attend` in each forward pass with the attention weights of each layer at the tokens that `look` selects.
 
-    With sdpa, the weights are computed again from the queries and keys that the model gives its attention function;
-    otherwise they are the model's own. A token sees the tokens of its own path and no others, so that
-    position p of the weights is the token at position p of its prompt; after a token's own position come zeros.
+    With sdpa, the weights are recomputed from the queries and keys that the model passes to its attention function;
+    otherwise they are those that the model returns. A token attends only to the tokens of its own path, so position p
+    of the weights is the token at position p of its prompt; positions after the token itself are 0.
 
     Args:
-        model: with sdpa attention, or one that returns its weights.
-        heads: for each layer, the heads.
-        look: chooses the tokens of the pass that goes on.
-        attend: gets layer and weights.
+        model: a model with sdpa attention, or one that returns its weights.
+        heads: the heads of each layer.
+        look: selects tokens of the current pass.
+        attend: called with layer and weights.
     """
     modules: dict[nn.Module, int] = {}
     for layer in heads:
@@ -52,16 +52,16 @@ def attention_hooks(
     if not modules:
         yield
         return
-    with _listening(modules, heads, look, attend) as heard, ExitStack() as stack:
+    with _intercepted(modules, heads, look, attend) as handled, ExitStack() as stack:
         for module, layer in modules.items():
 
             def leave(module: nn.Module, _: Any, out: Any, layer: int = layer) -> None:
-                if module in heard or not look().rows:
+                if module in handled or not look().rows:
                     return
                 weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
                 if weights is None or weights.ndim != 4:
                     raise AttentionError(
-                        f"layer {layer} of {model.name} gives no attention weights; load it with "
+                        f"layer {layer} of {model.name} returns no attention weights; load it with "
                         "attn_implementation='eager', or record without attention"
                     )
                 attend(layer, _gather(look(), lambda row, tokens: weights[row, heads[layer]][:, tokens]))
@@ -71,23 +71,23 @@ def attention_hooks(
 
 
 class AttentionError(ValueError):
-    """A model does not tell what its heads attend to."""
+    """The attention weights of a model are not available."""
 
 
 @contextmanager
-def _listening(
+def _intercepted(
     modules: Mapping[nn.Module, int], heads: Mapping[int, Sequence[int]], look: Callable[[], Look], attend: Attend
 ) -> Iterator[set[nn.Module]]:
-    """Stand in for the attention function of transformers, and hand everything on to it; yield who has called it."""
+    """Wrap the sdpa attention function of transformers; yield the set of modules that have called it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
-    before, heard = FUNCTIONS["sdpa"], set[nn.Module]()
+    before, handled = FUNCTIONS["sdpa"], set[nn.Module]()
 
-    def listen(
+    def intercept(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if module in modules:
-            heard.add(module)
+            handled.add(module)
             if look().rows:
                 layer = modules[module]
                 own, group = list(heads[layer]), query.shape[1] // key.shape[1]
@@ -106,9 +106,9 @@ def _listening(
                 attend(layer, _gather(look(), scores, softmax=True).to(query.dtype))
         return before(module, query, key, value, mask, *args, **kwargs)
 
-    FUNCTIONS["sdpa"] = listen
+    FUNCTIONS["sdpa"] = intercept
     try:
-        yield heard
+        yield handled
     finally:
         FUNCTIONS["sdpa"] = before
 
@@ -116,19 +116,19 @@ def _listening(
 def _gather(
     look: Look, of: Callable[[int, list[int]], Float[Tensor, "head token column"]], softmax: bool = False
 ) -> Float[Tensor, "place head position"]:
-    """Order the columns of each token by position; row by row, so that little is in memory at a time.
+    """Order the weights of each token by position, one row at a time to save memory.
 
-    A cache of a layer with a window may have let the first columns go; nothing is attended to there.
+    The cache of a layer with a sliding window may have dropped the first columns; their weights are 0.
     """
     parts: dict[int, Tensor] = {}
-    wide = max(map(len, look.columns))
+    width = max(map(len, look.columns))
     for row in dict.fromkeys(look.rows):
         places = [i for i, r in enumerate(look.rows) if r == row]
         values = of(row, [look.tokens[i] for i in places])
         gone = look.total - values.shape[2]
         own = [[c - gone for c in look.columns[i]] for i in places]
-        index = torch.tensor([[max(0, x) for x in c] + [0] * (wide - len(c)) for c in own], device=values.device)
-        beyond = torch.tensor([[x < 0 for x in c] + [True] * (wide - len(c)) for c in own], device=values.device)
+        index = torch.tensor([[max(0, x) for x in c] + [0] * (width - len(c)) for c in own], device=values.device)
+        beyond = torch.tensor([[x < 0 for x in c] + [True] * (width - len(c)) for c in own], device=values.device)
         found = values.gather(2, index.expand(len(values), *index.shape))
         if softmax:
             found = found.masked_fill(beyond, -torch.inf).softmax(-1)
@@ -140,19 +140,19 @@ def _gather(
 def prefix_matching(
     model: LanguageModel, tokens: Int[np.ndarray, "prompt token"], block: int, lead: int
 ) -> Float[np.ndarray, "layer head"]:
-    """Return each head's mean attention from a token to what came after the same token one block before.
+    """Return each head's mean attention from a token to the token that followed it in the previous block.
 
     Olsson et al. 2022, "In-context Learning and Induction Heads", define the score on a repeated sequence of random
-    tokens; 1 is an induction head that looks nowhere else.
+    tokens; an induction head with no other attention scores 1.
 
     Args:
-        model: with sdpa attention, or one that returns its weights.
-        tokens: prompts of a repeated block.
-        block: tokens in the block.
-        lead: tokens before the first block.
+        model: a model with sdpa attention, or one that returns its weights.
+        tokens: prompts with a repeated block.
+        block: number of tokens in the block.
+        lead: number of tokens before the first block.
 
     Returns:
-        the scores; NaN where a layer has no such head.
+        The scores; NaN where a layer has no such head.
     """
     layers, heads, length = model.sites.layers_with("head"), model.sites.heads, tokens.shape[1]
     asked = list(range(lead + block, length))
@@ -177,13 +177,12 @@ def prefix_matching(
 def copying(
     model: LanguageModel, tokens: Int[np.ndarray, "prompt token"], block: int, lead: int
 ) -> Float[np.ndarray, "layer head"]:
-    """Return how well each head's value at a token raises that token's own logit, by what it adds to the stream.
+    """Return how strongly each head's value at a token raises the logit of that token.
 
-    The head's value at a token of the first block, as its projection writes it into the stream (where the block norms
-    what attention adds, that too), is added to the stream that leaves the last block one block later, at the token
-    before the same one. The score is the share of the block's other tokens whose logits rise less than its own:
-    1 copies, 1/2 does not care, 0 names anything else. (After the copying score of Olsson et al. 2022; ours is a rank,
-    so that heads of any scale compare.)
+    The head's value at a token of the first block, after its output projection (and the norm that follows, if any), is
+    added to the final residual stream of the second block at the token before the same token. The score is the share of
+    the block's other tokens whose logits rise less than that token's own: 1 for copying, 1/2 for no preference, 0 for
+    suppression. It is a rank version of the copying score of Olsson et al. 2022, comparable between heads of any scale.
     """
     sites = model.sites
     total = np.full((sites.layers, sites.heads), np.nan)
@@ -208,7 +207,7 @@ def copying(
             assert known.projection is not None
             held = cache.layers[layer].values
             if held.shape[2] != len(row):
-                raise AttentionError(f"layer {layer} of {model.name} keeps {held.shape[2]} of {len(row)} values")
+                raise AttentionError(f"layer {layer} of {model.name} caches only {held.shape[2]} of {len(row)} values")
             values = held[0, :, sources].transpose(0, 1)  # [token kv dim]
             values = values.repeat_interleave(known.heads // values.shape[1], 1)
             alone = torch.eye(known.heads, device=ids.device, dtype=values.dtype)[:, None, :, None] * values
@@ -225,7 +224,7 @@ def copying(
 def _decoded(
     model: LanguageModel, stream: Float[Tensor, "row token hidden"], candidates: Int[Tensor, " candidate"]
 ) -> Float[Tensor, "row token candidate"]:
-    """Return the logits of some tokens that the model reads off a stream that leaves its last block."""
+    """Return the logits of some tokens, computed by the model from the output of its last block."""
     given = {x.block: (stream,) if x.returns_tuple else stream for x in model.sites.per_layer}
     with instead({block: lambda *_, out=out, **__: out for block, out in given.items()}):
         ids = torch.zeros(stream.shape[:2], dtype=torch.int64, device=stream.device)

@@ -1,7 +1,7 @@
-"""What the figures of all studies share: colours, the scale of heatmaps, and the layout.
+"""Colours, the colour scale of heatmaps and the layout shared by the figures of all studies.
 
 Backgrounds are transparent and nothing depends on the theme's colours, so that the page can set ink and grid lines for
-light and dark. Colour-blind readers can tell the colours apart.
+light and dark. The colours are safe for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-# Light to dark in even steps of lightness (after ColorBrewer's YlGnBu): for every kind of sight, and in print.
+# Light to dark in even steps of lightness (after ColorBrewer's YlGnBu): safe for colour-blind readers and in print.
 SCALE: list[tuple[float, str]] = [
     (0.0, "#fbf7d5"), (0.125, "#e6f2bd"), (0.25, "#c1e4b8"), (0.375, "#8dcfba"), (0.5, "#58b9c0"),
     (0.625, "#359cc0"), (0.75, "#2a79b3"), (0.875, "#2a569f"), (1.0, "#28378a"),
 ]  # fmt: skip
-WIDE = 20  # sizes that many times as large as the smallest are drawn on a logarithmic axis
+WIDE = 20  # ratio of largest to smallest size from which on axes are logarithmic
 DARK, LIGHT, TURN = "#16181b", "#ffffff", 0.75  # ink on a cell, from which value on it is light: contrast over 4.5
 
 
 class Style(NamedTuple):
-    """How an agent is drawn, everywhere."""
+    """The style of an agent in all figures."""
 
     colour: str
     dash: str = "solid"
@@ -39,7 +39,7 @@ def rounded(values: Iterable[float | None]) -> list[float | None]:
 
 
 def layout(title: str, height: int, x: str, y: str = "", **more: Any) -> dict[str, Any]:
-    """Return the layout that all figures share, with titles of the axes; `more` overrides or adds to it."""
+    """Return the common layout of all figures, with axis titles; `more` overrides or adds to it."""
     clear = "rgba(0,0,0,0)"
     axis = {"zeroline": False, "automargin": True, "fixedrange": True, "ticks": "outside", "ticklen": 3}
     base = {

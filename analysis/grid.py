@@ -1,4 +1,4 @@
-"""The cells of a grid: a game with its settings, how it is called, and which episodes are played of it."""
+"""The cells of a grid: a game with its settings, a name, and the seeds of its episodes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class GridConfig(Strict):
     """A game over a grid of settings."""
 
     game: str = Field(description="name of a game, or pkg.module:Name")
-    grid: dict[str, list[Any]] = Field({}, description="values of settings, of which every combination is a cell")
-    game_args: dict[str, Any] = Field({}, description="settings that all cells share")
+    grid: dict[str, list[Any]] = Field({}, description="values of arguments; every combination is a cell")
+    game_args: dict[str, Any] = Field({}, description="arguments shared by all cells")
 
 
 class Cell(NamedTuple):
@@ -36,12 +36,12 @@ class Cell(NamedTuple):
 
     Attributes:
         slug: the name of the cell in tables and of its files.
-        game: what is played.
+        game: the game.
         variant: the settings other than the size, as text.
         steps: length of its episodes.
-        questions_per_step: how many questions are asked after each step.
-        seeds: of its episodes.
-        writes: language models write their commands instead of picking one.
+        questions_per_step: number of questions after each step.
+        seeds: seeds of its episodes.
+        writes: whether language models write commands as free text.
     """
 
     slug: str
@@ -54,7 +54,7 @@ class Cell(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The value of the setting that decides how large the state space is."""
+        """The value of the setting that determines the size of the state space."""
         return int(getattr(self.game, self.game.size))
 
     @property
@@ -64,7 +64,7 @@ class Cell(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A game of a grid, and how it is called."""
+    """A game of a grid with its name."""
 
     slug: str
     game: Game
@@ -85,9 +85,9 @@ def games_of(entry: GridConfig) -> Iterator[Made]:
 
 
 def game_identity(game: Game) -> dict[str, Any]:
-    """Return what decides a game's episodes beside the code of nextstate and its settings, as JSON.
+    """Return everything besides nextstate's code and the settings that determines a game's episodes, as JSON.
 
-    That is the source file of a game from another package, and the files that its settings name.
+    These are the source file of a game from another package, and the files named in its settings.
     """
     files = [Path(value) for value in game.settings.values() if isinstance(value, str) and Path(value).is_file()]
     found = {"game": source_digest(type(game)), "files": file_digest(*files) if files else None}
@@ -95,7 +95,7 @@ def game_identity(game: Game) -> dict[str, Any]:
 
 
 def grid_table(asked: Sequence[Cell], played: Sequence[Cell]) -> pl.DataFrame:
-    """Return one row for each cell: those that are asked about, then those that are played."""
+    """Return one row for each cell: first cells with questions, then cells that are played."""
     rows = [
         {
             "slug": cell.slug, "game": cell.game.name, "settings": json.dumps(cell.game.settings),

@@ -1,4 +1,4 @@
-"""The lock of a run's folder: one process at a time works in it."""
+"""The lock of a run's folder, which allows one process at a time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def locked(folder: Path, command: str, wait: bool, progress: Progress) -> Iterat
     The operating system releases the lock when the process that holds it ends, however it ends.
 
     Args:
-        folder: of the run; is made.
-        command: shown to others that want the folder meanwhile.
-        wait: until the folder is free, instead of raising.
-        progress: is informed of waiting.
+        folder: folder of the run, created if missing.
+        command: command of this process, shown to other processes that try to use the folder.
+        wait: wait until the folder is free instead of raising.
+        progress: receives a message while waiting.
 
     Raises:
-        RunError: another process holds it; the message says which, and since when.
+        RunError: another process holds the lock; the message gives its identity and start time.
         PathError: the folder cannot be written.
     """
     about = folder / "lock.json"

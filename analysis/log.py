@@ -1,4 +1,4 @@
-"""Weights & Biases mirrors a run: the files are complete without it, and no failure of W&B ever stops a run."""
+"""Logging of runs to Weights & Biases. A run is complete without it, and failures of W&B never stop a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FALLBACKS: dict[Mode, tuple[Literal["offline", "online"], ...]] = {
     "offline": ("offline",),
     "disabled": (),
 }
-ROWS = 10_000  # of a table that is sent, at most
+ROWS = 10_000  # most rows of a table that is sent
 _log = logging.getLogger(__name__)
 
 
 class _Sink(Protocol):
-    """The methods that are used of a W&B run."""
+    """The methods of a W&B run that are used."""
 
     def log(self, data: dict[str, Any]) -> None: ...
     def define_metric(self, name: str, *, step_metric: str) -> Any: ...
@@ -31,7 +31,7 @@ class _Sink(Protocol):
 
 
 class _Nowhere:
-    """Takes the place of a W&B run where there is none."""
+    """Stands in for a W&B run if there is none."""
 
     def log(self, data: dict[str, Any]) -> None:
         """Ignore `data`."""

@@ -1,4 +1,4 @@
-"""Progress of long work, for whoever shows it."""
+"""Progress of long computations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Progress:
         """Start: the run has `total` units of work."""
 
     def on(self, what: str) -> None:
-        """Name what is being done now."""
+        """Name the current task."""
 
     def advance(self, done: int) -> None:
         """Add `done` units of finished work."""

@@ -48,14 +48,14 @@ _OPEN = 4  # shards that a reader keeps open
 
 
 class RecordError(ValueError):
-    """Something cannot be recorded or read back; the message says what is possible."""
+    """A recording cannot be made or read; the message says what is possible."""
 
 
-Place = int | str  # a position in the prompt (from its end where negative), or a role
+Place = int | str  # a position in the prompt (negative: from its end), or a role
 
 
 class Kept(NamedTuple):
-    """One tensor of a shard: a site of a layer, of one head where it has heads."""
+    """One tensor of a shard: a site in a layer, for sites with heads of one head."""
 
     site: str
     layer: int
@@ -63,13 +63,13 @@ class Kept(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in a shard: "head.3.1", "resid_pre.0", "attention.3.1"."""
+        """The name of the tensor in a shard: "head.3.1", "resid_pre.0", "attention.3.1"."""
         return ".".join(str(part) for part in self if part is not None)
 
 
 @dataclass
 class _Pass:
-    """What is kept of one forward pass."""
+    """The activations kept from one forward pass."""
 
     layout: Layout  # kept alive, so that its id stays its own
     look: Look
@@ -79,7 +79,7 @@ class _Pass:
 
 @dataclass
 class Recorder:
-    """Writes what passes by to a folder; made by `record`."""
+    """Writes activations to a folder; created by `record`."""
 
     model: LanguageModel
     folder: Path
@@ -88,7 +88,7 @@ class Recorder:
     where: Callable[[Prompt], Mapping[str, Span]]
     shard_bytes: int
     about: Mapping[str, Any]
-    missing: dict[str, int] = field(default_factory=dict)  # questions that do not have a role, by role
+    missing: dict[str, int] = field(default_factory=dict)  # number of questions without a role, by role
     digests: dict[str, str] = field(default_factory=dict)  # of the files that were written, by name
     _shards: int = 0
     _parts: int = 0
@@ -105,11 +105,11 @@ class Recorder:
 
     @property
     def held(self) -> int:
-        """Bytes of activations that are in memory now."""
+        """Bytes of activations currently in memory."""
         return self._held + sum(_bytes(x) for one in self._passes.values() for x in one.values.values())
 
     def hooks(self) -> ExitStack:
-        """Start to record; until the returned context is closed."""
+        """Record until the returned context is closed."""
         stack, edits = ExitStack(), list[tuple[Site, int, Edit]]()
         for site, layer in dict.fromkeys((k.site, k.layer) for k in self.kept):
             if site != ATTENTION:
@@ -128,7 +128,7 @@ class Recorder:
             return Look([], [], [], 0)
         reading = self.model.reading
         if self._reading is not reading.trunks:
-            self._passes.clear()  # of a reading that failed
+            self._passes.clear()  # left over from a failed reading
             self._reading = reading.trunks
             self._choose(reading)
         if id(reading.now) not in self._passes:
@@ -156,7 +156,7 @@ class Recorder:
                 if trunk not in self._ahead:
                     self._ahead[trunk] = self._later(trunk)
                 wanted |= self._ahead[trunk]
-                # The true answer begins on a branch, where it has several tokens; the story goes on from there.
+                # A true answer of several tokens begins on a branch; the transcript continues from there.
                 answer = asked.prompt.asked.choices[asked.prompt.asked.truth]
                 path = path + trunk.tree.follow(path[-1], self.model.encoder.piece(answer))
             for position in wanted:
@@ -164,20 +164,20 @@ class Recorder:
                     self._wanted[asked.tree].setdefault(path[position], path[: position + 1])
 
     def _later(self, trunk: Trunk) -> set[int]:
-        """Return the positions that questions of an episode ask for in what is told before they are asked."""
+        """Return the positions to keep for questions of an episode that are in the text before the question."""
         out, episode, encode = set[int](), trunk.episode, self.model.encoder
         for t, step in enumerate(episode.steps):
             for q in range(len(step.questions)):
                 parts = segments(episode, t, q)
-                told = piece_of(episode, t, "narration") + 1
+                before = piece_of(episode, t, "narration") + 1
                 lengths = [len(encode.opening(parts[0])), *(len(encode.piece(p)) for p in parts[1:])]
                 found = self._places(Prompt(episode, t, q), sum(lengths))
-                out |= {p for _, p in found if p < sum(lengths[:told])}
+                out |= {p for _, p in found if p < sum(lengths[:before])}
         return out
 
     def _places(self, prompt: Prompt, length: int) -> list[tuple[str, int]]:
-        """Return role (or the number asked for) and position of what is kept of a prompt."""
-        told = self.where(prompt) if any(isinstance(p, str) and p != "last" for p in self.at) else {}
+        """Return the role (or the given number) and the position of each token to keep of a prompt."""
+        spans_of = self.where(prompt) if any(isinstance(p, str) and p != "last" for p in self.at) else {}
         out = []
         for place in self.at:
             if isinstance(place, int):
@@ -185,8 +185,8 @@ class Recorder:
                     out.append((str(place), place % length))
             elif place == "last":
                 out.append((place, length - 1))
-            elif place in told:
-                out.append((place, self.model.encoder.locate(segments(*prompt), told[place])))
+            elif place in spans_of:
+                out.append((place, self.model.encoder.locate(segments(*prompt), spans_of[place])))
         return out
 
     def _take(self, site: str, layer: int, x: Activation) -> None:
@@ -205,7 +205,7 @@ class Recorder:
         self._keep({k.key: x.contiguous() for k, x in zip(kept, weights.cpu().unbind(1), strict=True)})
 
     def _done(self, reading: ForwardContext) -> None:
-        """Take over what the passes that went well have left, each node once."""
+        """Store the activations of successful passes, each node once."""
         if self._reading is not reading.trunks:
             return
         done = [self._passes[id(layout)] for layout in reading.passes if id(layout) in self._passes]
@@ -244,13 +244,13 @@ class Recorder:
         known = self._known.get(reading.trunks[asked.tree], {})
         setting = json.dumps(game.settings, sort_keys=True)
         who = (game.name, setting, prompt.episode.seed, prompt.step + 1, prompt.question)
-        told = [(name, position) for name, position in found if path[position] in known]
-        self._pending.extend((*who, name, position, *known[path[position]]) for name, position in told)
-        for name in {str(p) for p in self.at} - {name for name, _ in told}:
+        kept = [(name, position) for name, position in found if path[position] in known]
+        self._pending.extend((*who, name, position, *known[path[position]]) for name, position in kept)
+        for name in {str(p) for p in self.at} - {name for name, _ in kept}:
             self.missing[name] = self.missing.get(name, 0) + 1
 
     def flush(self) -> None:
-        """Write the open shard, and then the part of the index that may point into it."""
+        """Write the open shard, and then the pending part of the index."""
         if self._rows:
             tensors = {k.key: _together([part[k.key] for part in self._rows]) for k in self.kept}
             self._write(f"{self._shards:05d}.safetensors", lambda path: save_file(tensors, path))
@@ -278,9 +278,9 @@ def _bytes(x: Tensor) -> int:
 
 
 def _together(parts: Sequence[Tensor]) -> Tensor:
-    """Put rows under each other; shorter ones (attention over fewer tokens) end in zeros."""
-    wide = max(x.shape[1] for x in parts)
-    return torch.cat([torch.nn.functional.pad(x, (0, wide - x.shape[1])) for x in parts])
+    """Concatenate rows; shorter ones (attention over fewer tokens) are padded with zeros."""
+    width = max(x.shape[1] for x in parts)
+    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts])
 
 
 @contextmanager
@@ -296,25 +296,26 @@ def record(
     where: Callable[[Prompt], Mapping[str, Span]] = spans,
     shard_bytes: int = 64 << 20,
 ) -> Iterator[Recorder]:
-    """Record what `model` computes while it answers within this context, live or replayed.
+    """Record activations of `model` while it answers within this context, live or replayed.
 
     Args:
-        model: asked by itself, or as an `Intervened` agent (whose heads are then recorded as they were before).
-        folder: is made; shards `00000.safetensors`, the index in `index-00000.parquet` and so on, and `record.json`.
-        sites: what to keep.
-        layers: of the sites without heads, and of `head` where `heads` is not given; by default all.
+        model: the model that answers, directly or as an `Intervened` agent (heads are recorded before intervention).
+        folder: folder to create, with shards `00000.safetensors`, the index in `index-00000.parquet` and so on, and
+            `record.json`.
+        sites: sites to keep.
+        layers: layers of the sites without heads, and of `head` if `heads` is not given; by default all.
         heads: (layer, head) of each head to keep, for the site `head` and for attention; by default all of `layers`.
-        at: where in each question's prompt: "last" (the answering token, where its answer is predicted), "state",
-            "action" or what else `where` tells, or a position (from the end where negative). Where a question does not
-            tell one, it has no row; `record.json` counts these.
-        attention: keep also what these heads attend to from these places, a probability for each position up to the
-            place's own. Computed from queries and keys as the model's own attention gets them, for these heads and
-            places alone (with eager attention, the model's own weights).
-        where: tells the roles of a prompt, as characters of its pieces.
-        shard_bytes: bound on the activations that wait in memory, and so on a shard. (One place always goes.)
+        at: positions to keep in each question's prompt: "last" (the answering token, where the answer is predicted),
+            "state", "action" or another role that `where` returns, or a position (negative: from the end). A question
+            without a role has no row for it; `record.json` counts these.
+        attention: also keep the attention weights of these heads at these positions, a probability for each position
+            up to the token's own. They are computed from the model's queries and keys for these heads and positions
+            only (with eager attention, they are the model's own weights).
+        where: returns the roles of a prompt, as spans of its segments.
+        shard_bytes: bound on the activations held in memory, and therefore on a shard. (At least one position fits.)
 
     Raises:
-        RecordError: the folder is not empty, or there is nothing to keep.
+        RecordError: the folder is not empty, or nothing is selected.
         SiteError: the model has no such site, layer or head.
     """
     folder = Path(folder)
@@ -358,16 +359,16 @@ def record(
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a recording; nothing is read before it is asked for."""
+    """The shards of a recording, read lazily."""
 
     folder: Path
     digests: Mapping[str, str] = field(default_factory=dict, repr=False)
     _open: OrderedDict[int, Any] = field(default_factory=OrderedDict, repr=False, compare=False)
 
     def __call__(self, rows: pl.DataFrame) -> Float[Tensor, "row dim"]:
-        """Return what rows of the index point to, in their order; they are of one width (so not of several sites).
+        """Return the tensors of rows of the index, in their order; all must have the same width.
 
-        Attention is a probability for each position; after a place's own position come zeros.
+        Attention has a probability for each position; positions after the token itself are 0.
         """
         if rows.is_empty():
             raise RecordError("no rows of the index were given: nothing to read")
@@ -377,10 +378,10 @@ class Shards:
             found = self._tensor(int(shard), Kept(site, layer, head).key)
             for at, row in part.select("at", "row").iter_rows():
                 out[at] = found[row]
-        wide = max(len(x) for x in out if x is not None)
+        width = max(len(x) for x in out if x is not None)
         if rows["site"].n_unique() > 1 and len({len(x) for x in out if x is not None}) > 1:
-            raise RecordError(f"sites {sorted(set(rows['site']))} are of several widths: read them one by one")
-        return torch.stack([torch.nn.functional.pad(x, (0, wide - len(x))) for x in out if x is not None])
+            raise RecordError(f"sites {sorted(set(rows['site']))} have different widths: read them one by one")
+        return torch.stack([torch.nn.functional.pad(x, (0, width - len(x))) for x in out if x is not None])
 
     def _tensor(self, shard: int, key: str) -> Tensor:
         if shard not in self._open:
@@ -394,11 +395,11 @@ class Shards:
 
 
 def load(folder: Path | str) -> tuple[pl.DataFrame, Shards]:
-    """Open a recording: its index, and its tensors, which are read when rows of the index are asked for.
+    """Open a recording; return its index and its tensors, which are read when rows of the index are requested.
 
-    The index has a row a question, place and tensor: game, setting (JSON), episode, step (from 1, as in the rows of a
-    run), question, role, position in the prompt, site, layer, head, and the shard and row where it is. A recording
-    that was cut off can be read as far as it got.
+    The index has one row for each question, position and tensor: game, setting (JSON), episode, step (from 1, as in
+    the rows of a run), question, role, position in the prompt, site, layer, head, and the shard and row where it is. An
+    interrupted recording can be read up to the last complete part.
 
     Raises:
         RecordError: there is none in `folder`, or a file of it is missing or damaged. Shards are checked when they are
@@ -406,7 +407,7 @@ def load(folder: Path | str) -> tuple[pl.DataFrame, Shards]:
     """
     folder = Path(folder)
     if not (folder / "record.json").is_file():
-        raise RecordError(f"{folder} holds no recording: expected a folder that `record` has written")
+        raise RecordError(f"{folder} has no recording: expected a folder written by `record`")
     try:
         digests: dict[str, str] = json.loads((folder / "record.json").read_text(encoding="utf-8"))["digests"]
     except (ValueError, KeyError, TypeError) as error:
@@ -419,8 +420,8 @@ def load(folder: Path | str) -> tuple[pl.DataFrame, Shards]:
 
 
 def check_file(path: Path, digests: Mapping[str, str]) -> None:
-    """Raise `RecordError` where a file of a recording is missing, or its content is not what was written."""
+    """Raise `RecordError` if a file of a recording is missing or damaged."""
     if not path.is_file():
         raise RecordError(f"{path} is missing: record again")
     if file_digest(path) != digests.get(path.name):
-        raise RecordError(f"{path} is damaged, its content does not fit its digest: record again")
+        raise RecordError(f"{path} is damaged: its content does not match its digest: record again")

@@ -1,4 +1,4 @@
-"""Where the prompt of any question tells what the question is about, found from its words."""
+"""Positions of the state and the action in the prompt of any question, found from its words."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ ROLES = ("state", "action", "last")  # "last" is the answering token, the end of
 
 
 def spans(prompt: Prompt) -> dict[str, Span]:
-    """Return where a prompt tells "state" and "action", each where it is told at all.
+    """Return the spans of "state" and "action" in a prompt; a role that the prompt does not mention is omitted.
 
-    - "state": the last place before this step that tells the current value of the variable asked about, in the last
-      sentence that names both (or, where no sentence does, the last place of the value).
+    - "state": the last mention before this step of the current value of the variable asked about, in the last sentence
+      that names both (or, if no sentence does, the last mention of the value).
     - "action": the last word of the step's command, in its narration: an action's name, the box moved into, the fruit.
     """
     episode, t, _ = prompt
     step, game, parts = episode.steps[t], episode.game, segments(*prompt)
-    told = piece_of(episode, t, "narration")
+    narration = piece_of(episode, t, "narration")
     out = {}
     value = game.values(step.state).get(prompt.asked.variable, "")
-    at = _told("".join(parts[:told]), value, prompt.asked.variable) if value else None
+    at = _mention("".join(parts[:narration]), value, prompt.asked.variable) if value else None
     if at is not None:
         out["state"] = _span(parts, *at)
     word = re.findall(r"\w+", game.command(step.state, step.action))[-1]
-    found = [*re.finditer(rf"\b{re.escape(word)}\b", parts[told])]
+    found = [*re.finditer(rf"\b{re.escape(word)}\b", parts[narration])]
     if found:
-        out["action"] = Span(told, *found[-1].span())
+        out["action"] = Span(narration, *found[-1].span())
     return out
 
 
-def _told(text: str, value: str, variable: str) -> tuple[int, int] | None:
+def _mention(text: str, value: str, variable: str) -> tuple[int, int] | None:
     named = re.compile(rf"\b{re.escape(variable)}\b", re.IGNORECASE)
     places = [m.span() for m in re.finditer(rf"\b{re.escape(value)}\b", text)]
     for start, end in reversed(places):
@@ -48,4 +48,4 @@ def _span(parts: Sequence[str], start: int, end: int) -> Span:
         if start < len(text):
             return Span(piece, start, end)
         start, end = start - len(text), end - len(text)
-    raise AssertionError("a place outside the prompt")
+    raise AssertionError("a position outside the prompt")

@@ -1,8 +1,8 @@
-"""The folder of a run: its record, its lock, and tables that know what made them.
+"""The folder of a run: its record and its tables, each with the identity of what made it.
 
 Each table is a Parquet file whose metadata holds a digest of the file and the *identity* of what made it: config, code,
-package versions, device kind, models, and the digests of the tables that it was computed from. A table is used again
-only where both fit what would be used now; any other is moved to `set-aside/`, with the reason in `run.json`.
+package versions, device kind, models, and the digests of the tables that it was computed from. A table is reused
+only if both match the present ones; any other is moved to `set-aside/`, with the reason in `run.json`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nextstate.analysis.progress import Progress
 from nextstate.analysis.table import Damaged, difference, read_about, versions, weights_digest, write_table
 from nextstate.envs.files import digest, path_error, write_json
 
-LAYOUT = 2  # of the folder; older ones have no such entry in `run.json`
+LAYOUT = 2  # version of the folder layout; the first one has no such entry in `run.json`
 _NEEDED = (
     "study", "name", "config", "config_digest", "command", "agents", "left_out", "warnings", "set_aside", "mixed",
 )  # fmt: skip
@@ -40,17 +40,17 @@ T = TypeVar("T")
 
 
 class RunError(RuntimeError):
-    """A run cannot be started, continued or read; the message says what is in the way and what to do."""
+    """A run cannot be started, continued or read; the message gives the reason and what to do."""
 
 
 class ModelFailed(RunError):
-    """No model of a run could be used; the message is one line that says why."""
+    """No model of a run could be used; the message is one line with the reason."""
 
 
 class RunConfig(Strict):
     """The part of a config that all studies share."""
 
-    study: str = Field(default="", description="name of the study, or pkg.module:Name; by default that of the command")
+    study: str = Field(default="", description="the study of this config; by default that of the command")
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run; its folder is runs/NAME by default"
     )
@@ -62,12 +62,12 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def now() -> str:
-    """Return the time as `run.json` holds it, in UTC."""
+    """Return the current time in UTC, in the format of `run.json`."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def hardware() -> dict[str, Any]:
-    """Return what a run runs on."""
+    """Return a description of the hardware."""
     out: dict[str, Any] = {"platform": platform.platform(), "machine": platform.machine(), "cores": os.cpu_count()}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -102,9 +102,9 @@ class Run(Generic[C]):
 
     Args:
         path: the folder.
-        config: of the run.
-        record: what `run.json` holds.
-        progress: receives what is being done.
+        config: config of the run.
+        record: content of `run.json`.
+        progress: receives progress.
         saved: whether changes of the record are written to `run.json`.
     """
 
@@ -113,7 +113,7 @@ class Run(Generic[C]):
     ) -> None:
         self.path, self.config, self.record = path, config, record
         self.progress = progress or Progress()
-        self.about: dict[str, dict[str, Any]] = {}  # of each table that may be used, by key
+        self.about: dict[str, dict[str, Any]] = {}  # metadata of each usable table, by key
         self.given: Any = None  # a loaded model, used instead of loading one
         self.loading = False  # an agent is being loaded, or could not be
         self._agent: tuple[str, Any] | None = None
@@ -124,15 +124,15 @@ class Run(Generic[C]):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What `run.json` holds."""
+        """The content of `run.json`."""
         return self.record
 
     def rng(self, *names: str) -> np.random.Generator:
-        """Return a generator of random numbers of its own for each tuple of names, seeded by the config."""
+        """Return a random generator for a tuple of names, seeded by these and by the config."""
         return np.random.default_rng([self.config.seed, *(zlib.crc32(name.encode()) for name in names)])
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """Return `make()`, called the first time and remembered for this process under `key`."""
+        """Return `make()`, which is called only the first time in this process for each `key`."""
         if key not in self._memory:
             self._memory[key] = make()
         found: T = self._memory[key]
@@ -147,21 +147,21 @@ class Run(Generic[C]):
             write_json(self.path / "run.json", self.record)
 
     def warn(self, text: str) -> None:
-        """Show a warning, and keep it in `run.json` and on the page; each line once."""
+        """Show a warning and record it in `run.json` and on the page; each line once."""
         for line in text.splitlines():
             if line not in self.record["warnings"]:
                 self.progress.warn(line)
                 self.update(warnings=[*self.record["warnings"], line])
 
     def describe(self, agent: Mapping[str, Any]) -> None:
-        """Keep the description of an agent (`Agent.describe()`), with the certificates of it that are known."""
+        """Record the description of an agent (`Agent.describe()`), together with its known certificates."""
         found = with_certificates(self.record["agents"], dict(agent))
         if found not in self.record["agents"]:
             by_name = {a["name"]: a for a in self.record["agents"]} | {found["name"]: found}
             self.update(agents=list(by_name.values()))
 
     def asks(self, entry: Any) -> dict[str, Any]:
-        """Return the part of an identity that a language model decides: its files, how it is loaded, the device kind.
+        """Return the part of an identity that depends on a language model: its files, loading options and device kind.
 
         Args:
             entry: a name or an `AgentConfig`.
@@ -170,26 +170,26 @@ class Run(Generic[C]):
 
         def find() -> dict[str, Any]:
             found = model_identity(config)
-            if self.given is not None:  # its weights may be other than those of the folder
+            if self.given is not None:  # its weights may differ from the files
                 found["files"] = weights_digest(self.given.model)
             return {"model": found, "device": device_kind(config)}
 
         return self.once(("asks", config.name), find)
 
     def describe_model(self, model: Any) -> None:
-        """Keep the description of a language model, with its numbers of layers and heads and what was proved of it."""
+        """Record the description of a language model, with its numbers of layers and heads and its certificates."""
         sites = model.sites
         size = {"layers": sites.layers, "heads": sites.heads, "layers_with_heads": len(sites.layers_with("head"))}
         self.describe(model.describe() | size)
 
     def load(self, name: str, make: Callable[[], T]) -> T:
-        """Return an agent, made by `make` the first time; only the last one that was asked for is kept in memory.
+        """Return an agent, made by `make` the first time; only the last one is kept in memory.
 
         Raises:
-            AgentError: it cannot be loaded, which is tried once. `go` then leaves out the other jobs of the agent.
+            AgentError: it cannot be loaded. This is tried once; `go` then skips the other jobs of the agent.
         """
         if self._agent is None or self._agent[0] != name:
-            self._agent, self.loading = None, True  # frees the memory of the one before
+            self._agent, self.loading = None, True  # frees the memory of the previous agent
             if name in self._unloadable:
                 raise AgentError(self._unloadable[name])
             self.progress.on(f"loading {name}")
@@ -233,13 +233,13 @@ class Run(Generic[C]):
         self.advance(self._left)
 
     def left_out(self, agent: str, what: str, reason: str, failed: bool = False) -> None:
-        """Keep in `run.json` that something was left out, and why.
+        """Record in `run.json` that something was left out.
 
         Args:
-            agent: whose.
-            what: is left out.
-            reason: for it.
-            failed: the model failed, so that the run's exit code is 1.
+            agent: agent concerned.
+            what: what was left out.
+            reason: the reason.
+            failed: whether the model failed, which makes the exit code of the run 1.
         """
         kept = [x for x in self.record["left_out"] if (x["agent"], x["what"]) != (agent, what)]
         more = {"failed": True} if failed else {}
@@ -252,11 +252,11 @@ class Run(Generic[C]):
         return self.path / f"{key}.parquet"
 
     def has(self, key: str) -> bool:
-        """Return whether a table is there that may be used."""
+        """Return whether a table exists and is usable."""
         return key in self.about
 
     def keys(self, pattern: str = "*") -> list[str]:
-        """Return the keys of the tables that may be used and match a pattern such as `sweeps/*`, in order of making."""
+        """Return the keys of usable tables that match a pattern such as `sweeps/*`, in order of creation."""
         return [key for key in self.about if fnmatchcase(key, pattern)]
 
     def table(self, key: str) -> pl.DataFrame:
@@ -295,13 +295,13 @@ class Run(Generic[C]):
     def keep(
         self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
     ) -> None:
-        """Write what was made now.
+        """Write one or several new tables.
 
         Args:
-            key: of the table.
-            found: the table, or several by key with this one among them, which is written last.
-            identity: of what made it.
-            agent: whose description in `run.json` is kept with it.
+            key: key of the table.
+            found: the table, or several by key including this one, which is written last.
+            identity: identity of what made it.
+            agent: agent whose description in `run.json` is stored with the table.
         """
         tables = {key: found} if isinstance(found, pl.DataFrame) else dict(found)
         if key not in tables:
@@ -317,12 +317,12 @@ class Run(Generic[C]):
             self.update(mixed=[x for x in self.record["mixed"] if x not in mixed])
 
     def check(self, key: str, identity: Mapping[str, Any], accept_mixed: bool) -> bool:
-        """Look for a finished table, and return whether it may be used; set it aside where it may not.
+        """Return whether a finished table exists and may be used; set it aside if it may not.
 
         Args:
-            key: of the table.
-            identity: of what would make it now.
-            accept_mixed: use it though something else made it, and say so in `run.json` (never a damaged one).
+            key: key of the table.
+            identity: identity of what would make it now.
+            accept_mixed: also use a table with another identity, and record that in `run.json` (never a damaged one).
         """
         path = self.file(key)
         if not path.is_file():
@@ -340,13 +340,13 @@ class Run(Generic[C]):
                 mixed=[*(x for x in self.record["mixed"] if x["table"] != key), {"table": key, "reason": reason}]
             )
         self.about[key] = about
-        for agent in about["notes"].get("agents", []):  # a record that was lost is made again from the tables
+        for agent in about["notes"].get("agents", []):  # restores a lost record from the tables
             if agent["name"] not in {a["name"] for a in self.record["agents"]}:
                 self.describe(agent)
         return True
 
     def fits(self, key: str, identity: Mapping[str, Any]) -> bool:
-        """Return whether a finished table is there, undamaged and with this identity; it may then be used."""
+        """Return whether an undamaged table with this identity exists; if so it becomes usable."""
         try:
             about = read_about(self.file(key))
         except Damaged:
@@ -356,7 +356,7 @@ class Run(Generic[C]):
         return key in self.about
 
     def set_aside(self, key: str, reason: str, suffix: str = ".parquet") -> None:
-        """Move a table, or with suffix "" a folder, to `set-aside/`, and keep the reason in `run.json`."""
+        """Move a table, or with suffix "" a folder, to `set-aside/`, and record the reason in `run.json`."""
         path, count = self.path / f"{key}{suffix}", 1
         while (to := self.path / "set-aside" / f"{key}.{count}{suffix}").exists():
             count += 1
@@ -375,12 +375,12 @@ class Run(Generic[C]):
 
 
 def with_certificates(agents: list[dict[str, Any]], found: dict[str, Any]) -> dict[str, Any]:
-    """Return the description of an agent, together with certificates of it that are known from earlier.
+    """Return the description of an agent, together with its earlier certificates.
 
     Args:
         agents: the descriptions in `run.json`.
-        found: as `Agent.describe` returns it. A certificate of it replaces earlier ones of the same kind that hold for
-            smaller trees.
+        found: the result of `Agent.describe`. Its certificates replace earlier ones of the same kind for smaller
+            trees.
     """
     earlier = next((a for a in agents if a["name"] == found["name"]), {}).get("certificates", [])
     new = found.get("certificates", [])
@@ -395,14 +395,14 @@ def _covers(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def config_digest(study: str, config: RunConfig) -> str:
-    """Return the digest of all that a config says, except how the run is mirrored."""
+    """Return the digest of a config, without the settings of W&B."""
     return digest(study + config.model_dump_json(exclude={"wandb", "study"}))
 
 
 def open_record(study: str, config: RunConfig, out: Path, command: str, progress: Progress) -> dict[str, Any]:
-    """Return the record of a run in `out`: a new one, or that of a run of the same config which is continued.
+    """Return the record of a run in `out`: a new one, or that of an earlier run of the same config.
 
-    A `run.json` that is missing or damaged is made again where the folder's tables were made from this config.
+    A missing or damaged `run.json` is created again if the folder has tables made from this config.
 
     Raises:
         RunError: the folder holds a run of another config, of another study or of an older version, or other files.
@@ -419,7 +419,7 @@ def open_record(study: str, config: RunConfig, out: Path, command: str, progress
     except RunError as error:
         if not any(_made_by(p) == wanted for p in out.rglob("*.parquet")):
             raise
-        progress.warn(f"{error}; it is made again, since tables of this config are there")
+        progress.warn(f"{error}; it is created again, since the folder has tables of this config")
         record = None
     if record is not None:
         if (record["study"], record["config_digest"]) != (study, wanted):
@@ -468,7 +468,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RunError(f"{folder} is not the folder of a run: it has no run.json") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"{path} is not JSON ({error}); run the same config again to make it anew") from error
+        raise RunError(f"{path} is not JSON ({error}); run the same config again to replace it") from error
     if not isinstance(record, dict) or record.get("layout") != LAYOUT:
         raise RunError(
             f"{folder} was written by another version of nextstate, whose layout is not read: run its config again "
@@ -492,8 +492,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def check_key(key: str) -> None:
-    """Raise `RunError` where a table's key is no safe path below a folder."""
+    """Raise `RunError` if a table's key is not a safe relative path."""
     if not key or not all(_PART.fullmatch(part) and part.strip(".") for part in key.split("/")):
         raise RunError(
-            f"the key {key!r} of a job is no safe file name: use parts of letters, digits and =._+-, joined by /"
+            f"the key {key!r} of a job is not a safe file name: use parts of letters, digits and =._+-, joined by /"
         )

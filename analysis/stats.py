@@ -1,7 +1,7 @@
 """Every interval and test of the project: pure functions of arrays.
 
-A unit is what is drawn independently of all others: an episode, a pair of prompts, a string. Intervals hold over units,
-however many questions or tokens one unit has. An interval is an array whose row 0 is the lower end and row 1 the upper
+A unit is one independently drawn item: an episode, a pair of prompts, a string. Intervals are over units, independent
+of the number of questions or tokens in each. An interval is an array whose row 0 is the lower end and row 1 the upper
 one. Bootstrap intervals are percentile intervals (Efron 1979, Annals of Statistics 7, 1-26); with fewer than about 20
 units they are too narrow.
 """
@@ -18,9 +18,9 @@ from scipy.special import ndtri
 from scipy.stats import rankdata, spearmanr
 from scipy.stats import t as student_t
 
-LEVEL = 0.95  # the share of intervals that should hold the true value
-DRAWS = 1000  # bootstrap resamples of the tables; bands take their number from the config
-_FLAT = 1e-9  # an interval narrower than this comes from draws that all agree
+LEVEL = 0.95  # confidence level
+DRAWS = 1000  # bootstrap resamples for tables; bands take their number from the config
+_FLAT = 1e-9  # narrower intervals result from identical draws
 
 Ratio = tuple[Float[np.ndarray, "unit ..."], Float[np.ndarray, " unit"]]  # numerators and denominator of each unit
 
@@ -30,7 +30,7 @@ def wilson(
 ) -> Float[np.ndarray, "2 cell"]:
     """Return Wilson's score interval for a probability (Wilson 1927, JASA 22, 209-212); NaN where n = 0.
 
-    It takes `n` to be independent trials: where trials come in clusters, it is too narrow.
+    Trials are assumed independent: for clustered trials the interval is too narrow.
 
     Args:
         hits: successes; they need not be whole numbers.
@@ -100,9 +100,9 @@ def resampled_sums(
 
 
 def percentiles(draws: Float[np.ndarray, "draw ..."], level: float = LEVEL) -> Float[np.ndarray, "2 ..."]:
-    """Return the percentile interval of each group's draws; draws that are NaN are left out.
+    """Return the percentile interval of each group's draws; NaN draws are ignored.
 
-    A draw is NaN (0/0) where the resample has none of a group's units. A group of NaN alone has a NaN interval.
+    A draw is NaN (0/0) if the resample has none of a group's units. If all draws are NaN, so is the interval.
     """
     draws = np.sort(draws, axis=0)  # NaN sorts last
     valid = np.maximum((~np.isnan(draws)).sum(axis=0), 1)
@@ -119,8 +119,8 @@ def wilson_where_flat(
 ) -> Float[np.ndarray, "2 cell"]:
     """Replace bootstrap intervals that have no width, or are NaN, by Wilson's of `share` in `n` units, over `scale`.
 
-    Where all units have the same share (all right, all wrong), all resamples agree, and the bootstrap would claim that
-    nothing is uncertain. Wilson's interval takes each unit as one trial. `scale` is what the share was divided by.
+    If all units have the same share (all correct, all wrong), all resamples agree and the bootstrap interval has no
+    width. Wilson's interval treats each unit as one trial. `scale` is the value that the share was divided by.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(ends[1] - ends[0] > _FLAT, ends, wilson(share * n, n) / scale)
@@ -147,8 +147,8 @@ def mean_interval(values: Float[np.ndarray, " unit"], rng: np.random.Generator) 
 def paired_interval(draws: Float[np.ndarray, " draw"], units: int, level: float = LEVEL) -> Float[np.ndarray, " 2"]:
     """Return the percentile interval of draws of a difference of two shares, from -1 to 1.
 
-    Where all draws agree it is as wide on each side as Wilson's upper end for something seen in none of `units`: a unit
-    that would disagree may just not have been drawn.
+    If all draws agree, each side has the width of Wilson's upper limit for 0 of `units`, since units that disagree may
+    exist but not be in the sample.
     """
     low, high = percentiles(draws, level)
     if high - low < _FLAT:
@@ -164,8 +164,8 @@ def paired_interval(draws: Float[np.ndarray, " draw"], units: int, level: float 
 class Band:
     """Estimates with two intervals each; all arrays have one shape.
 
-    `low` and `high` hold for one cell looked at by itself; `band_low` and `band_high` for all cells at once, so choose
-    cells by `nonzero`: those whose band leaves out 0.
+    `low` and `high` are pointwise intervals; `band_low` and `band_high` cover all cells at once, so select cells by
+    `nonzero`: those whose band excludes 0.
     """
 
     value: Float[np.ndarray, ...]
@@ -176,7 +176,7 @@ class Band:
 
     @property
     def nonzero(self) -> Bool[np.ndarray, ...]:
-        """Whether the simultaneous band leaves out 0."""
+        """Whether the simultaneous band excludes 0."""
         return np.asarray((self.band_low > 0) | (self.band_high < 0))
 
 
@@ -185,8 +185,8 @@ def ratio_band(
 ) -> Band:
     """Return ratios of means, top.mean(0) / bottom.mean(), with percentile bootstrap intervals and a sup-t band.
 
-    A ratio of means, so that a unit with a bottom near 0 does not count as much as it is uncertain. Units are resampled
-    whole: all their cells, and their bottom, together. The band is value +- q * standard error, with q the quantile
+    A ratio of means, unlike a mean of ratios, is not dominated by units with a bottom near 0. Units are resampled as a
+    whole: all their cells together with their bottom. The band is value +- q * standard error, with q the quantile
     over resamples of the largest studentised deviation among all cells (Montiel Olea & Plagborg-Moller 2019, J. Applied
     Econometrics 34, 1-17; a one-step relative of Romano & Wolf 2005). With one unit all ends are NaN. Where more than
     (1 - level) / 2 of the resamples disagree with the sign of bottom.mean(), the scale is not known and ends are
@@ -197,7 +197,7 @@ def ratio_band(
         rng: for the resamples.
         level: confidence level of the intervals and of the band.
         draws: number of resamples.
-        cells: how many to work on at once, which bounds memory at about 3 * 8 * draws * cells bytes.
+        cells: number of cells processed at a time, which bounds memory to about 3 * 8 * draws * cells bytes.
     """
     top, bottom = _flat(ratio)
     draw, scales = _ratio_draws(top, bottom, rng, draws)
@@ -219,21 +219,21 @@ def ratio_difference_band(
 ) -> tuple[Band, Band, Band]:
     """Return the `ratio_band` of `one`, that of `two`, and the band of one - two, for two independent samples.
 
-    Each sample is resampled by itself. The band of the difference is NaN or infinite where one of the others is.
+    The samples are resampled independently. The band of the difference is NaN or infinite if one of the others is.
     """
     found = [ratio_band(x, rng, level=level, draws=draws, cells=cells) for x in (one, two)]
     (first, _), (second, _) = (_ratio_draws(*_flat(x), rng, draws) for x in (one, two))
     value = (found[0].value - found[1].value).ravel()
-    apart = _band(value, lambda part: first(part) - second(part), draws, level, cells)
+    gap = _band(value, lambda part: first(part) - second(part), draws, level, cells)
     if min(len(one[1]), len(two[1])) == 1:
-        apart = _unknown(apart, math.nan)
+        gap = _unknown(gap, math.nan)
     elif not all(np.isfinite(x.low).all() for x in found):
-        apart = _unknown(apart, math.inf)
-    return found[0], found[1], _shaped(apart, one)
+        gap = _unknown(gap, math.inf)
+    return found[0], found[1], _shaped(gap, one)
 
 
 def _flat(ratio: Ratio) -> Ratio:
-    # Sums round differently in another memory layout; results depend on the numbers alone.
+    # Rounding of sums depends on the memory layout, so it is fixed.
     return np.ascontiguousarray(ratio[0].reshape(len(ratio[0]), -1)), ratio[1]
 
 
@@ -262,7 +262,7 @@ def _band(
             error[part] = drawn.std(0, ddof=1)
             low[part], high[part] = np.quantile(drawn, (tail, 1 - tail), axis=0)
             far = np.abs(drawn - value[part]) / error[part]
-        # A cell that does not vary at all (an error of 0) needs no reach.
+        # Cells without variance (an error of 0) do not widen the band.
         largest = np.maximum(largest, np.where(error[part] > 1e-12, far, 0).max(1))
     reach = np.quantile(largest, level) * error
     return Band(value, low, high, value - reach, value + reach)

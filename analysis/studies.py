@@ -1,4 +1,4 @@
-"""The studies of this package: a light table, so that the command line can list them without importing any."""
+"""The studies of this package, as a table that the command line can list without importing them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GROUP = "nextstate.studies"  # of entry points of other packages
 
 
 class Listed(NamedTuple):
-    """Where a study is, and what its command says of it."""
+    """The location of a study, and the help text and example of its command."""
 
     path: str  # pkg.module:Name
     help: str
@@ -18,7 +18,7 @@ class Listed(NamedTuple):
 STUDIES = {
     "run": Listed(
         "nextstate.analysis.predict.study:Predict",
-        "Ask agents what the next state is, over a grid of games; and let them play.",
+        "Measure the accuracy of agents on next-state questions over a grid of games, and their success in play.",
         "nextstate run configs/quickstart.yaml games.0.episodes=20 --out runs/short",
     ),
     "patch": Listed(
@@ -33,18 +33,18 @@ STUDIES = {
     ),
     "grammar": Listed(
         "nextstate.analysis.grammar.study:GrammarStudy",
-        "Train models on a grammar; measure what they write, hold and attend to. On several GPUs: torchrun "
+        "Train models on a grammar; measure their generated strings, states and attention. On several GPUs: torchrun "
         "--nproc-per-node 8 -m nextstate.cli grammar CONFIG.",
         "nextstate grammar configs/grammar/quickstart.yaml training.steps=300 --out runs/grammar",
     ),
     "lens": Listed(
         "nextstate.analysis.lens:Lens",
-        "Read the answer off every layer (logit lens): where does the model know the next state?",
+        "Decode the answer from every layer (logit lens), to find where the model knows the next state.",
         "nextstate lens configs/lens.yaml --out runs/lens",
     ),
     "transfer": Listed(
         "nextstate.analysis.transfer:Transfer",
-        "Find out whether the heads that carry state in one game do so in another.",
+        "Test whether the heads that carry state in one game also do so in another.",
         "nextstate transfer configs/transfer.yaml --out runs/transfer",
     ),
 }

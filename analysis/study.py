@@ -54,7 +54,7 @@ class Job(NamedTuple):
 
 
 class Skip(Exception):
-    """Raised by `Study.do` where a job cannot be done; the message is the reason."""
+    """Raised by `Study.do` if a job cannot be done; the message is the reason."""
 
 
 class Study(ABC, Generic[C]):
@@ -70,21 +70,21 @@ class Study(ABC, Generic[C]):
 
     @abstractmethod
     def jobs(self, config: C) -> Sequence[Job]:
-        """Return all jobs, in the order in which they are done. Imports no torch and writes nothing.
+        """Return all jobs, in order of execution. Must not import torch or write anything.
 
         Raises:
-            RunError, GameError, ConfigError: the config asks for what cannot be.
+            RunError, GameError, ConfigError: the config is not possible.
         """
 
     def identity(self, job: Job, run: Run[C]) -> dict[str, Any]:
-        """Return what decides the job's table beside config, code, versions and the tables that it needs.
+        """Return everything besides config, code, versions and needed tables that determines the job's table.
 
-        JSON; for example `{"model": model_identity(entry)}`. Must not import torch.
+        As JSON, for example `{"model": model_identity(entry)}`. Must not import torch.
         """
         return {}
 
     def stale(self, job: Job, run: Run[C]) -> str:
-        """Return why a finished table may not be used although its identity fits, "" where it may.
+        """Return why a finished table may not be used although its identity matches; "" if it may.
 
         For tables about other files of the run, such as a trained model. Must not import torch.
         """
@@ -92,26 +92,26 @@ class Study(ABC, Generic[C]):
 
     @abstractmethod
     def do(self, job: Job, run: Run[C]) -> pl.DataFrame | Mapping[str, pl.DataFrame]:
-        """Do a job; return its table, or several by key, among them the one that `job.key` names.
+        """Do a job; return its table, or several by key, including `job.key`.
 
         Raises:
-            Skip: it cannot be done; the run goes on, and says so.
+            Skip: the job cannot be done; the run records this and continues.
             AgentError: its agent failed.
         """
 
     def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
-        """Return the numbers that W&B gets as soon as a job is done."""
+        """Return the numbers to log to W&B when a job is done."""
         return {}
 
     @abstractmethod
     def summarise(self, run: Run[C]) -> Mapping[str, pl.DataFrame]:
-        """Return all statistics, as tables by name; they are kept in `summary/`."""
+        """Return all statistics, as tables by name; they are stored in `summary/`."""
 
     @abstractmethod
     def headline(self, run: Run[C]) -> pl.DataFrame:
-        """Return the table that the terminal shows and W&B has as its summary; reads `summary/` only.
+        """Return the main results, for the terminal and the W&B summary; reads `summary/` only.
 
-        Columns of text name the row. `x_low` and `x_high` are shown as the interval of column `x`.
+        Text columns name the row. `x_low` and `x_high` are shown as the interval of column `x`.
         """
 
     @abstractmethod
@@ -119,7 +119,7 @@ class Study(ABC, Generic[C]):
         """Return the report page; reads `summary/` and `run.json` only, and computes no statistics."""
 
     def worker(self, config: C, out: Path) -> None:
-        """Do the part of a second process that torchrun started (`RANK` above 0)."""
+        """Do the work of an additional process started by torchrun (`RANK` above 0)."""
         raise RunError(f"the study {self.name!r} runs in one process: start it without torchrun")
 
 
@@ -142,7 +142,7 @@ def find_study(name: str) -> Study[Any]:
     except plugins.PluginError as error:
         raise RunError(str(error)) from error
     if not (isinstance(found, type) and issubclass(found, Study)):
-        raise RunError(f"{name} is no study: expected a subclass of nextstate.analysis.study.Study")
+        raise RunError(f"{name} is not a study: expected a subclass of nextstate.analysis.study.Study")
     missing = sorted(found.__abstractmethods__) + [x for x in ("name", "config") if not hasattr(found, x)]
     if missing:
         raise RunError(f"the study {name} is not complete: it does not define {', '.join(missing)}")
@@ -172,22 +172,22 @@ def go(
     accept_mixed: bool = False,
     wait: bool = False,
 ) -> Run[C]:
-    """Run a study, or finish a run that was begun in `out`; return the run with its page written.
+    """Run a study, or finish the run in `out`; write its page and return the run.
 
     Args:
-        study: what to run.
-        config: of the run.
-        out: its folder.
-        progress: receives what is being done.
-        command: that began the run, for `run.json`.
-        model: a loaded `LanguageModel`, used instead of loading the one that the config names.
-        accept_mixed: use finished tables though another model, version or device made them, and say so on the page.
-        wait: for another process that works in this folder, instead of raising.
+        study: the study.
+        config: config of the run.
+        out: folder of the run.
+        progress: receives progress.
+        command: command that started the run, for `run.json`.
+        model: a loaded `LanguageModel` to use instead of loading the one that the config names.
+        accept_mixed: also use finished tables made with another model, version or device, and report that on the page.
+        wait: wait for another process that uses this folder instead of raising.
 
     Raises:
-        RunError: `out` belongs to another run or is in use, or the study is not sound.
-        ModelFailed: no job could be done; the message says why.
-        GameError, ConfigError: the config asks for what cannot be.
+        RunError: `out` belongs to another run or is in use, or the study has invalid jobs.
+        ModelFailed: no job could be done; the message is the reason.
+        GameError, ConfigError: the config is not possible.
     """
     progress = progress or Progress()
     jobs = checked(study, config)  # before anything is written
@@ -217,14 +217,14 @@ def checked(study: Study[C], config: C) -> list[Job]:
     """Return the jobs of a study.
 
     Raises:
-        RunError: two of them have one key, a key is no file name, or one needs what does not come before it.
+        RunError: two jobs have the same key, a key is not a file name, or a job needs a table of no earlier job.
     """
     jobs = list(study.jobs(config))
     seen: set[str] = set()
     for job in jobs:
         check_key(job.key)
         if job.key in seen:
-            raise RunError(f"two jobs of the study {study.name!r} have the key {job.key!r}: each needs one of its own")
+            raise RunError(f"two jobs of the study {study.name!r} have the key {job.key!r}: keys must be unique")
         if missing := [key for key in job.needs if key not in seen]:
             raise RunError(
                 f"the job {job.key!r} of the study {study.name!r} needs {missing[0]!r}, which is no earlier job"
@@ -234,7 +234,7 @@ def checked(study: Study[C], config: C) -> list[Job]:
 
 
 def identity_of(study: Study[C], job: Job, run: Run[C]) -> dict[str, Any]:
-    """Return the identity of what makes a job's table now."""
+    """Return the present identity of a job's table."""
     found = {
         "config": run.record["config_digest"], "code": code_digest(),
         "versions": run.once("versions", partial(versions, DECISIVE)),
@@ -245,7 +245,7 @@ def identity_of(study: Study[C], job: Job, run: Run[C]) -> dict[str, Any]:
 
 
 def _do_all(study: Study[C], run: Run[C], jobs: Sequence[Job], accept_mixed: bool, mirror: _Mirror) -> None:
-    unusable: dict[str, str] = {}  # agents, and why
+    unusable: dict[str, str] = {}  # agents and the reasons
     for job in jobs:
         missing = [key for key in job.needs if not run.has(key)]
         if missing:
@@ -256,7 +256,7 @@ def _do_all(study: Study[C], run: Run[C], jobs: Sequence[Job], accept_mixed: boo
             identity = identity_of(study, job, run)
             if not _finished(study, run, job, identity, accept_mixed):
                 _do(study, run, job, identity, unusable, mirror)
-                continue  # which has advanced the progress bar
+                continue  # `_do` has advanced the progress bar
         run.progress.advance(job.cost)
 
 
@@ -307,7 +307,7 @@ def _line(error: BaseException) -> str:
 
 
 def _summarise(study: Study[C], run: Run[C], jobs: Sequence[Job]) -> bool:
-    """Make `summary/` where it does not fit the tables; return whether it was made."""
+    """Compute `summary/` unless it matches the tables; return whether it was computed."""
     inputs = {job.key: run.about[job.key]["content"] for job in jobs if run.has(job.key)}
     identity = {
         "config": run.record["config_digest"], "code": code_digest(),
@@ -346,14 +346,14 @@ def write_page(study: Study[C], run: Run[C]) -> Page:
 
 
 def open_run(folder: Path, keys: str = "summary/") -> tuple[Study[Any], Run[Any]]:
-    """Return the study and the run of a folder, to be read.
+    """Open a run for reading; return its study and the run.
 
     Args:
-        folder: of the run.
-        keys: only tables whose key begins so can be read; "" for all.
+        folder: folder of the run.
+        keys: prefix of the keys of tables to open; "" for all.
 
     Raises:
-        RunError: it is no run, or its study or config is not known here.
+        RunError: the folder is not a run, or its study or config is unknown.
     """
     record = read_record(folder)
     study = find_study(record["study"])
@@ -373,28 +373,28 @@ def open_run(folder: Path, keys: str = "summary/") -> tuple[Study[Any], Run[Any]
 
 
 class Difference(NamedTuple):
-    """What `verify` found about one table."""
+    """The result of `verify` for one table."""
 
     key: str
     rows: int
-    made: str  # how the identity of what made it differs from what would make it now, "" where it does not
-    found: str  # how a recomputed table differs, "" where it does not
+    made: str  # difference between its identity and the present one, "" if there is none
+    found: str  # difference from the recomputed table, "" if there is none
 
 
 def verify(folder: Path, cells: int = 8, seed: int = 0, tolerance: float = 1e-4, progress: Progress | None = None,
            model: Any = None) -> list[Difference]:  # fmt: skip
-    """Do a seeded sample of a run's jobs again, and compare the tables with those in its folder. Writes nothing.
+    """Repeat a random sample of a run's jobs and compare their tables with those in its folder. Writes nothing.
 
     Args:
-        folder: of the run.
-        cells: how many jobs, at most.
-        seed: of the sample.
-        tolerance: numbers may differ by this much, as a share of the largest in their column (at least 1).
-        progress: receives what is being done.
-        model: a loaded `LanguageModel`, used instead of loading the one that the config names.
+        folder: folder of the run.
+        cells: most jobs to repeat.
+        seed: seed of the sample.
+        tolerance: allowed difference of numbers, relative to the largest in their column (at least 1).
+        progress: receives progress.
+        model: a loaded `LanguageModel` to use instead of loading the one that the config names.
 
     Raises:
-        RunError: it is no run, or has no table that could be done again.
+        RunError: the folder is not a run, or has no table that can be recomputed.
     """
     study, run = open_run(folder, "")
     run.progress = progress or run.progress
@@ -426,7 +426,7 @@ def verify(folder: Path, cells: int = 8, seed: int = 0, tolerance: float = 1e-4,
 
 
 def compare(old: pl.DataFrame, new: pl.DataFrame, tolerance: float) -> str:
-    """Return in words how two tables differ, "" where they do not."""
+    """Return a description of the difference of two tables, "" if they are equal."""
     if old.schema != new.schema:
         names = sorted(set(old.schema.items()) ^ set(new.schema.items()), key=str)
         return f"other columns: {', '.join(f'{name} ({kind})' for name, kind in names)}"
@@ -445,7 +445,7 @@ def compare(old: pl.DataFrame, new: pl.DataFrame, tolerance: float) -> str:
             same = (x == y) | (np.isnan(x) & np.isnan(y)) | finite
             largest = float(np.abs(x[finite] - y[finite]).max(initial=0.0))
             if not same.all():
-                out.append(f"{name}: {int((~same).sum())} values are finite in one of both alone")
+                out.append(f"{name}: {int((~same).sum())} values are finite in only one of the tables")
             elif largest > tolerance * max(1.0, float(np.abs(x[finite]).max(initial=0.0))):
                 out.append(f"{name}: by up to {largest:.2g}")
         elif not a.equals(b):

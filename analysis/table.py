@@ -1,4 +1,4 @@
-"""Tables that know what made them: Parquet files with a digest of the file, and the identity of what made it."""
+"""Parquet files whose metadata holds a digest of the file and the identity of what made it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy
 DECISIVE = ("numpy", "torch", "transformers", "nnsight", "textworld")  # packages whose version may change a value
 ROOMS = ("envs", "agents", "analysis")
 _KEY = "nextstate"  # of a table's metadata
-_NO_DIGEST = "0" * 64  # stands in a file's own digest while the file is digested
+_NO_DIGEST = "0" * 64  # placeholder for the digest while it is computed
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -65,13 +65,13 @@ def write_table(
 ) -> dict[str, Any]:
     """Write a table, atomically; return its metadata: `digest` (of the file), `content`, `identity` and `notes`.
 
-    `content` is a digest of the rows alone: tables with the same rows have the same, whatever made them.
+    `content` is a digest of the rows alone: tables with the same rows have the same `content`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         frame: the table.
-        identity: of what made it; JSON.
-        notes: JSON that is kept with the table, such as the description of the model that was asked.
+        identity: identity of what made it, as JSON.
+        notes: further JSON to store, such as the description of the model.
     """
 
     def write(partial: Path) -> None:
@@ -79,7 +79,7 @@ def write_table(
             frame.write_parquet(
                 partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
             )
-        except pl.exceptions.ComputeError as error:  # raised by Polars where the disk is full
+        except pl.exceptions.ComputeError as error:  # raised by Polars if the disk is full
             raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
         data = partial.read_bytes()
         about["digest"] = digest(data)
@@ -96,14 +96,14 @@ def write_table(
 
 
 class Damaged(Exception):
-    """A table's file is not what was written."""
+    """The file of a table is damaged."""
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """Check the digest of a table and return its metadata: `digest`, `content`, `identity`, `notes`.
 
     Raises:
-        Damaged: the file cannot be read, is no table of ours, or its content does not fit its digest.
+        Damaged: the file cannot be read, has no such metadata, or does not match its digest.
     """
     try:
         data = path.read_bytes()
@@ -121,7 +121,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return in words how two identities differ, "" where they do not."""
+    """Return a description of the difference of two identities, "" if they are equal."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)

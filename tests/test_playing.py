@@ -95,7 +95,7 @@ def test_a_model_is_asked_and_plays_the_same_settings(tmp_path: Path, folders: d
     assert not left_out(folder)
     text = page_of(folder)
     assert text.count("Next-state accuracy against boxes") == 2 * 2  # caption and label, for the picked and the written
-    assert "writes a line of its own" in text
+    assert "generates a line of text" in text
     make(config | {"name": "alone", "play": entries[:1], "games": []}, tmp_path / "alone")
     drawn = [p.name for p in folder.glob("wandb/offline-run-*/files/media/**/*.plotly.json")]
     assert sum("success-in-play" in name for name in drawn) == 2 * 2  # against boxes and |Q|

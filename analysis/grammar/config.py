@@ -1,4 +1,4 @@
-"""What a grammar study is asked for. Importing this does not import torch."""
+"""The config of a grammar study. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from nextstate.agents.config import Strict
 from nextstate.agents.training_config import GrammarTraining, ModelSpec
 from nextstate.analysis.run import RunConfig
 
-REACHES = {"full": None, "tridiagonal": 1, "diagonal": 0}  # tokens on either side that a probe may look at
+REACHES = {"full": None, "tridiagonal": 1, "diagonal": 0}  # tokens on either side that a probe reads
 
 
 class Writing(Strict):
-    """What the models write, and which prefixes they are given."""
+    """Generation of strings: their number, prefixes and temperatures."""
 
-    strings: int = Field(default=1000, ge=1, description="for each kind of prefix and temperature")
-    prefix: int = Field(default=50, ge=1, description="tokens given; of a shorter string all but its last one")
+    strings: int = Field(default=1000, ge=1, description="number of strings for each kind of prefix and temperature")
+    prefix: int = Field(default=50, ge=1, description="tokens of a prefix; of shorter strings all but the last token")
     kinds: list[Literal["nothing", "clean", "corrupted"]] = Field(
         default=["nothing", "clean"], min_length=1, description="what a string begins with"
     )
     temperatures: list[float] = Field(default=[1.0], min_length=1, description="at which tokens are sampled")
     corruption: float = Field(
         default=0.15, ge=0, le=1,
-        description="share of the tokens of a corrupted prefix that are drawn anew; what follows is judged after the "
-        "right prefix",
+        description="share of the tokens of a corrupted prefix that are replaced; continuations are judged with the "
+        "original prefix",
     )  # fmt: skip
 
 
@@ -47,24 +47,24 @@ class ProbeConfig(Strict):
 class Probing(ProbeConfig):
     """Probes for the ancestors of tokens and the ends of constituents."""
 
-    layers: list[int] = Field(default=[-1], min_length=1, description="0 is the embedding, -1 the last one")
+    layers: list[int] = Field(default=[-1], min_length=1, description="0 is the embedding, -1 the last layer")
     reaches: list[Literal["full", "tridiagonal", "diagonal"]] = Field(
         default=["full", "tridiagonal", "diagonal"], min_length=1, description="which tokens a probe may look at"
     )
-    shuffled: bool = Field(default=True, description="also with labels of other strings, as a control")
+    shuffled: bool = Field(default=True, description="whether to also train probes on shuffled labels, as a control")
 
 
 class Attending(Strict):
-    """Which attention is measured."""
+    """Which models' attention is measured, and on how many strings."""
 
     strings: int = Field(default=100, ge=1, description="on which attention is measured")
-    models: list[str] = Field(default=[], description="by name; all by default")
+    models: list[str] = Field(default=[], description="names of models; all by default")
 
 
 class GrammarConfig(RunConfig):
-    """Everything that decides what a grammar study finds."""
+    """Everything that determines the results of a grammar study."""
 
-    grammar: dict[str, Any] = Field(default={}, description="settings of the game CFG")
+    grammar: dict[str, Any] = Field(default={}, description="arguments of the game CFG")
     models: list[ModelSpec] = Field(default=[ModelSpec()], min_length=1, description="what is trained")
     training: GrammarTraining = Field(GrammarTraining(), description="shape of the models, and how they are trained")
     writing: Writing = Field(Writing(), description="what the models write")
@@ -76,7 +76,7 @@ class GrammarConfig(RunConfig):
         titles = [spec.title for spec in self.models]
         twice = sorted({t for t in titles if titles.count(t) > 1})
         if twice:
-            raise ValueError(f"models has {', '.join(twice)} more than once: give each a name of its own")
+            raise ValueError(f"models has {', '.join(twice)} more than once: give each a different name")
         unknown = sorted(set(self.attention.models if self.attention else ()) - set(titles))
         if unknown:
             raise ValueError(f"attention.models names {', '.join(unknown)}: expected some of {'; '.join(titles)}")

@@ -1,12 +1,13 @@
-"""How attention follows the constituents of a grammar's strings: from distance alone to ends that look at ends.
+"""Attention of heads by distance, and around the ends of constituents of a grammar's strings.
 
 "Physics of Language Models: Part 1" (arXiv 2305.13673), Results 6 to 9. A weight goes from a query, token i, which
 attends, to a key, token j, which is attended to; their distance is p = i - j, so that in a causal model i is the later
-one, or both are one. The paper writes A_{l,h,j->i} with its j our query and its i our key. Tokens are those of the
-string: the begin token's row and column are dropped, and what is left is not made to sum to 1 again.
+one, or i = j. The paper writes A_{l,h,j->i} with its j our query and its i our key. Tokens are those of the
+string: the row and column of the begin token are dropped, and weights are not normalised again.
 
-b#(i) is the level nearest to the root of which something ends with token i, p_l(i) how many things of level l have
-begun up to token i (`nextstate.envs.grammar.derivation`). Levels are those between the root and the terminals.
+b#(i) is the highest level (nearest to the root) of which a constituent ends at token i; p_l(i) is the number of
+constituents of level l that begin up to token i (`nextstate.envs.grammar.derivation`). Levels are those between the
+root and the terminals.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from nextstate.analysis.grammar.probe import padded, room
 from nextstate.envs.game import GameError, require, require_whole
 from nextstate.envs.grammar.derivation import Derivation
 
-NEAR = (-2, -1, 0, 1, 2)  # how far from an end the attended token of Result 7 is
-NEXT = (-1, 0, 1)  # how far from their ends both tokens of Result 8 are
-APART = (0, 1, 2, 3, 4)  # how many constituents lie from one end of Result 9 to the other
+NEAR = (-2, -1, 0, 1, 2)  # Result 7: offsets of the attended token from an end
+NEXT = (-1, 0, 1)  # Result 8: offsets of both tokens from their ends
+APART = (0, 1, 2, 3, 4)  # Result 9: distances between two ends, in constituents
 
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """Mean weights over the pairs of tokens of each cell; NaN where there are none.
+    """Mean weights over the pairs of tokens of each cell; NaN for cells without pairs.
 
     Args:
-        axes: what a cell is: names of the axes and their values.
+        axes: names and values of the axes that define the cells.
         value: means of each head; shape [layer head *axes].
-        pairs: how many pairs of tokens there are in all strings; shape [*axes].
-        own: of each string what it adds to the mean over heads, times its pairs; shape [string layer cell].
-        own_pairs: its pairs; shape [string cell].
+        pairs: number of pairs of tokens in all strings; shape [*axes].
+        own: sum over the pairs of each string, averaged over heads; shape [string layer cell].
+        own_pairs: number of pairs of each string; shape [string cell].
     """
 
     axes: dict[str, tuple[int, ...]]
@@ -54,39 +55,39 @@ class Measure:
 
     @property
     def cells(self) -> dict[str, Int[np.ndarray, " cell"]]:
-        """For each axis its value at each cell."""
+        """Value of each axis at each cell."""
         grid = np.meshgrid(*self.axes.values(), indexing="ij")
         return {name: values.ravel() for name, values in zip(self.axes, grid, strict=True)}
 
 
 class Constituents(NamedTuple):
-    """What attention does; B = A - `profile` of the distance is a weight A less its head's mean at that distance."""
+    """Statistics of attention. B = A - `profile` is a weight A minus the mean of its head at the same distance."""
 
     profile: Measure  # Result 6, mean A; axis distance
     to_end: Measure  # Result 7, mean B over keys j with b#(j + delta) = level; axes level, delta
     between_ends: Measure  # Result 8, mean B over b#(i + query_delta) = b#(j + key_delta) = level; axes level and both
     adjacent: Measure  # Result 9, mean B over b#(i) = query_level, b#(j) = key_level, p_l(i) - p_l(j) = apart
-    # with l = key_level; apart = 0 is then a token and itself, where the model is causal.
+    # with l = key_level; in a causal model, apart = 0 is a token and itself.
 
 
 def constituents(
     model: Any, codes: TokenMap, strings: Sequence[Derivation], causal: bool = True, batch: int = 8
 ) -> Constituents:
-    """Measure the attention of a model on strings, Results 6 to 9 of the paper, from one pass over them.
+    """Measure the attention of a model on strings, Results 6 to 9 of the paper, in one pass over them.
 
-    Sums are kept, not the weights; what is measured is exact. Of strings longer than the model's positions only the
-    beginning counts, with the labels of the whole. Shifted tokens outside the string are no pairs.
+    Only sums are kept in memory, not the weights. Strings longer than the model's context are truncated, with the
+    labels of the whole string. Pairs with shifted tokens outside the string are not counted.
 
     Args:
-        model: of transformers, with attn_implementation="eager", in evaluation mode, on any device.
-        codes: its tokens.
-        strings: with their derivations, of one grammar.
-        causal: pairs are those with j <= i; else all, and distances and `apart` go below 0.
-        batch: strings at once; all weights of these are in memory.
+        model: a transformers model with attn_implementation="eager", in evaluation mode, on any device.
+        codes: its mapping of terminals to tokens.
+        strings: strings of one grammar with their derivations.
+        causal: use only pairs with j <= i; otherwise all pairs, with negative distances and `apart` too.
+        batch: number of strings per forward pass, whose weights are all in memory.
 
     Raises:
-        GameError: there are no strings or no levels between, the model is in training mode, gives no weights, or
-            attends to later tokens though it should be causal.
+        GameError: there are no strings or no intermediate levels, the model is in training mode, returns no weights,
+            or attends to later tokens although `causal` is set.
     """
     require(not model.training, "model.training", True, "a model in evaluation mode: call model.eval()")
     require_whole("batch", batch, 1, 1_000_000)
@@ -115,7 +116,7 @@ def constituents(
 
 
 def rows(measure: Measure) -> pl.DataFrame:
-    """Return a row a layer, head and cell: where it is, `value` (null where there are no pairs), and `pairs`."""
+    """Return one row for each layer, head and cell: its axes, `value` (null without pairs), and `pairs`."""
     layers, heads = measure.value.shape[:2]
     at = np.indices((layers, heads, measure.pairs.size)).reshape(3, -1)
     columns = {"layer": at[0], "head": at[1], **{name: x[at[2]] for name, x in measure.cells.items()}}
@@ -127,33 +128,33 @@ def rows(measure: Measure) -> pl.DataFrame:
 def means(measure: Measure, rng: np.random.Generator) -> pl.DataFrame:
     """Return means over heads, of each layer and of all (null), with 95 % intervals by bootstrap over strings.
 
-    That the mean of each distance is not known either is in the intervals, to first order.
+    The intervals include the uncertainty of the mean at each distance, to first order.
 
     Returns:
-        a row a layer and cell: where it is, `value`, `low`, `high` (null where there are no pairs), `pairs`.
+        One row for each layer and cell: its axes, `value`, `low`, `high` (null without pairs), `pairs`.
     """
     draws = _draws(measure, rng)
     return _table(draws[0], stats.percentiles(draws[1:]), measure.cells, measure.pairs.ravel())
 
 
 def peaks(to_end: Measure, rng: np.random.Generator) -> pl.DataFrame:
-    """Return how much more ends get than the tokens beside them: Result 7 at delta = 0 less its mean at the others.
+    """Return the excess of attention to ends over adjacent tokens: Result 7 at delta = 0 minus its mean at the others.
 
     Returns:
-        a row a layer (null: mean over all) and level: `value`, `low`, `high` as in `means`, `pairs` (of delta = 0).
+        One row for each layer (null: mean of all) and level: `value`, `low`, `high` as in `means`, `pairs` (of δ = 0).
     """
     draws = _draws(to_end, rng)
     draws = draws.reshape(*draws.shape[:2], len(to_end.axes["level"]), len(NEAR))
     middle, others = NEAR.index(0), [k for k, delta in enumerate(NEAR) if delta]
-    apart = draws[..., middle] - draws[..., others].mean(-1)
+    excess = draws[..., middle] - draws[..., others].mean(-1)
     return _table(
-        apart[0], stats.percentiles(apart[1:]), {"level": np.array(to_end.axes["level"])}, to_end.pairs[:, middle]
+        excess[0], stats.percentiles(excess[1:]), {"level": np.array(to_end.axes["level"])}, to_end.pairs[:, middle]
     )
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which cells there are, one measure after the other."""
+    """The cells of all measures, numbered consecutively."""
 
     axes: tuple[dict[str, tuple[int, ...]], ...]  # of Results 6 to 9
     longest: int
@@ -185,7 +186,7 @@ class _Plan:
         return self.sizes[0]
 
     def pairs(self, string: Derivation) -> tuple[Int[np.ndarray, " entry"], Int[np.ndarray, " entry"]]:
-        """Return which pairs, i * n + j, are in which cells; each pair is in some."""
+        """Return the cells and the pairs, i * n + j, of all entries; each pair has at least one."""
         highest, index = string.highest[: self.longest], string.index[:, : self.longest]
         n, levels = len(highest), len(string.symbols) - 2
         i, j = np.indices((n, n))
@@ -194,7 +195,7 @@ class _Plan:
         found = [np.where(allowed, i - j - self.axes[0]["distance"][0], -1)]
 
         def shifted(delta: int) -> Int[np.ndarray, " token"]:
-            """Return the level, from 0, of what ends `delta` further on; -1 where nothing between does."""
+            """Return the level, from 0, of the constituent that ends `delta` tokens later; -1 if none does."""
             out, here = np.full(n, -1), np.arange(max(0, -delta), min(n, n - delta))
             out[here] = highest[here + delta] - 2
             return np.where(out < levels, out, -1)

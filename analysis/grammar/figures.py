@@ -1,7 +1,7 @@
-"""Figures of a grammar study: written strings, learning curves, divergence, robustness.
+"""Figures of a grammar study: generated strings, learning curves, divergence, robustness.
 
-A model has the same colour and mark in every figure; hollow marks are the paper's numbers. Each function returns None
-where there is nothing to draw.
+A model has the same colour and mark in every figure; hollow marks are the paper's numbers. Functions return None
+if there is nothing to draw.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ KINDS = {
     "permutation": Style("#8878c3", marker="triangle-up"),
 }
 UNTRAINED = Style("#8c8c8c", "dot", 1.6, "x")
-MORE = ("#e69f00", "#117733", "#cc79a7", "#999933", "#7f7fbf")  # where an architecture was trained more than once
+MORE = ("#e69f00", "#117733", "#cc79a7", "#999933", "#7f7fbf")  # for further models of the same architecture
 DASHES = ("solid", "dash", "dot", "dashdot")
-MOST = 34  # letters of a model's name on an axis
+MOST = 34  # most letters of a model's name on an axis
 PREFIXES = ("nothing", "clean", "corrupted")
 
 
 def styles(found: Summary) -> dict[str, Style]:
-    """Return how each model is drawn in all figures: by architecture, or by its kind of perturbation."""
+    """Return the style of each model in all figures, by architecture or kind of perturbation."""
     out: dict[str, Style] = {}
     spare = [Style(colour, "solid", 2.4, mark) for colour, mark in product(MORE, ("circle", "square", "diamond"))]
     count = dict.fromkeys(KINDS, 0)
@@ -82,16 +82,16 @@ def _hollow(style: Style, symbol: str, size: int = 11) -> dict[str, Any]:
 
 
 def _lines(title: str, x: str, names: Sequence[str], pitch: int, **more: Any) -> dict[str, Any]:
-    """Return the layout of a plot with a row a model."""
+    """Return the layout of a plot with one row for each model."""
     up = {"tickvals": list(range(len(names))), "ticktext": [brief(n) for n in names], "showgrid": False, "ticks": "",
           "range": [len(names) - 0.4, -0.6]}  # fmt: skip
     return layout(title, pitch * len(names) + 90, x, yaxis=up, **more)
 
 
 def generation(found: Summary, title: str) -> go.Figure | None:
-    """Draw the share of written strings that are in the grammar, from nothing and from a clean prefix, by model.
+    """Draw the share of generated strings that are in the grammar, from nothing and after a clean prefix, by model.
 
-    Models that saw no perturbed strings, or all if there are only others.
+    Only models trained without perturbed strings are drawn, or all if there are none.
     """
     rows = [r for r in found.rows("generation", nearest=True) if r["prefix"] != "corrupted"]
     names = [n for n in found.trained if n in found.of("generation")] or found.of("generation")
@@ -124,7 +124,7 @@ def generation(found: Summary, title: str) -> go.Figure | None:
             )  # fmt: skip
     low = min(ends)
     right = {"range": [max(-0.02, low - 0.12 * (1 - low) - 0.002), 1 + 0.04 * (1 - low) + 0.001], "tickformat": "~%"}
-    return go.Figure(traces, _lines(title, "share of written strings that are in the grammar", names, 40, xaxis=right))
+    return go.Figure(traces, _lines(title, "share of generated strings in the grammar", names, 40, xaxis=right))
 
 
 def _after(tokens: int) -> str:
@@ -134,14 +134,14 @@ def _after(tokens: int) -> str:
 def learners(found: Summary) -> list[str]:
     """Return the models whose learning curves are drawn: those without perturbed strings, or all if there are none.
 
-    Models with only one point are left out.
+    Models with only one point are omitted.
     """
     names = [n for n in found.of("curve") if found.tables["curve"].filter(name=n)["tokens"].n_unique() > 1]
     return [n for n in names if n in found.plain] or names
 
 
 def curve(found: Summary, column: str, title: str, words: str) -> go.Figure | None:
-    """Draw a column of the learning curves against the tokens trained on."""
+    """Draw a column of the learning curves against the number of training tokens."""
     names = learners(found)
     if not names:
         return None
@@ -171,11 +171,11 @@ def curve(found: Summary, column: str, title: str, words: str) -> go.Figure | No
     right |= {"type": "log", "dtick": 1, "minor": {"dtick": "D1", "ticks": "outside", "ticklen": 2}} if wide else {}
     up: dict[str, Any] = {"accuracy": {"range": [-0.02, 1.03], "tickformat": ".0%"}, "loss": {}}.get(column, _decades(
         [v for v in rows[column] if v]))  # fmt: skip
-    return go.Figure(traces, layout(title, 310, "tokens trained on", words, xaxis=right, yaxis=up))
+    return go.Figure(traces, layout(title, 310, "training tokens", words, xaxis=right, yaxis=up))
 
 
 def _decades(values: Sequence[float]) -> dict[str, Any]:
-    """Return a logarithmic axis with a tick a decade, or three where there are few decades."""
+    """Return a logarithmic axis with one tick per decade, or three if there are few decades."""
     low, high = np.log10(min(values, default=1)), np.log10(max(values, default=1))
     middle, half = (low + high) / 2, max(0.35, (high - low) / 2 + 0.15)
     digits = (1,) if high - low > 2.5 else (1, 2, 5)
@@ -189,7 +189,7 @@ def _decades(values: Sequence[float]) -> dict[str, Any]:
 
 
 def divergence(found: Summary, title: str) -> go.Figure | None:
-    """Draw the divergence of each model from the exact next tokens, on a logarithmic axis."""
+    """Draw the divergence of each model from the exact next-token distribution, on a logarithmic axis."""
     by_name = {row["name"]: row for row in found.rows("diversity") if (row["kl"] or 0) > 0}
     names = [n for n in found.plain if n in by_name] or [n for n in found.models if n in by_name]
     if not names:
@@ -204,21 +204,21 @@ def divergence(found: Summary, title: str) -> go.Figure | None:
                 x=[significant(row["kl"])], y=[at], mode="markers", name=plain(name),
                 marker={"symbol": style.marker, "size": 10, "color": style.colour},
                 error_x=_bars([row | {"kl_low": low}], "kl", "kl_low", "kl_high", style.colour),
-                hovertemplate=f"{plain(name)}<br>%{{x:.3~g}} nats a token<extra></extra>",
+                hovertemplate=f"{plain(name)}<br>%{{x:.3~g}} nats per token<extra></extra>",
             )
         )  # fmt: skip
         if (paper := row["paper_kl"]) is not None:
             seen.append(paper)
             traces.append(
                 go.Scatter(x=[paper], y=[at], mode="markers", marker=_hollow(style, style.marker, 13),
-                           name=f"{plain(name)}, paper", hovertemplate="paper, %{x:.3~g} nats a token<extra></extra>")
+                           name=f"{plain(name)}, paper", hovertemplate="paper, %{x:.3~g} nats per token<extra></extra>")
             )  # fmt: skip
-    return go.Figure(traces, _lines(title, "divergence from the exact next tokens (nats a token)", names, 34,
+    return go.Figure(traces, _lines(title, "divergence from the exact distribution (nats per token)", names, 34,
                                     xaxis=_decades(seen)))  # fmt: skip
 
 
 def robustness(found: Summary, prefix: str, temperature: float, title: str) -> go.Figure:
-    """Draw accuracy against the share of perturbed strings in training, a line a kind; dotted, the clean model."""
+    """Draw accuracy against the share of perturbed training strings, one line for each kind; clean models dotted."""
     rows = found.tables["generation"].filter(prefix=prefix, temperature=temperature)
     about = found.tables["models"].select("name", "architecture", "perturbation", "fraction", "rate")
     table = rows.join(about, on="name", maintain_order="left")

@@ -15,8 +15,8 @@ from nextstate.analysis.grammar.figures import brief, significant
 from nextstate.analysis.heads.figures import LIGHT
 from nextstate.analysis.page.formats import thousandths
 
-DEEPEST = 0.5  # share of a diverging scale that is used, so that the page's ink can be read on all of it
-FLOOR = 1e-4  # of attention: what is less has the colour of this
+DEEPEST = 0.5  # share of the diverging scale that is used, so that numbers are legible on all of its colours
+FLOOR = 1e-4  # smaller attention weights have the colour of this value
 
 
 def _cells(
@@ -31,28 +31,28 @@ def _cells(
         x=x, y=y, z=[[significant(v) for v in line] for line in z], hoverongaps=False, customdata=hover,
         hovertemplate="%{customdata}<extra></extra>", xgap=1, ygap=1, showscale=False, **scale,
     )  # fmt: skip
-    wide, nested = len(z[0]), isinstance(x[0], list)
-    filled = [(i, k) for i, line in enumerate(text) for k in range(wide) if line[k]]
+    columns, nested = len(z[0]), isinstance(x[0], list)
+    filled = [(i, k) for i, line in enumerate(text) for k in range(columns) if line[k]]
     ink = {} if reach is not None else {"color": [PALE if (z[i][k] or 0) >= TURN else DARK for i, k in filled]}
     numbers = go.Scatter(
         x=[[part[k] for _, k in filled] for part in x] if nested else [x[k] for _, k in filled],
         y=[y[i] for i, _ in filled], text=[text[i][k] for i, k in filled], mode="text", hoverinfo="skip",
         textfont={"size": 11} | ink, showlegend=False,
     )  # fmt: skip
-    # The numbers would widen the axes beyond the cells.
+    # Fixed ranges, since the texts would widen the axes beyond the cells.
     axes = {"type": "category", "showgrid": False, "ticks": ""}
-    right = axes | {"range": [-0.5, wide - 0.5]} | more.pop("xaxis", {})
+    right = axes | {"range": [-0.5, columns - 0.5]} | more.pop("xaxis", {})
     down = axes | {"range": [len(z) - 0.5, -0.5]} | more.pop("yaxis", {})
     return go.Figure([trace, numbers], layout(title, pitch * len(z) + 84, across, up, xaxis=right, yaxis=down))
 
 
 def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.Figure:
-    """Draw what a probe reads, a row a model or control, a column a level from the root to the terminals.
+    """Draw the accuracy of probes: one row for each model or control, one column for each level.
 
     Args:
         lines: each with `label`, `hover` (text by level) and `values`, a mapping from the level to the share or null.
         deepest: the last level that has constituents.
-        title: of the figure.
+        title: title of the figure.
     """
     every = range(2, deepest + 1)
     z = [[line["values"].get(level) for level in every] for line in lines]
@@ -62,18 +62,18 @@ def levels(lines: Sequence[Mapping[str, Any]], deepest: int, title: str) -> go.F
         for line in lines
     ]
     labels = [brief(line["label"]) for line in lines]
-    places = [str(k) for k in range(len(lines))]  # two names may be cut to the same letters
+    places = [str(k) for k in range(len(lines))]  # shortened names may be equal
     ticks = {"tickvals": places, "ticktext": labels}
     return _cells(title, z, text, hover, [str(level) for level in every], places,
                   "level (2 next to the root)", "", yaxis=ticks)  # fmt: skip
 
 
 def profile(rows: pl.DataFrame, title: str) -> go.Figure:
-    """Draw the mean attention of each head at each distance, on a logarithmic scale; a row a head.
+    """Draw the mean attention of each head at each distance, on a logarithmic scale; one row for each head.
 
     Args:
-        rows: of one model, from `nextstate.analysis.grammar.tables.binned`.
-        title: of the figure.
+        rows: rows of one model, from `nextstate.analysis.grammar.tables.binned`.
+        title: title of the figure.
     """
     heads = rows.select("layer", "head").unique(maintain_order=True).rows()
     cells = {(r["layer"], r["head"], r["first"]): r["weight"] for r in rows.iter_rows(named=True)}
@@ -118,11 +118,11 @@ def _signed(delta: int) -> str:
 
 
 def ends(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
-    """Draw the mean residual attention to tokens of which the one δ further on ends a constituent; a row a level.
+    """Draw the mean residual attention to tokens at offset δ before the end of a constituent, by level.
 
     Args:
         rows: `level`, `delta`, `residual` of one model, as `tables.averaged` returns them.
-        title: of the figure.
+        title: title of the figure.
         reach: the colours run from -reach to reach.
     """
     deltas, every = (sorted(set(rows[column].to_list())) for column in ("delta", "level"))
@@ -132,12 +132,12 @@ def ends(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     hover = [[_residual(v, f"level {level}, δ = {_signed(delta)}") for v, delta in zip(line, deltas, strict=True)]
              for line, level in zip(z, every, strict=True)]  # fmt: skip
     x = [_signed(delta) for delta in deltas]
-    return _cells(title, z, text, hover, x, [str(level) for level in every], "tokens on to the end, δ", "level",
+    return _cells(title, z, text, hover, x, [str(level) for level in every], "tokens before the end, δ", "level",
                   reach=reach)  # fmt: skip
 
 
 def depth(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
-    """Draw the residual attention to ends, the mean over heads; a row a layer, a column a level."""
+    """Draw the residual attention to ends, averaged over heads, by layer (rows) and level (columns)."""
     layers, every = (sorted(set(rows[column].to_list())) for column in ("layer", "level"))
     found = {(row["layer"], row["level"]): row["residual"] for row in rows.iter_rows(named=True)}
     z = [[found.get((layer, level)) for level in every] for layer in layers]
@@ -149,7 +149,7 @@ def depth(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
 
 
 def pairs(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
-    """Draw the mean residual attention from beside one end to beside another of the same level: 3 x 3 cells a level."""
+    """Draw the mean residual attention around pairs of ends of the same level: 3 x 3 offsets for each level."""
     every, query, key = (sorted(set(rows[column].to_list())) for column in ("level", "delta_query", "delta_key"))
     found = {(r["level"], r["delta_query"], r["delta_key"]): r["residual"] for r in rows.iter_rows(named=True)}
     columns = [(level, k) for level in every for k in key]
@@ -162,16 +162,16 @@ def pairs(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     x = [[f"level {level}" for level, _ in columns], [_signed(k) for _, k in columns]]
     y = [_signed(q) for q in query]
     axis = {"type": "multicategory", "dividercolor": "#8c8c8c", "dividerwidth": 1}
-    return _cells(title, z, text, hover, x, y, "δ of the token attended to", "δ attending", pitch=34, reach=reach,
+    return _cells(title, z, text, hover, x, y, "δ of the attended token", "δ, attending token", pitch=34, reach=reach,
                   xaxis=axis)  # fmt: skip
 
 
 def adjacent(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
-    """Draw the mean residual attention between ends of two levels, by how many constituents lie between them.
+    """Draw the mean residual attention between ends of two levels, by their distance in constituents.
 
     Args:
-        rows: of one model; `level_from` attends to `level_to`, which is `distance` constituents of its level back.
-        title: of the figure.
+        rows: rows of one model; `level_from` attends to `level_to`, which is `distance` constituents of its level back.
+        title: title of the figure.
         reach: the colours run from -reach to reach.
     """
     both = sorted(set(rows.select("level_from", "level_to").rows()))
@@ -184,7 +184,7 @@ def adjacent(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
         for pair in both
     ]
     x, y = [f"{step}".replace("-", "−") for step in steps], [f"{a} → {b}" for a, b in both]
-    return _cells(title, z, text, hover, x, y, "constituents back r", "from → to level", pitch=20,
+    return _cells(title, z, text, hover, x, y, "distance r (constituents back)", "from → to level", pitch=20,
                   reach=reach)  # fmt: skip
 
 
@@ -196,4 +196,4 @@ def _between(row: Mapping[str, Any] | None, where: str) -> str:
     mean = _residual(_value(row), where)
     if row is None or row["low"] is None or row["high"] is None:
         return mean
-    return f"{mean} (95 %: {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"
+    return f"{mean} (95 % interval {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"

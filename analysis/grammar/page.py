@@ -17,20 +17,20 @@ from nextstate.analysis.page.formats import percents
 from nextstate.analysis.page.page import FigureList, Page, Plot
 from nextstate.analysis.run import Run
 
-LONG = 20  # rules of a grammar that are shown unfolded, at most
-WORDS = {  # what a probe reads, and from which tokens
-    ("ancestor", "all"): ("Ancestors, at all tokens", "The symbol of each level that a token comes from."),
-    ("ancestor", "ends"): ("Ancestors, where a constituent ends",
-                           "The same, only of tokens that are the last ones of a constituent of the level."),
-    ("boundary", "all"): ("Boundaries", "Whether a token is the last one of a constituent of the level."),
+LONG = 20  # most rules shown unfolded
+WORDS = {  # by target of a probe and tokens that it is evaluated on
+    ("ancestor", "all"): ("Ancestors, at all tokens", "Target: the symbol of each level that a token comes from."),
+    ("ancestor", "ends"): ("Ancestors, at the ends of constituents",
+                           "The same target, evaluated only on tokens that end a constituent of the level."),
+    ("boundary", "all"): ("Boundaries", "Target: whether a token ends a constituent of the level."),
 }  # fmt: skip
 SEEN = {
     "full": "the whole string",
     "tridiagonal": "the token and its neighbours",
     "diagonal": "the token alone",
 }
-CURVES = {"accuracy": ("From nothing, against tokens", "in the grammar"), "kl": ("Divergence, against tokens",
-          "nats a token"), "loss": ("Loss, against tokens", "nats a token")}  # fmt: skip
+CURVES = {"accuracy": ("Accuracy from nothing", "share in the grammar"), "kl": ("Divergence",
+          "nats per token"), "loss": ("Loss", "nats per token")}  # fmt: skip
 PREFIX = {"nothing": "From nothing", "clean": "After a clean prefix", "corrupted": "After a corrupted prefix"}
 DASH = {"solid": "", "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3"}
 MARKS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "✚", "star": "★", "x": "✖"}
@@ -60,7 +60,7 @@ def page(run: Run[GrammarConfig]) -> Page:
         "robustness": _robustness(found, drawn),
     }  # fmt: skip
     which = "a drawn grammar" if found.grammar["name"] == "drawn" else f"the grammar {found.grammar['name']}"
-    title = f"{run.config.name}: what language models make of {which}"
+    title = f"{run.config.name}: language models trained on {which}"
     return Page(title, template="grammar/page.html.jinja", context=context, figures=drawn)
 
 
@@ -69,9 +69,9 @@ def _key(name: str, style: Style) -> dict[str, str]:
 
 
 def headline(found: Summary) -> dict[str, Any]:
-    """Return the rows that the first lines of the page are about; models with perturbed strings have a line of theirs.
+    """Return the rows for the first paragraphs of the page; models with perturbed strings have their own paragraph.
 
-    Probes are those of the whole string; attention is the mean over layers and heads.
+    Probes are those that read the whole string; attention is the mean over layers and heads.
     """
     at_ends = sorted(found.rows("at_ends"), key=lambda row: (row["untrained"], row["beside"] - row["at"]))
     known = [r for r in found.rows("diversity") if r["name"] in found.trained and r["kl"] is not None]
@@ -91,7 +91,7 @@ def _written(found: Summary) -> list[dict[str, Any]]:
 
 
 def _ancestors(found: Summary) -> dict[str, Any] | None:
-    """Return the model whose states hold most of the ancestors, and the controls."""
+    """Return the model from whose states ancestors are decoded best, and the controls."""
     rows = [row for row in found.rows("ancestors") if row["name"] in found.plain]
     models = [row for row in rows if not row["untrained"] and not row["shuffled"]]
     best = max(models, key=lambda row: row["mean"], default=None)
@@ -132,8 +132,8 @@ def _generation(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
     rows = found.rows("generation")
     rows.sort(key=lambda r: (names.index(r["name"]), prefixes.index(r["prefix"]), r["temperature"]))
     return {
-        "accuracy": _plots(drawn, "", figures.generation(found, "Written strings that are in the grammar")),
-        "divergence": _plots(drawn, "", figures.divergence(found, "Divergence from the exact next tokens")),
+        "accuracy": _plots(drawn, "", figures.generation(found, "Generated strings that are in the grammar")),
+        "divergence": _plots(drawn, "", figures.divergence(found, "Divergence from the exact next-token distribution")),
         "curves": _plots(drawn, "", *curves),
         "rows": rows,
         "diversity": found.rows("diversity"),
@@ -160,7 +160,7 @@ def _lines(found: Summary, reach: str, target: str, where: str) -> list[dict[str
                 out.append({"label": label, "values": theirs, "hover": dict.fromkeys(theirs, SOURCE)})
     if out:
         chance = {row["level"]: row["chance"] for row in found.rows("chance", **probe)}
-        out.append({"label": "chance", "values": chance, "hover": dict.fromkeys(chance, "the commonest symbol")})
+        out.append({"label": "chance", "values": chance, "hover": dict.fromkeys(chance, "the most frequent symbol")})
     return out
 
 
@@ -188,7 +188,7 @@ def _probes(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
 
 
 def _attention(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
-    """Return the figures of attention by what they show, one a model; within each, colours are on one scale."""
+    """Return the figures of attention by kind, one for each model; those of one kind share a colour scale."""
     profiles = [found.tables["profile"].filter(name=name) for name in found.of("profile")]
     out = {"profile": _plots(drawn, "attention by distance", *(
         heatmaps.profile(rows, plain(rows["name"][0])) for rows in profiles

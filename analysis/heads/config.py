@@ -1,4 +1,4 @@
-"""What a patching run is asked for: its config, the minimal pairs that it draws, and its sweeps."""
+"""The config of a patching run, the minimal pairs that it draws, and its sweeps."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from nextstate.analysis.run import RunConfig, RunError
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Game
 
-PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # of the published state pairs
-PAPER_DISTANCES = (1, 5, 10, 20, 40)  # and noop pairs
-SHOWN = 12  # heads whose attention is kept, at most
-MIN_EFFECT = 0.02  # a smaller recovery is no finding, however narrow its band
-EXAMPLES = 2  # pairs of a kind that the page shows
+PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # lengths of the published state pairs
+PAPER_DISTANCES = (1, 5, 10, 20, 40)  # distances of the published noop pairs
+SHOWN = 12  # most heads whose attention is kept
+MIN_EFFECT = 0.02  # recoveries of smaller size are never significant, however narrow their band
+EXAMPLES = 2  # pairs of each kind shown on the page
 PATCHES = ("denoise", "noise")  # the other directions ablate
 SITES = ("head", "resid_pre", "attn_out", "mlp_out")
 
 
 class PatchConfig(RunConfig):
-    """Everything that decides what a patching run finds."""
+    """Everything that determines the results of a patching run."""
 
     model: str | AgentConfig = Field(description="a language model")
     game: str = Field("DFA", description="name of a game, or pkg.module:Name")
     game_args: dict[str, Any] = Field({}, description="settings of the game")
-    pairs: int = Field(64, ge=2, le=100_000, description="of each kind; published designs have as many as they have")
+    pairs: int = Field(64, ge=2, le=100_000, description="pairs of each kind; published designs have fixed numbers")
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
         default=["state", "action", "name", "noop"],
         min_length=1,
@@ -38,15 +38,15 @@ class PatchConfig(RunConfig):
         default=["balanced"], min_length=1, description="our own design of pairs, or the published one"
     )
     directions: list[Literal["denoise", "noise", "zero", "mean", "resample"]] = Field(
-        default=["denoise", "noise"], min_length=1, description="the last three ablate heads at all positions"
+        default=["denoise", "noise"], min_length=1, description="zero, mean and resample ablate heads at all positions"
     )
     sites: list[Literal["head", "resid_pre", "attn_out", "mlp_out"]] = Field(
         default=["head", "resid_pre", "attn_out", "mlp_out"], min_length=1, description="what is patched"
     )
-    steps: int | None = Field(None, ge=1, description="length of an episode; a noop pair has `distance` more")
-    distance: int | None = Field(None, ge=1, description="steps in between in noop pairs")
+    steps: int | None = Field(None, ge=1, description="steps of an episode; noop pairs have `distance` more")
+    distance: int | None = Field(None, ge=1, description="steps without effect that noop pairs insert")
     resamples: int = Field(2000, ge=100, le=100_000, description="of the bootstrap")
-    max_gigabytes: float = Field(2.0, gt=0, description="bound on the memory a sweep takes in addition to the model")
+    max_gigabytes: float = Field(2.0, gt=0, description="bound on the memory of a sweep, in addition to the model")
 
     @model_validator(mode="after")
     def _once(self) -> PatchConfig:
@@ -84,10 +84,10 @@ class Sweeping(NamedTuple):
 
 
 def kinds_of(config: PatchConfig, game: Game) -> list[tuple[str, str]]:
-    """Return the designs and kinds of pairs that are asked for and that the game has.
+    """Return the requested designs and kinds of pairs that the game has.
 
     Raises:
-        RunError: it has none of them.
+        RunError: the game has none of them.
     """
     found: list[tuple[str, str]] = [
         (d, k) for d in config.designs for k in config.kinds if d in game.contrasts.get(k, ())
@@ -101,7 +101,7 @@ def kinds_of(config: PatchConfig, game: Game) -> list[tuple[str, str]]:
 
 
 def draw(config: PatchConfig, game: Game, design: str, kind: str, rng: np.random.Generator) -> list[Pair]:
-    """Draw the pairs of one kind; of published ones there is one for each length, with each side as the clean one.
+    """Draw the pairs of one kind. There is one published pair for each length, used in both directions.
 
     Raises:
         GameError: the game cannot make such pairs.
@@ -135,5 +135,5 @@ def sweeps_of(config: PatchConfig, kinds: Sequence[tuple[str, str]]) -> Iterator
 
 
 def main_first(designs: Sequence[str]) -> list[str]:
-    """Return the designs, the one that the page shows first at the front."""
+    """Return the designs with `balanced` first, as the page shows them."""
     return sorted(designs, key=lambda d: d != "balanced")

@@ -1,7 +1,7 @@
-"""Figures of a patching run: heatmaps over layers and heads or positions, state against action, screen against sweep.
+"""Figures of a patching run: recovery by head, by layer and by position, and estimated against exact effects.
 
-As in `nextstate.analysis.figures`, backgrounds are transparent. Heatmaps diverge from the colour of the page, so their
-colours are set by the page (by `meta`); drawn elsewhere they have those of light paper.
+As in `nextstate.analysis.figures`, backgrounds are transparent. The middle of a diverging colour scale is the colour of
+the page, so the page's script sets it (see `meta`); elsewhere the colours of the light theme are used.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from nextstate.analysis.figures import layout, plain, rgba, rounded
 from nextstate.analysis.heads.config import MIN_EFFECT
 
 COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
-LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: apart for every kind of sight
-NAMED = 0.05  # least recovery of a head whose number is written beside its point
+LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: safe for colour-blind readers
+MIN_LABELLED = 0.05  # least absolute recovery of a head whose point is labelled
 DIRECTIONS = {"denoise": "denoised", "noise": "noised"}
 CELL = (
-    "recovery %{customdata[0]:.3f} (95 %: %{customdata[1]:.3f} to %{customdata[2]:.3f})<br>all cells at once: "
-    "%{customdata[3]:.3f} to %{customdata[4]:.3f}<br>%{customdata[5]}%{customdata[6]}<extra></extra>"
+    "recovery %{customdata[0]:.3f} (95 % interval %{customdata[1]:.3f} to %{customdata[2]:.3f})<br>"
+    "simultaneous 95 % band %{customdata[3]:.3f} to %{customdata[4]:.3f}<br>"
+    "%{customdata[5]}%{customdata[6]}<extra></extra>"
 )
 
 
 def _hover(rows: pl.DataFrame) -> list[list[Any]]:
-    significant = ["stands out" if c else "does not stand out" for c in rows["carries"]]
+    significant = ["significant" if s else "not significant" for s in rows["significant"]]
     numbers = rows.select("recovery", "low", "high", "band_low", "band_high").rows()
     flips = [
-        "" if f is None else f"<br>decides the greedy answer in {100 * f:.0f} % of the pairs" for f in rows["flips"]
+        "" if f is None else f"<br>changes the greedy answer in {100 * f:.0f} % of the pairs" for f in rows["flips"]
     ]
     words = zip(significant, flips, strict=True)
-    return [[*(round(x, 4) for x in row), *said] for row, said in zip(numbers, words, strict=True)]
+    return [[*(round(x, 4) for x in row), *text] for row, text in zip(numbers, words, strict=True)]
 
 
 def head_map(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
-    """Draw the recovery of each head (right) of each layer (up); rows of a sweep with one column.
+    """Draw a heat map of recovery, with heads on the x axis and layers on the y axis.
 
     Args:
-        rows: as `nextstate.analysis.heads.tables.sweep_rows` makes them.
-        title: of the figure.
-        reach: the colours run from -reach to reach. A dot marks what the simultaneous band holds apart from 0.
+        rows: of a sweep with one column, as `nextstate.analysis.heads.tables.sweep_rows` returns them.
+        title: title of the figure.
+        reach: the colours run from -reach to reach. Circles mark heads whose simultaneous band excludes 0 and whose
+            recovery is at least `MIN_EFFECT` in absolute value.
     """
     layers, heads = rows["layer"].n_unique(), rows["head"].n_unique()
-    marks = rows.filter(pl.col("carries") & (pl.col("recovery").abs() >= MIN_EFFECT))
+    marks = rows.filter(pl.col("significant") & (pl.col("recovery").abs() >= MIN_EFFECT))
     size = 7 if heads <= 16 else 4
     traces = [
         _map(rows, "head", [str(h) for h in range(heads)], "layer %{y}, head %{x}<br>" + CELL, reach),
@@ -59,56 +61,56 @@ def head_map(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
 
 
 def position_map(rows: pl.DataFrame, words: Sequence[str], title: str, reach: float) -> go.Figure:
-    """Draw the recovery of each layer (up) at each position or role (right); `words` name the columns."""
+    """Draw a heat map of recovery: positions or roles, labelled with `words`, on the x axis; layers on the y axis."""
     layers, columns = rows["layer"].n_unique(), rows["position"].unique(maintain_order=True).to_list()
     labels = [f"{plain(word)}" for word in words]
     trace = _map(rows, "position", columns, "layer %{y}, position %{x}<br>" + CELL, reach)
     pitch = 26 if layers <= 12 else 14 if layers <= 26 else 9
-    ticks = _told(rows, len(columns))
+    ticks = _labelled(rows, len(columns))
     axis = {"tickvals": [columns[i] for i in ticks], "ticktext": [labels[i] for i in ticks], "tickangle": -90}
     axis |= {"tickfont": {"size": 11, "family": "monospace"}}
     figure = go.Figure([trace], _grid(title, layers, pitch, "", xaxis=axis))
     return figure.update_layout(height=pitch * layers + 150)
 
 
-def _told(rows: pl.DataFrame, columns: int) -> list[int]:
-    """Return the columns to name: all where there is room, else the last and those where most happens."""
-    apart = -(-columns // 40)
+def _labelled(rows: pl.DataFrame, columns: int) -> list[int]:
+    """Return the columns to label: all if there is room, else the last and those with the largest recoveries."""
+    spacing = -(-columns // 40)
     most = rows["recovery"].abs().to_numpy().reshape(-1, columns).max(0)
     most[-1] = np.inf
     chosen: list[int] = []
     for i in np.argsort(-most).tolist():
-        if all(abs(i - k) >= apart for k in chosen):
+        if all(abs(i - k) >= spacing for k in chosen):
             chosen.append(i)
-    return sorted(chosen[: columns if apart == 1 else 16])
+    return sorted(chosen[: columns if spacing == 1 else 16])
 
 
 def _map(rows: pl.DataFrame, column: str, x: Sequence[str], hover: str, reach: float) -> go.Heatmap:
     layers = rows["layer"].unique(maintain_order=True).to_list()
     shape = (len(layers), len(x))
-    told = _hover(rows)
+    hover_data = _hover(rows)
     width = shape[1]
     return go.Heatmap(
         x=list(x), y=layers, z=rows["recovery"].round(4).to_numpy().reshape(shape).tolist(),
-        customdata=[told[i * width : (i + 1) * width] for i in range(shape[0])],
+        customdata=[hover_data[i * width : (i + 1) * width] for i in range(shape[0])],
         zmin=-reach, zmax=reach, colorscale=LIGHT, showscale=False, hovertemplate=hover, meta="diverging",
         xgap=1 if width <= 30 else 0, ygap=1 if len(layers) <= 30 else 0,
     )  # fmt: skip
 
 
 def _grid(title: str, layers: int, pitch: int, x: str, xaxis: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the layout of a map; its x axis is one of names."""
+    """Return the layout of a heat map with a categorical x axis."""
     down = {"dtick": 1 if layers <= 16 else 4, "showgrid": False}
     right = {"type": "category", "showgrid": False} | dict(xaxis or {})
     return layout(title, max(120, pitch * layers + 84), x, "layer", xaxis=right, yaxis=down)
 
 
-def arrival(table: pl.DataFrame, title: str) -> go.Figure:
+def by_layer(table: pl.DataFrame, title: str) -> go.Figure:
     """Draw the recovery by state pairs and by action pairs against the layer, with simultaneous bands.
 
     Args:
-        table: a row a layer, as `nextstate.analysis.heads.routing.head_table` makes it.
-        title: of the figure.
+        table: one row for each layer, as `nextstate.analysis.heads.routing.head_table` returns it.
+        title: title of the figure.
     """
     traces: list[Any] = []
     layers = table["layer"].to_list()
@@ -128,7 +130,7 @@ def arrival(table: pl.DataFrame, title: str) -> go.Figure:
                 x=layers, y=value, name=name, line={"color": colour, "width": 2.2}, mode="lines+markers",
                 marker={"symbol": "circle" if name == "state" else "square", "size": 7},
                 customdata=list(zip(low, high, strict=True)),
-                hovertemplate=f"{name}, layer %{{x}}<br>%{{y:.3f}} (95 %: %{{customdata[0]:.3f}} to "
+                hovertemplate=f"{name}, layer %{{x}}<br>%{{y:.3f}} (95 % interval %{{customdata[0]:.3f}} to "
                 "%{customdata[1]:.3f})<extra></extra>",
             )
         )  # fmt: skip
@@ -137,12 +139,12 @@ def arrival(table: pl.DataFrame, title: str) -> go.Figure:
 
 
 def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
-    """Draw the recovery by action pairs (up) against that by state pairs (right), a point a head, with intervals.
+    """Draw recovery on action pairs (y) against recovery on state pairs (x), one point for each head, with intervals.
 
     Args:
-        table: as `nextstate.analysis.heads.routing.head_table` makes it.
-        title: of the figure.
-        name: heads that carry something, by their layer and number.
+        table: as `nextstate.analysis.heads.routing.head_table` returns it.
+        title: title of the figure.
+        name: whether to label significant heads with their layer and number.
     """
     ends = [*table["state"], *table["action"], 0.0]
     low, high = min(ends), max(*ends, 0.1)
@@ -157,15 +159,15 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
         ("unclear", "circle-open"),
     ):
         rows = table.filter(pl.col("carries") == label)
-        told = [
+        hover_data = [
             [f"{r['layer']}.{r['head']}", *(round(r[k], 3) for k in ("state_low", "state_high", "action_low",
              "action_high", "routing", "routing_low", "routing_high"))] for r in rows.iter_rows(named=True)
         ]  # fmt: skip
-        large = rows.select(pl.max_horizontal(pl.col("state", "action").abs()) >= NAMED).to_series()
-        names = [t[0] if shown else "" for t, shown in zip(told, large, strict=True)]
+        large = rows.select(pl.max_horizontal(pl.col("state", "action").abs()) >= MIN_LABELLED).to_series()
+        names = [t[0] if shown else "" for t, shown in zip(hover_data, large, strict=True)]
         traces.append(
             go.Scatter(
-                x=rounded(rows["state"]), y=rounded(rows["action"]), name=label or "neither", customdata=told,
+                x=rounded(rows["state"]), y=rounded(rows["action"]), name=label or "neither", customdata=hover_data,
                 mode="markers+text" if label and name else "markers", text=names,
                 textposition="top center", textfont={"size": 11},
                 error_x=_bars(rows, "state", label), error_y=_bars(rows, "action", label),
@@ -178,7 +180,7 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
         )  # fmt: skip
     axes = {"range": reach, "zeroline": True}
     return go.Figure(
-        traces, layout(title, 420, "recovery by state pairs", "recovery by action pairs", xaxis=axes, yaxis=axes)
+        traces, layout(title, 420, "recovery on state pairs", "recovery on action pairs", xaxis=axes, yaxis=axes)
     )
 
 
@@ -195,12 +197,12 @@ def _bars(rows: pl.DataFrame, name: str, label: str) -> dict[str, Any]:
 
 
 def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
-    """Draw the gradient's estimate (up) against the exact mean effect (right), in logits, a point a head.
+    """Draw the gradient's estimate (y) against the exact mean effect (x), in logits, one point for each head.
 
     Args:
-        effects: a row a head, as `nextstate.analysis.heads.tables.effect_rows` makes it.
-        title: of the figure.
-        colour: of the points.
+        effects: one row for each head, as `nextstate.analysis.heads.tables.effect_rows` returns it.
+        title: title of the figure.
+        colour: colour of the points.
     """
     names = [f"{layer}.{head}" for layer, head in effects.select("layer", "head").iter_rows()]
     right, up = effects["exact"], effects["estimate"]
@@ -213,4 +215,4 @@ def screened(effects: pl.DataFrame, title: str, colour: str) -> go.Figure:
             hovertemplate="head %{text}<br>exact %{x:.3f}, estimate %{y:.3f}<extra></extra>",
         ),
     ]  # fmt: skip
-    return go.Figure(traces, layout(title, 320, "exact effect (logits)", "gradient's estimate"))
+    return go.Figure(traces, layout(title, 320, "exact effect (logits)", "estimated effect (logits)"))

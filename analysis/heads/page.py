@@ -1,4 +1,4 @@
-"""The report page of a patching run: which heads carry state, which carry action, and how sure that is."""
+"""The report page of a patching run: which heads carry state, which carry action, with intervals."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nextstate.analysis.heads.config import MIN_EFFECT, PatchConfig, main_first
 from nextstate.analysis.page.page import FigureList, Page, Plot
 from nextstate.analysis.run import Run
 
-MIN_PAIRS = 20  # with fewer, intervals are too narrow to rely on
-ROWS = 3000  # of the table of heads
+MIN_PAIRS = 20  # with fewer pairs the intervals are too narrow
+ROWS = 3000  # most rows of the table of heads on the page
 ABLATIONS = ("zero", "mean", "resample")
 LAYERS = {
-    "resid_pre": "What has arrived before each layer",
-    "attn_out": "What each layer's attention brings it",
-    "mlp_out": "What each layer's MLP does there",
+    "resid_pre": "Residual stream before each layer: recovery",
+    "attn_out": "Attention output of each layer: recovery",
+    "mlp_out": "MLP output of each layer: recovery",
 }
 
 
@@ -59,12 +59,12 @@ def _reasons(excluded: pl.DataFrame, row: dict[str, Any]) -> list[tuple[str, int
 def headline(
     run: Run[PatchConfig], counts: list[dict[str, Any]], sweeps: pl.DataFrame, heads: pl.DataFrame
 ) -> dict[str, Any]:
-    """Return the numbers of the first lines: which heads are significant by kind, and how much all heads bring."""
+    """Return the numbers of the first paragraphs: the significant heads of each kind, and the summed recoveries."""
     design = main_first(list(dict.fromkeys(c["design"] for c in counts)))[0]
     out: dict[str, Any] = {"design": design, "kinds": {}, "routing": None, "share": None}
     for row in (c for c in counts if c["design"] == design and c["kind"] in ("state", "action")):
         own = sweeps.filter(design=design, kind=row["kind"], site="head", direction="denoise", where="last", exact=True)
-        best = own.filter(pl.col("carries") & (pl.col("recovery").abs() >= MIN_EFFECT))
+        best = own.filter(pl.col("significant") & (pl.col("recovery").abs() >= MIN_EFFECT))
         out["kinds"][row["kind"]] = {
             "counts": row, "heads": best.sort("recovery", descending=True).rows(named=True), "of": len(own),
             "total": float(own["recovery"].sum()) if len(own) else None,
@@ -81,7 +81,7 @@ def headline(
 
 
 def _maps(counts: list[dict[str, Any]], sweeps: pl.DataFrame, drawn: FigureList) -> list[dict[str, Any]]:
-    """Return the heat maps over heads, by design: a row a kind, denoised and noised side by side."""
+    """Return the heat maps over heads, grouped by design: for each kind one map for each direction."""
     out = []
     for design in dict.fromkeys(c["design"] for c in counts):
         for group, where in ((tuple(figures.DIRECTIONS), "last"), (ABLATIONS, "all")):
@@ -103,7 +103,7 @@ def _maps(counts: list[dict[str, Any]], sweeps: pl.DataFrame, drawn: FigureList)
 
 def _layers(layers: pl.DataFrame, drawn: FigureList) -> list[Plot]:
     parts = ((layers.filter(site=site), title) for site, title in LAYERS.items())
-    return [drawn.add(figures.arrival(rows, title)) for rows, title in parts if len(rows)]
+    return [drawn.add(figures.by_layer(rows, title)) for rows, title in parts if len(rows)]
 
 
 def _positions(found: dict[str, pl.DataFrame], drawn: FigureList) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def _screens(found: dict[str, pl.DataFrame], drawn: FigureList) -> list[dict[str
 
 
 def _examples(examples: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return the example pairs; the words in which the prompts differ are marked."""
+    """Return the example pairs, with the words marked in which their prompts differ."""
     out = []
     for row in examples.iter_rows(named=True):
         sides = [row["clean"].split(" "), row["corrupted"].split(" ")]
@@ -155,7 +155,7 @@ def _examples(examples: pl.DataFrame) -> list[dict[str, Any]]:
 
 
 def _attention(table: pl.DataFrame, heads: pl.DataFrame) -> list[dict[str, Any]]:
-    """Return for each example the attention of the top heads from the answering token, as shades of its tokens."""
+    """Return, for each example, the attention weights of the top heads from the answering token to each token."""
     out = []
     for (kind,), rows in table.group_by("kind", maintain_order=True):
         shown = []

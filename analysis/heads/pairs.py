@@ -1,4 +1,4 @@
-"""Minimal pairs as tokens, and which of them can go through a model together."""
+"""Tokenised minimal pairs, and their grouping into batches."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from nextstate.agents.text import Encoder
 
 Direction = Literal["denoise", "noise", "zero", "mean", "resample"]
 DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
-PATCHES: tuple[Direction, ...] = ("denoise", "noise")  # the others ablate
+PATCHES: tuple[Direction, ...] = ("denoise", "noise")  # the other directions ablate
 _WORDS = ("each", "all")
 
 
 class PatchError(AgentError):
-    """Pairs cannot be patched, or a control failed; the message says which, why and what to do."""
+    """Pairs cannot be patched, or a control failed; the message gives the reason and what to do."""
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Two prompts of equal length that differ in what they ask for.
+    """Two tokenised prompts of equal length with different answers.
 
     Args:
         clean: tokens of the clean prompt.
         corrupted: tokens of the corrupted prompt.
         answer: the token that answers the clean prompt.
         other: the token that answers the corrupted one.
-        roles: positions by name, the same in both prompts; "last" is always there.
+        roles: positions by name, the same in both prompts; "last" is always included.
 
     Raises:
-        PatchError: the prompts cannot be a pair.
+        PatchError: the prompts do not form a pair.
     """
 
     clean: tuple[int, ...]
@@ -65,7 +65,7 @@ class TokenPair:
 
 
 def tokens_of(encoder: Encoder, prompt: Prompt) -> tuple[int, ...]:
-    """Return the tokens of a prompt, exactly those that a language model reads when it answers it."""
+    """Return the tokens of a prompt, exactly as a language model reads it to answer."""
     trunk = Trunk(encoder, prompt.episode)
     node = trunk.add_question(prompt.step, prompt.question).node
     return tuple(trunk.tree.tokens[n] for n in trunk.tree.path(node))
@@ -73,7 +73,7 @@ def tokens_of(encoder: Encoder, prompt: Prompt) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Group:
-    """Pairs that go through together: equal length and equal starts."""
+    """Pairs that share forward passes: equal length and equal starts."""
 
     pairs: tuple[int, ...]
     length: int
@@ -88,14 +88,14 @@ class Group:
 def plan(
     pairs: Sequence[TokenPair], positions: str | Sequence[str], direction: Direction
 ) -> tuple[tuple[str, ...], list[Group]]:
-    """Name the columns, and put together the pairs that can go through together."""
+    """Return the names of the columns, and the groups of pairs that can share forward passes."""
     patches = direction in ("denoise", "noise")
     lengths = sorted({len(p.clean) for p in pairs})
     earliest = min(p.first_difference for p in pairs)
     if (positions == "each" or (positions == "all" and direction in ("mean", "resample"))) and len(lengths) > 1:
         raise PatchError(
             f"positions={positions!r} with {direction} needs pairs of one length, but there are {len(lengths)}, from "
-            f"{lengths[0]} to {lengths[-1]} tokens; sweep them apart, or ask for roles"
+            f"{lengths[0]} to {lengths[-1]} tokens; sweep each length separately, or use roles"
         )
     columns = (positions,) if isinstance(positions, str) else tuple(positions)
     if positions == "each":

@@ -33,7 +33,7 @@ Donor = Callable[[Group, int], dict[int, Activation]]
 
 
 class _Results(NamedTuple):
-    """What a sweep has found so far, for all pairs."""
+    """Intermediate results of a sweep, for all pairs."""
 
     base: Readout
     source: Readout
@@ -57,29 +57,29 @@ def sweep(
     """Patch each head (or layer) at each position asked for, one at a time, exactly.
 
     Args:
-        model: any that has the site.
-        pairs: the prompts; those of one length and with the same positions share forward passes.
+        model: a language model that has the site.
+        pairs: the prompts; pairs of equal length and positions share forward passes.
         site: `head`, `resid_pre`, `attn_out` or `mlp_out`.
-        positions: a role, several roles, "each" position from the first difference on by itself, or "all" of them at
-            once. (Before the first difference both runs agree, so a patch would change nothing. Ablations do: there
-            "all" begins at the first token, and "each" where the first pair differs.)
-        direction: "denoise" puts clean activations into the corrupted run, "noise" the reverse. The others ablate in
-            the clean run: by "zero", by the "mean" over the clean prompts of all pairs, or by those of another pair
-            ("resample"); the corrupted run then only gives the scale.
-        layers: those to sweep; by default all that have the site. Layers of one sweep have equally many heads.
-        failures: what to do with pairs in which the model prefers the wrong answer: "exclude" or "include" them. Both
-            ways they are counted, in `Sweep.failed`.
-        vocabulary: also find the probability of the answer and the greedy token, which takes the logits of the whole
-            vocabulary for every copy; in small models that is a good part of the work.
-        max_bytes: bound on the memory a sweep takes beside the model: keys, values and kept activations of the pairs
-            in work, plus activations, scores and logits of the copies in one pass. (A single copy always goes.) When
-            memory runs out all the same, passes are halved.
+        positions: a role, several roles, "each" position from the first difference on, one at a time, or "all" of them
+            at once. (Before the first difference both runs are equal, so patches have no effect there. Ablations have:
+            for them "all" begins at the first token, and "each" at the earliest difference of any pair.)
+        direction: "denoise" patches clean activations into the corrupted run, "noise" the reverse. The others ablate
+            in the clean run: "zero" with zeros, "mean" with the mean over the clean prompts of all pairs, "resample"
+            with the activations of another pair; the corrupted run is then only used for scaling.
+        layers: layers to sweep, by default all that have the site; they must have equal numbers of heads.
+        failures: whether to "exclude" or "include" pairs in which the model prefers the wrong answer. They are counted
+            in `Sweep.failed` in both cases.
+        vocabulary: also compute the probability of the answer and the greedy token. This needs the logits of the whole
+            vocabulary for every copy, a considerable part of the work in small models.
+        max_bytes: bound on the memory of a sweep in addition to the model: keys, values and kept activations of the
+            current pairs, plus activations, scores and logits of the copies in one pass. (At least one copy is always
+            run.) If memory runs out nevertheless, passes are halved.
         rng: draws the partners of "resample".
 
     Raises:
         PatchError: the model fails on all pairs (with failures="exclude"), pairs do not fit the positions, memory
             runs out for a single copy, or a control fails.
-        AgentError: no road gives what plain forward passes of the model give.
+        AgentError: no road reproduces the plain forward passes of the model.
         SiteError: the model or a layer has no such site.
     """
     chosen = _checked(model, pairs, site, direction, layers, failures)
@@ -102,10 +102,10 @@ def sweep(
             room = max(1, min(most, ROW_TOKENS // (group.length - start) - 2))
             for k in range(0, len(copies), room):
                 part = copies[k : k + room]
-                logits, off = run_copies(model, runs, site, part, values, start, group.whole, only)
-                worst = max(worst, off)
+                logits, error = run_copies(model, runs, site, part, values, start, group.whole, only)
+                worst = max(worst, error)
                 got = read(logits, answer, other, vocabulary)
-                # Against the control of the same pass: in half precision the rounding depends on the shape of a batch.
+                # Relative to the control of the same pass, since rounding in half precision depends on the batch shape.
                 drift = got.difference[:, :1] - found.base.difference[rows, None]
                 at = (rows[:, None], [chosen.index(c.layer) for c in part], [c.head for c in part], column)
                 found.patched.put(at, Readout(got.difference[:, 2:] - drift, got.probability[:, 2:], got.greedy[:, 2:]))
@@ -129,8 +129,9 @@ def attribution(
 ) -> Sweep:
     """Estimate a sweep from one gradient: (source - base activation) times d(logit difference)/d(activation).
 
-    Arguments and result are those of `sweep`; probabilities and greedy tokens are not known. First-order, so poor where
-    the network saturates (Nanda 2023, "Attribution patching"; Syed, Rager & Conmy 2023, arXiv 2310.10348).
+    Arguments and result are those of `sweep`; probabilities and greedy tokens are not computed. The estimate is
+    of first order, so it is inaccurate where the network saturates (Nanda 2023, "Attribution patching"; Syed, Rager &
+    Conmy 2023, arXiv 2310.10348).
     """
     chosen = _checked(model, pairs, site, direction, layers, failures)
     columns, groups = plan(pairs, positions, direction)
@@ -154,7 +155,7 @@ def attribution(
         found.patched.probability[rows], found.patched.greedy[rows] = np.nan, -1
 
     for group in groups:
-        size = max(1, model.batch_tokens // (8 * group.length))  # a graph keeps what a forward pass lets go
+        size = max(1, model.batch_tokens // (8 * group.length))  # the graph keeps activations in memory
         for k in range(0, len(group.pairs), size):
             _halving(model, work, replace(group, pairs=group.pairs[k : k + size]), 1)
     return _finish(model, pairs, site, direction, chosen, columns, found, False, float("nan"))
@@ -163,7 +164,7 @@ def attribution(
 def _gradient(
     model: LanguageModel, tokens: Tensor, site: Site, layers: Sequence[int], answer: Tensor, other: Tensor
 ) -> tuple[dict[int, Activation], dict[int, Activation]]:
-    """Return activations at a site and the slope of the logit difference there, by layer."""
+    """Return the activations at a site and the gradient of the logit difference with respect to them, by layer."""
     kept: dict[int, Tensor] = {}
 
     def root(_: nn.Module, __: object, out: Tensor) -> Tensor:
@@ -205,13 +206,13 @@ def _checked(
         by_heads.setdefault(model.sites.shape(site, layer)[0], []).append(layer)
     if len(by_heads) > 1:
         groups = "; ".join(f"{heads} in layers {own}" for heads, own in by_heads.items())
-        raise PatchError(f"layers of one sweep must have equally many heads, but there are {groups}: sweep them apart")
+        raise PatchError(f"layers of one sweep must have equally many heads, but have {groups}: sweep them separately")
     if not pairs or not chosen:
         raise PatchError(f"{len(pairs)} pairs and {len(chosen)} layers: expected at least one of each")
     longest = max(len(p.clean) for p in pairs)
     if model.context is not None and longest > model.context:
         raise PatchError(
-            f"a pair has {longest:,} tokens, but {model.name} reads {model.context:,}; ask for fewer steps"
+            f"a pair has {longest:,} tokens, but the context of {model.name} is {model.context:,}; ask for fewer steps"
         )
     return chosen
 
@@ -233,9 +234,9 @@ def _base(
     failures: Failures,
     found: _Results,
 ) -> tuple[Runs, Int[Tensor, " pair"], Int[Tensor, " pair"]]:
-    """Run both prompts of a group and note what they say; return the runs to be patched, with answers and others.
+    """Run both prompts of a group and store their readouts; return the runs to patch, with the tokens of both answers.
 
-    Until a patch says otherwise, a patched run is the base run: before the first difference there is no patch.
+    Patched readouts are initialised with those of the base run, which holds where no patch is made.
     """
     clean, corrupted = (np.array([getattr(pairs[i], w) for i in group.pairs]) for w in ("clean", "corrupted"))
     answer, other = (
@@ -277,8 +278,8 @@ def _finish(
 ) -> Sweep:
     if not found.kept.any():
         raise PatchError(
-            f"{model.name} fails on all {len(pairs)} pairs: in none does it prefer the right answer in both prompts, "
-            'so there is nothing to find; ask an easier question, or look at the failures with failures="include"'
+            f"{model.name} fails on all {len(pairs)} pairs: it never prefers the correct answer in both prompts; "
+            'use an easier game setting, or failures="include"'
         )
     answers, failed = tuple(p.answer for p in pairs), _failed(found, direction)
     return Sweep(
@@ -295,9 +296,9 @@ def _donor(
     direction: Direction,
     rng: np.random.Generator | None,
 ) -> Donor | None:
-    """Return what an ablation puts into the pairs of a group for a column; None where the source run gives it.
+    """Return a function that gives the activations of an ablation; None for directions that take the source run's.
 
-    Its values count from the group's first position, and are filled in where the column's patch goes.
+    Its values start at the group's first position and are set at the positions of the column that is patched.
     """
     if direction in PATCHES:
         return None
@@ -305,8 +306,8 @@ def _donor(
     layers, like = sites.layers_with(site), {"dtype": model.model.dtype, "device": model.device}
     seen: dict[int, Float[Tensor, "pair column head dim"]] = {}
     if direction != "zero":
-        wide = groups[0].length if groups[0].whole else len(groups[0].starts)
-        seen = {layer: torch.zeros(n, wide, *sites.shape(site, layer), **like) for layer in layers}
+        width = groups[0].length if groups[0].whole else len(groups[0].starts)
+        seen = {layer: torch.zeros(n, width, *sites.shape(site, layer), **like) for layer in layers}
         for group in groups:
             where = list(range(group.length)) if group.whole else [start for _, start in group.starts]
             size = max(1, model.batch_tokens // group.length)
@@ -320,7 +321,7 @@ def _donor(
             raise PatchError(f"resample needs an rng and at least 2 pairs, got rng={rng} and {n}")
         else:
             order = rng.permutation(n)
-            partner = torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)  # nobody gets their own
+            partner = torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)  # never itself
             seen = {layer: x[partner] for layer, x in seen.items()}
 
     def values(group: Group, column: int) -> dict[int, Activation]:
@@ -339,10 +340,10 @@ def _donor(
 def _fitting(
     model: LanguageModel, group: Group, site: Site, copies: int, max_bytes: int
 ) -> Iterator[tuple[Group, int]]:
-    """Cut a group into parts that stay within bounds; yield each with the most copies in one pass."""
+    """Split a group into parts that fit into memory; yield each with the largest number of copies in one pass."""
     config, sites = model.model.config.get_text_config(), model.sites
     size, span = model.model.dtype.itemsize, group.length - group.first
-    wide = max(
+    mlp_width = max(
         [4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner", "ffn_dim"))]
     )
     columns = 2 * group.length
@@ -353,7 +354,7 @@ def _fitting(
         * sites.heads
         * (columns + min(ROW_TOKENS, (copies + 2) * span))
     )
-    token = size * (12 * sites.hidden + 4 * wide + 2 * kv // (2 * columns) + scores)
+    token = size * (12 * sites.hidden + 4 * mlp_width + 2 * kv // (2 * columns) + scores)
     copy = span * token + int(config.vocab_size) * (2 * size + 8)
     full = min(copies + 2, max(3, ROW_TOKENS // span))
     rows = min(max_bytes // (held + full * copy), model.batch_tokens // max(full * span, columns), len(group.pairs))
@@ -364,7 +365,7 @@ def _fitting(
 
 
 def _halving(model: LanguageModel, work: Callable[[Group, int], None], group: Group, most: int) -> None:
-    """Do the work, and where memory runs out do it in smaller pieces."""
+    """Do the work; if memory runs out, do it in smaller pieces."""
     try:
         work(group, most)
         return

@@ -1,4 +1,4 @@
-"""What patched runs say, and how much of the difference between two prompts each patch carries."""
+"""Outputs of patched runs, and the share of the difference between two prompts that each patch recovers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from nextstate.analysis.heads.pairs import Direction, PatchError
 
 @dataclass(frozen=True)
 class Readout:
-    """What runs say of the next token, as arrays of one shape.
+    """Predictions of the next token in a set of runs, as arrays of one shape.
 
-    `difference` is the logit of the clean prompt's answer minus that of the corrupted prompt's, `probability` that of
-    the clean prompt's answer, `greedy` the likeliest token of the vocabulary (-1: not known).
+    `difference` is the logit of the clean prompt's answer minus that of the corrupted prompt's, `probability` the
+    probability of the clean prompt's answer, `greedy` the most likely token of the vocabulary (-1 if not computed).
     """
 
     difference: Float[np.ndarray, ...]
@@ -30,7 +30,7 @@ class Readout:
 
     @classmethod
     def empty(cls, *shape: int) -> Readout:
-        """Return one that nothing is known of."""
+        """Return a readout filled with NaN and -1."""
         return cls(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, -1, dtype=np.int64))
 
     def put(self, where: Any, other: Readout) -> None:
@@ -46,9 +46,10 @@ def read(
     other: Int[Tensor, " pair"],
     vocabulary: bool = True,
 ) -> Readout:
-    """Read logits; the vocabulary is in float32 for a few copies at a time only.
+    """Return the readout of logits, converted to float32 a few copies at a time to bound memory.
 
-    Without `vocabulary` they are those of answer and other alone, in this order, and nothing else is known.
+    Without `vocabulary`, `logits` has only the columns answer and other, in this order; probability and greedy token
+    are then not computed.
     """
     if not vocabulary:
         out = Readout.empty(*logits.shape[:2])
@@ -56,10 +57,10 @@ def read(
         return out
     found = []
     for part in torch.split(logits, max(1, (32 if logits.device.type == "cpu" else 512) // len(logits)), 1):
-        wide, n = part.float(), part.shape[1]
-        right, wrong = (wide.gather(2, t[:, None, None].expand(-1, n, 1))[..., 0] for t in (answer, other))
+        full, n = part.float(), part.shape[1]
+        right, wrong = (full.gather(2, t[:, None, None].expand(-1, n, 1))[..., 0] for t in (answer, other))
         # log_softmax and not logsumexp, which takes ten times as long on a CPU.
-        likely = wide.log_softmax(-1).gather(2, answer[:, None, None].expand(-1, n, 1))[..., 0]
+        likely = full.log_softmax(-1).gather(2, answer[:, None, None].expand(-1, n, 1))[..., 0]
         found.append((right - wrong, likely.exp(), part.argmax(-1)))
     difference, probability, greedy = (torch.cat(x, 1).cpu().numpy() for x in zip(*found, strict=True))
     return Readout(difference.astype(np.float64), probability.astype(np.float64), greedy)
@@ -67,11 +68,11 @@ def read(
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one patch at a time does to each pair.
+    """Result of patching one site at a time, for each pair.
 
-    `patched` has axes [pair layer head column]; sites without heads have one. A column is a role, a position, or all
-    positions together. `base` and `source` have the axis [pair]: base is the run that is patched, source that in which
-    the other prompt is read. Pairs that were left out are NaN in `patched`.
+    `patched` has axes [pair layer head column]; sites without heads have one head. A column is a role, a position, or
+    all positions together. `base` and `source` have the axis [pair]: base is the run that is patched, source the run on
+    the other prompt. Excluded pairs are NaN in `patched`.
     """
 
     site: Site
@@ -81,17 +82,17 @@ class Sweep:
     base: Readout
     source: Readout
     patched: Readout
-    failed: Bool[np.ndarray, " pair"]  # the model prefers the wrong one of both answers in one prompt or both
+    failed: Bool[np.ndarray, " pair"]  # the model prefers the wrong one of the two answers in one prompt or both
     kept: Bool[np.ndarray, " pair"]
-    answers: tuple[int, ...]  # the clean prompt's, for each pair
-    exact: bool  # False for a gradient's estimate
-    control: float  # how far the controls were off at most, as a share of the spread of the logits; NaN without any
+    answers: tuple[int, ...]  # token that answers the clean prompt, for each pair
+    exact: bool  # False for a gradient-based estimate
+    control: float  # largest error of the controls, as a share of the range of the logits; NaN without controls
 
     @property
     def flips(self) -> Float[np.ndarray, "layer head column"]:
-        """The share of kept pairs in which the patch decides whether the greedy token is the clean prompt's answer."""
+        """Share of kept pairs in which the patch changes whether the greedy token is the clean prompt's answer."""
         if (self.patched.greedy[self.kept] < 0).any():
-            raise PatchError("greedy tokens are not known; for flips use the exact sweep, with vocabulary=True")
+            raise PatchError("greedy tokens were not computed; flips need an exact sweep with vocabulary=True")
         answers = np.array(self.answers)[self.kept]
         before = self.base.greedy[self.kept] == answers
         after = self.patched.greedy[self.kept] == answers[:, None, None, None]
@@ -99,21 +100,21 @@ class Sweep:
 
     @property
     def probability(self) -> Float[np.ndarray, "layer head column"]:
-        """The mean change of the probability of the clean prompt's answer over the kept pairs."""
+        """Mean change of the probability of the clean prompt's answer, over the kept pairs."""
         before = self.base.probability[self.kept, None, None, None]
         return np.asarray((self.patched.probability[self.kept] - before).mean(0), dtype=np.float64)
 
 
 @dataclass(frozen=True)
 class Recovery(stats.Band):
-    """How much of the logit difference between both prompts each patch brings over: 0 nothing, 1 all of it.
+    """Share of the logit difference between the two prompts that each patch restores: 0 none, 1 all of it.
 
     All arrays have axes [layer head column].
     """
 
-    pairs: int  # that count
-    failed: int  # on which the model is wrong
-    left_out: int  # of all pairs
+    pairs: int  # number of pairs that are counted
+    failed: int  # pairs on which the model fails
+    left_out: int  # pairs that are not counted
 
     @classmethod
     def of(cls, sweep: Sweep, band: stats.Band) -> Recovery:
@@ -123,10 +124,10 @@ class Recovery(stats.Band):
 
 
 def changes(sweep: Sweep) -> stats.Ratio:
-    """Return, for each kept pair, patched - base of every cell and source - base, of the logit differences.
+    """Return, for each kept pair, patched - base of every cell, and source - base, of the logit differences.
 
     Raises:
-        PatchError: both prompts have the same mean logit difference, so that there is no scale.
+        PatchError: both prompts have the same mean logit difference, so recovery is undefined.
     """
     base, source = sweep.base.difference[sweep.kept], sweep.source.difference[sweep.kept]
     gap = source - base
@@ -139,16 +140,16 @@ def changes(sweep: Sweep) -> stats.Ratio:
 def recovery(sweep: Sweep, rng: np.random.Generator, *, level: float = stats.LEVEL, resamples: int = 2000) -> Recovery:
     """Return (patched - base) / (source - base) of the mean logit differences, with intervals over pairs.
 
-    Intervals and band are those of `nextstate.analysis.stats.ratio_band`, where the arguments are described too.
+    Intervals and band are those of `nextstate.analysis.stats.ratio_band`, which also describes the arguments.
 
     Raises:
-        PatchError: both prompts have the same mean logit difference, so that there is no scale.
+        PatchError: both prompts have the same mean logit difference, so recovery is undefined.
     """
     return Recovery.of(sweep, stats.ratio_band(changes(sweep), rng, level=level, draws=resamples))
 
 
 def table(sweep: Sweep, found: Recovery) -> pl.DataFrame:
-    """Return one row a cell: where it is (head is null at sites without heads), and what was found."""
+    """Return one row for each cell: its place (head is null at sites without heads) and its recovery."""
     layer, head, column = (x.ravel() for x in np.indices(found.value.shape))
     ends = ("low", "high", "band_low", "band_high")
     columns: dict[str, Any] = {
@@ -159,7 +160,7 @@ def table(sweep: Sweep, found: Recovery) -> pl.DataFrame:
         "position": np.array(sweep.columns)[column].tolist(),
         "recovery": found.value.ravel(),
         **{end: getattr(found, end).ravel() for end in ends},
-        "carries": found.nonzero.ravel(),
+        "significant": found.nonzero.ravel(),
         "pairs": [found.pairs] * layer.size,
         "failed": [found.failed] * layer.size,
     }
@@ -172,7 +173,7 @@ def rank_agreement(one: Sweep, two: Sweep) -> float:
     """Return Spearman's rank correlation between the mean effects of two sweeps, over all cells.
 
     Raises:
-        PatchError: they are not over the same cells.
+        PatchError: the sweeps do not have the same cells.
     """
     same = (one.site, one.layers, one.columns) == (two.site, two.layers, two.columns)
     if not same:

@@ -1,7 +1,7 @@
-"""Heads that carry state and heads that carry action: pairs as tokens, a model's answers to them, the routing score.
+"""Heads that carry state and heads that carry action: tokenised pairs, a model's answers to them, the routing score.
 
 A game's minimal pairs (`Game.contrast`) become `TokenPair`s by `token_pairs`; `nextstate.analysis.heads.patch` sweeps
-them; `routing` compares what state pairs and what action pairs find, head by head.
+them; `routing` compares the recoveries on state pairs and on action pairs, head by head.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from nextstate.analysis.heads.pairs import PatchError, TokenPair, tokens_of
 from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, changes, read
 from nextstate.envs.contrast import Pair, problems, segments
 
-_WHAT = ("state", "action", "origin", "subject")  # roles that say what a prompt tells
+_WHAT = ("state", "action", "origin", "subject")  # roles of the content of a prompt, as opposed to places
 _MAY = {"state": {"state"}, "noop": {"state", "origin"}, "action": {"action"}, "name": {"state", "action", "origin"}}
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """A pair that cannot be measured with: its place among the pairs given, and why."""
+    """A pair that cannot be used: its index among the given pairs, and the reason."""
 
     pair: int
     reason: str
 
 
 def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair], list[Excluded]]:
-    """Write pairs as tokens, each prompt exactly as a language model reads it; say which cannot be used, and why.
+    """Tokenise pairs, each prompt exactly as a language model reads it; return the usable and the excluded pairs.
 
-    Answers are compared at the first token in which they differ: the tokens that they begin with in common are put at
-    the end of both prompts. A role keeps its name where it is at the same token in both prompts; else there are two of
-    it, such as "match (clean)" and "match (corrupted)".
+    Answers are compared at the first token in which they differ; the tokens that they begin with in common are appended
+    to both prompts. A role keeps its name if it is at the same token in both prompts; otherwise it is split into two,
+    such as "match (clean)" and "match (corrupted)".
 
-    A pair is left out if it has `problems`; if roles differ that should not (a state pair has another state and the
-    same action, an action pair the reverse; published noop pairs only rename, and need not differ in a role); if its
-    prompts have different numbers of tokens, or the same tokens; or if one answer is the beginning of the other.
+    A pair is excluded if it has `problems`; if its prompts differ in the wrong roles (a state pair must have different
+    states and the same action, an action pair the reverse; published noop pairs only rename, and need not differ in any
+    role); if its prompts have different numbers of tokens, or the same tokens; or if one answer begins the other.
     """
     kept, out = [], []
     for i, pair in enumerate(pairs):
@@ -63,17 +63,17 @@ def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair
 
 
 def _misfit(pair: Pair) -> str:
-    told = [segments(side) for side in pair.sides]
+    texts = [segments(side) for side in pair.sides]
     differ = {
         name for name, role in pair.roles.items()
-        if name in _WHAT and len({text[s.piece][s.start : s.end] for text, s in zip(told, role, strict=True)}) > 1
+        if name in _WHAT and len({text[s.piece][s.start : s.end] for text, s in zip(texts, role, strict=True)}) > 1
     }  # fmt: skip
     wrong = sorted(differ - _MAY[pair.kind])
     if wrong:
         return f"the prompts of {_a(pair.kind)} pair differ in {', '.join(wrong)}"
     must = {"state": "state", "noop": "state", "action": "action"}.get(pair.kind)
     if must in pair.roles and must not in differ and pair.design != "paper":
-        return f"the prompts of {_a(pair.kind)} pair tell the same {must}"
+        return f"the prompts of {_a(pair.kind)} pair have the same {must}"
     return ""
 
 
@@ -86,12 +86,12 @@ def _joined(encoder: Encoder, pair: Pair) -> TokenPair:
     answers = [encoder.piece(answer) for answer in pair.answers]
     common = next((i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b), min(map(len, answers)))
     if common == min(map(len, answers)):
-        said = " and ".join(repr(a) for a in pair.answers)
-        raise PatchError(f"one answer is how the other begins, as tokens: {said}")
-    shared, told = answers[0][:common], [segments(side) for side in pair.sides]
+        both = " and ".join(repr(a) for a in pair.answers)
+        raise PatchError(f"the tokens of one answer are a prefix of those of the other: {both}")
+    shared, texts = answers[0][:common], [segments(side) for side in pair.sides]
     roles: dict[str, int] = {}
     for name, role in pair.roles.items():
-        places = [encoder.locate(text, span) for text, span in zip(told, role, strict=True)]
+        places = [encoder.locate(text, span) for text, span in zip(texts, role, strict=True)]
         if name == "last":
             continue
         if places[0] == places[1]:
@@ -102,10 +102,10 @@ def _joined(encoder: Encoder, pair: Pair) -> TokenPair:
 
 
 def layout(pairs: Sequence[TokenPair]) -> str | tuple[str, ...]:
-    """Return how positions of all pairs can be looked at side by side.
+    """Return which positions to sweep so that a column means the same in all pairs.
 
-    "each" where all pairs are as long and have the roles that say what differs at the same tokens, so that a position
-    means the same in all; else the names of the roles that all pairs have.
+    "each" (every position) if all pairs have the same length and the same positions of the roles for content; otherwise
+    the names of the roles that all pairs have.
     """
     if len({(len(p.clean), tuple((r, p.roles.get(r)) for r in _WHAT)) for p in pairs}) == 1:
         return "each"
@@ -116,15 +116,15 @@ def layout(pairs: Sequence[TokenPair]) -> str | tuple[str, ...]:
 
 @torch.no_grad()
 def baseline(model: LanguageModel, pairs: Sequence[TokenPair]) -> tuple[Readout, Readout]:
-    """Return what a model says to the clean and to the corrupted prompt of each pair, with nothing patched.
+    """Return a model's unpatched predictions for the clean and for the corrupted prompt of each pair.
 
     Raises:
         PatchError: a prompt is longer than the model reads.
     """
     longest = max(len(p.clean) for p in pairs)
     if model.context is not None and longest > model.context:
-        raise PatchError(f"a pair has {longest:,} tokens, but {model.name} reads {model.context:,}; ask for fewer "
-                         "steps")  # fmt: skip
+        raise PatchError(f"a pair has {longest:,} tokens, but the context of {model.name} is {model.context:,}; "
+                         "ask for fewer steps")  # fmt: skip
     out = Readout.empty(len(pairs)), Readout.empty(len(pairs))
     by_length: dict[int, list[int]] = {}
     for i, pair in enumerate(pairs):
@@ -143,7 +143,7 @@ def baseline(model: LanguageModel, pairs: Sequence[TokenPair]) -> tuple[Readout,
 
 
 def prefers(clean: Readout, corrupted: Readout) -> Bool[np.ndarray, " pair"]:
-    """Tell for each pair whether the model prefers the right one of both answers in both prompts."""
+    """Return for each pair whether the model prefers the correct one of the two answers in both prompts."""
     return np.asarray((clean.difference > 0) & (corrupted.difference < 0))
 
 
@@ -151,12 +151,11 @@ def prefers(clean: Readout, corrupted: Readout) -> Bool[np.ndarray, " pair"]:
 class Routing(stats.Band):
     """State against action, for each head (or layer): arrays with axes [layer head column].
 
-    `value` is the recovery by state pairs minus that by action pairs: 1 where the site alone brings the answering token
-    all of the difference between two states and nothing of that between two actions, -1 the reverse, 0 where it brings
-    as much of both (the head that looks up what follows needs both) or nothing.
+    `value` is the recovery on state pairs minus the recovery on action pairs: 1 if the site alone carries the whole
+    difference between two states and nothing of that between two actions, -1 in the reverse case, and 0 if it carries
+    both equally (such as a head that looks up the next state) or neither.
 
-    `share` is max(state, 0) / (max(state, 0) + max(action, 0)): how much of what the site brings is state. It is NaN
-    where both recoveries are below `MIN_EFFECT`.
+    `share` is max(state, 0) / (max(state, 0) + max(action, 0)), or NaN where both recoveries are below `MIN_EFFECT`.
     """
 
     state: Recovery
@@ -164,17 +163,17 @@ class Routing(stats.Band):
 
     @property
     def share(self) -> Float[np.ndarray, "layer head column"]:
-        """How much of what each site brings is state."""
+        """Share of the recovery on state pairs in the sum of both recoveries, for each site."""
         state, action = np.maximum(self.state.value, 0), np.maximum(self.action.value, 0)
         known = np.maximum(state, action) >= MIN_EFFECT
         return np.asarray(np.divide(state, state + action, out=np.full_like(state, np.nan), where=known))
 
     @property
     def labels(self) -> np.ndarray[Any, Any]:
-        """What each site carries: "state", "action", "both", "unclear", or "" (nothing that stands out).
+        """What each site carries: "state", "action", "both", "unclear", or "" (nothing significant).
 
-        "both" where both recoveries stand out (see `significant`). "state" where only that by state pairs does, and the
-        band of the routing score says that it is the larger one; where the band does not say so it is "unclear".
+        "both": both recoveries are significant (see `significant`). "state": only the recovery on state pairs is, and
+        the band of the routing score is above 0; "action" likewise. "unclear": one is, but that band contains 0.
         """
         state, action = significant(self.state), significant(self.action)
         more, less = self.band_low > 0, self.band_high < 0
@@ -183,46 +182,51 @@ class Routing(stats.Band):
 
 
 def significant(found: stats.Band) -> Bool[np.ndarray, "layer head column"]:
-    """Return where the simultaneous band leaves out 0 and the value is at least `MIN_EFFECT` in size."""
+    """Return where the simultaneous band excludes 0 and the absolute value is at least `MIN_EFFECT`."""
     return np.asarray(found.nonzero & (np.abs(found.value) >= MIN_EFFECT))
 
 
 def routing(
     state: Sweep, action: Sweep, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 2000
 ) -> Routing:
-    """Compare what a sweep of state pairs and one of action pairs find at the same places.
+    """Compare the recoveries of a sweep of state pairs and of a sweep of action pairs with the same cells.
 
-    Intervals and bands are those of `nextstate.analysis.stats.ratio_difference_band`: both kinds of pairs are drawn
-    apart, so they are resampled apart.
+    Intervals and bands are those of `nextstate.analysis.stats.ratio_difference_band`: the two kinds of pairs are drawn
+    independently, so they are resampled independently.
 
     Raises:
-        PatchError: the sweeps are not over the same cells, or one has no scale.
+        PatchError: the sweeps do not have the same cells, or one has no difference to recover.
     """
     places = [(s.site, s.direction, s.layers, s.columns) for s in (state, action)]
     if places[0] != places[1]:
         raise PatchError(f"sweeps of different cells: {places[0]} and {places[1]}")
-    one, two, apart = stats.ratio_difference_band(changes(state), changes(action), rng, level=level, draws=resamples)
-    return Routing(**vars(apart), state=Recovery.of(state, one), action=Recovery.of(action, two))
+    one, two, band = stats.ratio_difference_band(changes(state), changes(action), rng, level=level, draws=resamples)
+    return Routing(**vars(band), state=Recovery.of(state, one), action=Recovery.of(action, two))
 
 
 def head_table(found: Routing, layers: Sequence[int]) -> pl.DataFrame:
-    """Return one row a head (or layer, where a site has one head) and column of the sweep: both recoveries, routing."""
+    """Return one row for each head (or layer, at sites without heads) and column: both recoveries and the routing."""
     layer, head, _ = (x.ravel() for x in np.indices(found.value.shape))
     columns: dict[str, Any] = {"layer": np.array(layers)[layer], "head": head}
     for name, one in (("state", found.state), ("action", found.action)):
         columns |= {name: one.value.ravel(), f"{name}_low": one.low.ravel(), f"{name}_high": one.high.ravel()}
         columns |= {f"{name}_{end}": getattr(one, end).ravel() for end in ("band_low", "band_high")}
-        columns |= {f"{name}_carries": significant(one).ravel()}
+        columns |= {f"{name}_significant": significant(one).ravel()}
     columns |= {"routing": found.value.ravel()}
     columns |= {f"routing_{k}": getattr(found, k).ravel() for k in ("low", "high", "band_low", "band_high")}
     return pl.DataFrame(columns | {"share": found.share.ravel(), "carries": found.labels.ravel().tolist()})
 
 
 def top_heads(table: pl.DataFrame, most: int = 3) -> list[tuple[int, int]]:
-    """Return the heads that carry most state, then those that carry most action, each once; from `head_table`."""
+    """Return the heads that carry the most state, then those that carry the most action, without duplicates.
+
+    Args:
+        table: the result of `head_table`.
+        most: largest number of heads for each of the two.
+    """
     out: list[tuple[int, int]] = []
     for kind in ("state", "action"):
-        best = table.filter(pl.col(f"{kind}_carries")).sort(kind, descending=True).head(most)
+        best = table.filter(pl.col(f"{kind}_significant")).sort(kind, descending=True).head(most)
         out += [row for row in best.select("layer", "head").iter_rows() if row not in out]
     return out
 
@@ -231,7 +235,7 @@ def top_heads(table: pl.DataFrame, most: int = 3) -> list[tuple[int, int]]:
 def attention_of(
     model: LanguageModel, tokens: Sequence[int], heads: Sequence[tuple[int, int]]
 ) -> Float[np.ndarray, "head position"]:
-    """Return how the last token's attention lies over a prompt, for each (layer, head)."""
+    """Return the attention of the last token to every token of a prompt, for each (layer, head)."""
     last = len(tokens) - 1
     look = Look([0], [last], [list(range(len(tokens)))], len(tokens))
     chosen = {layer: sorted({h for at, h in heads if at == layer}) for layer, _ in heads}

@@ -31,7 +31,7 @@ class Heads(Study[PatchConfig]):
     def jobs(self, config: PatchConfig) -> list[Job]:
         game = make_game(config.game, **config.game_args)
         kinds = kinds_of(config, game)
-        for design, kind in kinds:  # a game that cannot make them says so before anything is written
+        for design, kind in kinds:  # raises before anything is written if the game cannot make such pairs
             draw(config.model_copy(update={"pairs": 1}), game, design, kind, np.random.default_rng(0))
         jobs = [Job(f"pairs/{d}-{k}", f"{d} {k} pairs", config.pairs, (d, k), agent=config.agent) for d, k in kinds]
         sweeps = list(sweeps_of(config, kinds))
@@ -64,7 +64,7 @@ class Heads(Study[PatchConfig]):
         if not isinstance(job.given, Sweeping) or frame.is_empty():
             return {}
         top = frame.sort("recovery", descending=True).row(0, named=True)
-        numbers = {"largest_recovery": top["recovery"], "pairs": top["pairs"], "carry": int(frame["carries"].sum())}
+        numbers = {"largest_recovery": top["recovery"], "pairs": top["pairs"], "carry": int(frame["significant"].sum())}
         return {f"{job.given.key}/{name}": value for name, value in numbers.items()}
 
     def summarise(self, run: Run[PatchConfig]) -> dict[str, pl.DataFrame]:
@@ -90,7 +90,7 @@ def _drawn(run: Run[PatchConfig], design: str, kind: str) -> list[Pair]:
 
 
 def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
-    """Write pairs as tokens and ask the model about them, unpatched; a row a pair."""
+    """Tokenise pairs and run the model on them, unpatched; return one row for each pair."""
     from nextstate.analysis.heads.recovery import Readout
     from nextstate.analysis.heads.routing import baseline, token_pairs
     from nextstate.analysis.heads.tables import PAIRS, pair_rows
@@ -105,7 +105,7 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     rows = pair_rows(design, kind, pairs, joined, reasons, base, words)
     if not any(row["kept"] for row in rows):
         reason = (
-            f"{model.name} fails on all {len(found)} pairs: in none does it prefer the right answer in both prompts"
+            f"{model.name} fails on all {len(found)} pairs: it never prefers the correct answer in both prompts"
             if found else f"no pair can be used: {rows[0]['reason']}"
         )  # fmt: skip
         run.left_out(run.config.agent, f"{design} {kind} pairs", reason, failed=True)
@@ -122,7 +122,7 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
 
     rows = run.table(job.pairs)
     kept = rows.filter("kept")
-    if kept.is_empty():  # said where the pairs were measured
+    if kept.is_empty():  # `_measure` has reported it
         return pl.DataFrame(schema=SWEEP)
     config, model = run.config, run.model(run.config.model)
     joined = run.once(("joined", job.pairs), lambda: token_pairs(model.encoder, _drawn(run, job.design, job.kind))[0])
@@ -130,17 +130,17 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     pairs = [pair for pair, ok in zip(joined, sound["kept"], strict=True) if ok]
     if job.direction in ("mean", "resample") and kept["tokens"].n_unique() > 1:
         lengths = kept["tokens"].n_unique()
-        raise Skip(f"pairs of {lengths} lengths cannot lend each other activations at all positions")
+        raise Skip(f"pairs have {lengths} different lengths; {job.direction} ablation at all positions needs one")
     positions = {"last": "last", "all": "all", "map": layout(pairs)}[job.where]
     given: dict[str, Any] = {"site": job.site, "positions": positions, "direction": job.direction}
-    given |= {"failures": "include", "rng": run.rng(job.key)}  # those on which the model fails are not among them
+    given |= {"failures": "include", "rng": run.rng(job.key)}  # failed pairs are already filtered out
     if job.exact:
-        # Few copies afford the whole vocabulary; maps and ablations do without.
+        # Logits of the whole vocabulary are affordable for few copies only, so maps and ablations omit them.
         given |= {"vocabulary": job.where == "last", "max_bytes": int(config.max_gigabytes * 2**30)}
         found = sweep(model, pairs, **given)
     else:
         found = attribution(model, pairs, **given)
-    run.describe_model(model)  # with what was proved of longer prompts
+    run.describe_model(model)  # including what was verified for longer prompts
     try:
         recovered = recovery(found, run.rng(job.key, "bootstrap"), resamples=config.resamples)
     except PatchError as error:
@@ -149,7 +149,7 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
 
 
 def _attend(run: Run[PatchConfig], design: str) -> pl.DataFrame:
-    """Keep the attention of the top heads from the answering token, over an example of a state and an action pair."""
+    """Return the attention of the top heads from the answering token, in one state pair and one action pair."""
     from nextstate.analysis.heads.routing import attention_of, head_table, top_heads
     from nextstate.analysis.heads.tables import ATTENTION, routing_of
 

@@ -1,15 +1,14 @@
-"""The engine of patching: patched runs of pairs of prompts, many at a time.
+"""Batched forward passes for patching: many patched runs of pairs of prompts at a time.
 
-Where a model takes the tree road, every patched run is a copy of the prompt's last tokens in one forward pass: a run
-that differs from the base run only from position `start` on costs the tokens from there on, a copy of them, which a
-mask shows the keys and values before `start` and hides from all other copies. Below the layer in which a copy is
-patched it equals the unpatched one, so it enters the network only there, as a duplicate of that one. Before this is
-used, a small sweep is compared with plain hooks; where they disagree, and for all other models, every patched run is a
-row of its own (on the fork road from a copied state of the tokens before `start`). The logits are those of one forward
-pass a patch, to float error, either way.
+On the tree road, all patched runs share one forward pass. A patched run differs from the base run only from position
+`start` on, so only the tokens from there on are copied; a mask lets each copy attend to the keys and values before
+`start` and to itself, but not to other copies. Below the layer in which it is patched, a copy equals the base run, so
+it is added to the pass only in that layer. Before this is used, a small sweep is compared with plain hooks. If they
+disagree, and on all other roads, every patched run is a row of its own (on the fork road from a copied state of the
+tokens before `start`). Both ways give the logits of one forward pass for each patch, up to rounding.
 
-Two controls go along in every pass and stop it with an error where they fail: one is left alone and must give the
-logits of the base run; in the other everything is patched and must give those of the source run.
+Two controls are part of every pass and raise an error if they fail: one is not patched and must give the logits of the
+base run; the other is patched everywhere and must give the logits of the source run.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from nextstate.agents.masks import Places
 from nextstate.agents.sites import Activation, Site
 from nextstate.analysis.heads.pairs import PatchError
 
-ROW_TOKENS = 1024  # most tokens of copies side by side in one row: each looks past all others, which costs their square
+ROW_TOKENS = 1024  # most tokens of copies in one row: the cost of masked attention is quadratic in them
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class Copy(NamedTuple):
-    """A patched run: where its patch goes."""
+    """The place that is patched in one run."""
 
     layer: int
     head: int  # 0 at sites without heads
@@ -46,25 +45,25 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class Trunks:
-    """Keys and values of base and source runs as one tree, and the stream between its blocks, to start copies from."""
+    """Keys, values and residual stream of base and source runs in one tree, from which copies start."""
 
     cache: list[tuple[Float[Tensor, "pair kv column dim"], Float[Tensor, "pair kv column dim"]]]
     depths: Int[Tensor, " column"]  # the position of each cached column
-    columns: Int[Tensor, " position"]  # those of the source run; the base run's are 0, 1, ...
+    columns: Int[Tensor, " position"]  # columns of the source run; those of the base run are 0, 1, ...
     base: list[Activation]  # resid_pre for each layer, [pair late 1 hidden]
     source: list[Activation]
 
     def select(self, rows: Int[Tensor, " row"]) -> Trunks:
-        """Return those of some of the pairs."""
+        """Return the same for a selection of the pairs."""
         cache = [(k[rows], v[rows]) for k, v in self.cache]
         return replace(self, cache=cache, base=[x[rows] for x in self.base], source=[x[rows] for x in self.source])
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The base and the source run of pairs of one length: what their copies start from.
+    """The base and source runs of pairs of one length, from which patched copies start.
 
-    Positions count from `first` where an axis is called `late`.
+    Axes called `late` hold the positions from `first` on.
     """
 
     tokens: Int[Tensor, "pair position"]
@@ -73,10 +72,10 @@ class Runs:
     taken: dict[int, Activation]  # the swept site in the source run, by layer, [pair late head dim]
     base_logits: Float[Tensor, "pair vocab"]
     source_logits: Float[Tensor, "pair vocab"]
-    trunks: Trunks | None = None  # where copies run in one tree
+    trunks: Trunks | None = None  # set if copies run in one tree
 
     def select(self, rows: Int[Tensor, " row"]) -> Runs:
-        """Return those of some of the pairs."""
+        """Return the same for a selection of the pairs."""
         return replace(
             self,
             tokens=self.tokens[rows],
@@ -89,7 +88,7 @@ class Runs:
 
 
 class Held(DynamicCache):  # type: ignore[misc]
-    """Keys and values of the trunk; those of copies are used once and not kept."""
+    """A cache with the keys and values of the trunk; those of copies are not stored."""
 
     def __init__(self, held: list[tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -117,16 +116,16 @@ def run_pairs(
     """Run base and source prompts.
 
     Args:
-        model: any.
-        base: tokens that patches go into.
-        source: tokens that agree with them up to where the first pair differs.
-        site: what to keep of the source run.
+        model: the language model.
+        base: tokens of the runs to patch.
+        source: tokens of the runs from which activations are taken; equal to `base` before `first`.
+        site: site whose activations in the source run are kept.
         first: position from which activations are kept.
-        in_tree: whether copies run in one tree; by default where that is proved for this model.
+        in_tree: whether copies run in one tree; by default if that is verified for this model.
     """
     length = base.shape[1]
-    beside = max(ROW_TOKENS, 3 * (length - first))  # a copy and the controls always go
-    if fast(model, site, length, 2 * length + beside) if in_tree is None else in_tree:
+    copied = max(ROW_TOKENS, 3 * (length - first))  # a pass holds at least one copy and both controls
+    if fast(model, site, length, 2 * length + copied) if in_tree is None else in_tree:
         return _run_trunks(model, base, source, site, first)
     rows = [torch.from_numpy(x).to(model.device) for x in (base, source)]
     taken = {layer: x[:, first:] for layer, x in site_values(model, source, site).items()}
@@ -141,10 +140,10 @@ def _run_trunks(
     site: Site,
     first: int,
 ) -> Runs:
-    """Run base and source prompts as one tree: what they begin with in common is computed once."""
+    """Run base and source prompts as one tree, so that their common prefix is computed once."""
     length = base.shape[1]
     shared = int((base == source).all(0).cumprod().sum())
-    shared = min(shared, length - 1)  # each run has a last token of its own, whose logits we read
+    shared = min(shared, length - 1)  # each run needs its own last token, whose logits are read
     columns = torch.cat([torch.arange(shared), torch.arange(length, 2 * length - shared)])
     width = 2 * length - shared
     visible = torch.zeros(width, width, dtype=torch.bool)
@@ -196,16 +195,16 @@ _PROVED: WeakKeyDictionary[LanguageModel, dict[Site, bool]] = WeakKeyDictionary(
 
 
 def fast(model: LanguageModel, site: Site, length: int, columns: int) -> bool:
-    """Return whether copies of prompts of some length may run in one tree, entering late: proved once a model and site.
+    """Return whether copies may run in one tree. This is verified once for each model and site.
 
     Args:
-        model: any.
-        site: what is patched.
+        model: the language model.
+        site: the site that is patched.
         length: tokens of a prompt.
-        columns: those of the tree, copies included.
+        columns: columns of the tree, including copies.
 
     Raises:
-        AgentError: no road gives what plain forward passes of the model give.
+        AgentError: no road reproduces the plain forward passes of the model.
     """
     if model.forward.require(length, columns) != "tree":
         return False
@@ -216,7 +215,7 @@ def fast(model: LanguageModel, site: Site, length: int, columns: int) -> bool:
 
 
 def _agrees(model: LanguageModel, site: Site) -> bool:
-    """Compare a small sweep in one tree with plain hooks: one head a layer, at the last token and at all late ones."""
+    """Compare a small sweep in one tree with plain hooks: one head per layer, at the last and at all late tokens."""
     rng, length, first = np.random.default_rng(3), 12, 5
     base = rng.integers(3, min(1000, model.model.get_input_embeddings().weight.shape[0]), (2, length))
     source = base.copy()
@@ -253,28 +252,28 @@ def run_copies(
     whole: bool,
     only: Int[Tensor, "pair token"] | None = None,
 ) -> tuple[Float[Tensor, "pair copy vocab"], float]:
-    """Run patched copies of the tokens from `start` on; return their logits and how far the controls are off.
+    """Run patched copies of the tokens from `start` on; return their logits and the largest error of the controls.
 
     Args:
-        model: any.
-        runs: what they start from.
-        site: what is patched.
-        copies: where, in order of layers.
-        values: what goes there, by layer, from position `runs.first` on.
+        model: the language model.
+        runs: the base and source runs.
+        site: the site to patch.
+        copies: the places to patch, ordered by layer.
+        values: activations to patch in, by layer, from position `runs.first` on.
         start: position of the first token of a copy.
-        whole: patch all its positions, instead of `start` alone.
-        only: tokens of each pair to compute the logits of; by default the whole vocabulary.
+        whole: patch all positions from `start` on instead of `start` alone.
+        only: tokens of each pair to compute logits of; by default the whole vocabulary.
 
     Raises:
-        PatchError: a control is off by more than `TOLERANCE` (of the spread of the logits).
+        PatchError: the error of a control exceeds `TOLERANCE` times the range of the logits.
     """
     run = _copies_in_rows if runs.trunks is None else _copies_in_tree
     logits = run(model, runs, site, copies, values, start, whole, only)
-    off = max(
+    error = max(
         _control(model, "nothing", "base", logits[:, 0], runs.base_logits, only),
         _control(model, "everything", "source", logits[:, 1], runs.source_logits, only),
     )
-    return logits, off
+    return logits, error
 
 
 def _copies_in_rows(
@@ -287,7 +286,7 @@ def _copies_in_rows(
     whole: bool,
     only: Int[Tensor, "pair token"] | None,
 ) -> Float[Tensor, "pair copy vocab"]:
-    """Run every copy as a row: on the fork road from a copied state at `start`, else from the beginning."""
+    """Run every copy as a row of its own: on the fork road from a copied state at `start`, else from the beginning."""
     sites, (pairs, length), n = model.sites, runs.tokens.shape, 2 + len(copies)
     rows = runs.tokens[:, None].repeat(1, n, 1)
     rows[:, 1] = runs.source_tokens
@@ -296,7 +295,7 @@ def _copies_in_rows(
     begin, late = start if forked else 0, start - runs.first
     wanted = None if only is None else only.repeat_interleave(n, 0)
     state = None
-    if forked:  # of base runs, then of source runs; then once for each row, the source run's being the second
+    if forked:  # states of base runs, then of source runs; row 1 of each pair starts from the source run
         before = torch.cat([runs.tokens[:, :start], runs.source_tokens[:, :start]])
         pair = torch.arange(pairs)[:, None].repeat(1, n)
         pair[:, 1] += pairs
@@ -311,7 +310,7 @@ def _copies_in_rows(
 
         def patch(x: Activation) -> Activation:
             x = x.reshape(pairs, n, *x.shape[1:]).clone()
-            x[:, 1, here:] *= -1  # so that the second control is wrong wherever it is not patched
+            x[:, 1, here:] *= -1  # makes the second control fail wherever it is not patched
             overwrite(x[:, 1:2, here:], torch.ones_like(every, dtype=torch.bool)[None], runs.taken[layer][:, late:])
             end = None if whole else 1
             mine_in = x[:, 2:][:, mine, here : None if whole else here + 1]
@@ -340,12 +339,12 @@ def _copies_in_tree(
     whole: bool,
     only: Int[Tensor, "pair token"] | None,
 ) -> Float[Tensor, "pair copy vocab"]:
-    """Run all copies in one forward pass, each entering the network in the layer in which it is patched."""
+    """Run all copies in one forward pass, each added in the layer in which it is patched."""
     assert runs.trunks is not None
     sites, trunks, span, n = model.sites, runs.trunks, runs.tokens.shape[1] - start, 2 + len(copies)
     entry, late = copies[0].layer, start - runs.first
     layer_of = torch.tensor([c.layer for c in copies])
-    ends = [2 + int((layer_of <= layer).sum()) for layer in range(sites.layers)]  # copies that have entered by then
+    ends = [2 + int((layer_of <= layer).sum()) for layer in range(sites.layers)]  # copies present after each layer
     begins = [2 + int((layer_of < layer).sum()) for layer in range(sites.layers)]
     heads = sites.shape(site, entry)[0]
     patched = [layer for layer in sites.layers_with(site) if layer >= entry]
@@ -359,7 +358,7 @@ def _copies_in_tree(
             hidden = args[0] if args else kwargs["hidden_states"]
             if layer == entry:
                 own = trunks.base[layer][:, late:, 0]
-                # At resid_pre the second control has to get there by patches.
+                # At resid_pre the second control starts from the base run: only its patches make it the source run.
                 full = own if site == "resid_pre" else trunks.source[layer][:, late:, 0]
                 hidden = torch.cat([own, full], 1)
             new = ends[layer] - begins[layer]
@@ -376,7 +375,7 @@ def _copies_in_tree(
         def patch(x: Activation) -> Activation:
             fired.append(layer)
             x = x.reshape(len(x), ends[layer], span, *x.shape[2:]).clone()
-            x[:, 1] *= -1  # so that the second control is wrong wherever it is not patched
+            x[:, 1] *= -1  # makes the second control fail wherever it is not patched
             everything = torch.ones(1, heads, dtype=torch.bool, device=x.device)
             overwrite(x[:, 1:2], everything, runs.taken[layer][:, late:])
             new = slice(begins[layer], ends[layer])
@@ -420,9 +419,9 @@ def tree_pass(
     ask: Int[Tensor, " asked"],
     only: Int[Tensor, "row token"] | None = None,
 ) -> Float[Tensor, "row asked vocab"]:
-    """Run tokens under a mask for each row, or one mask for all rows; return logits of the asked tokens.
+    """Run tokens with one mask for each row, or one for all rows; return the logits at the tokens `ask`.
 
-    The vocabulary, or `only` some of it, is computed for the asked tokens alone.
+    Logits of the vocabulary, or of the tokens `only`, are computed at these tokens alone.
     """
     ask, places = ask.to(model.device), Places(visible.to(model.device), depths.to(model.device))
     with read_out(model.model, lambda x: x[:, ask], only):
@@ -430,7 +429,7 @@ def tree_pass(
 
 
 def _visible(trunks: Trunks, start: int, span: int, n: int) -> Bool[Tensor, "token column"]:
-    """Return what copies see: before `start` the base run (the second control the source run), then each itself."""
+    """Return the mask of copies: each sees the base run before `start` (control 2: the source run) and itself."""
     cached = len(trunks.depths)
     seen = torch.zeros(n, span, cached + n * span, dtype=torch.bool)
     seen[:, :, :start] = True
@@ -442,7 +441,7 @@ def _visible(trunks: Trunks, start: int, span: int, n: int) -> Bool[Tensor, "tok
 
 
 class _Cut(NamedTuple):
-    """Cuts what a model gives to its blocks for all copies down to the tokens of those that have entered."""
+    """Cuts the arguments that a model passes to its blocks down to the tokens of the copies present so far."""
 
     tokens: int
     alive: int
@@ -470,12 +469,12 @@ def _control(
 ) -> float:
     spread = max(1.0, float(want.max() - want.min()))
     found, want = found.float(), (want if only is None else want.gather(1, only)).float()
-    apart = float((found - want).abs().max()) / spread
+    error = float((found - want).abs().max()) / spread
     limit = TOLERANCE.get(model.model.dtype, 1e-1)
-    if not apart <= limit:  # so also where it is not a number
+    if not error <= limit:  # also raises for NaN
         raise PatchError(
-            f"control failed: {what} patched must give the {whose} run's logits, but they are apart by {apart:.2g} of "
-            f"their spread (limit {limit:.0e} in {model.model.dtype}); {model.name} does something that patching on "
-            f"branches does not know of"
+            f"control failed: with {what} patched, the logits must be those of the {whose} run, but differ by "
+            f"{error:.2g} of their range (limit {limit:.0e} in {model.model.dtype}); {model.name} has an operation "
+            f"that patching on branches does not support"
         )
-    return apart
+    return error

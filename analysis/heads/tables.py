@@ -1,4 +1,4 @@
-"""The files of a patching run: what a sweep becomes as a table, and a sweep again from its table."""
+"""Tables of a patching run: their schemas, conversion from and to sweeps, and the summary tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ENDS = ("", "_low", "_high", "_band_low", "_band_high")
 HEADS: dict[Any, Any] = {
     "layer": pl.Int64, "head": pl.Int64,
     **{f"{kind}{end}": pl.Float64 for kind in ("state", "action") for end in _ENDS},
-    "state_carries": pl.Boolean, "action_carries": pl.Boolean,
+    "state_significant": pl.Boolean, "action_significant": pl.Boolean,
     **{f"routing{end}": pl.Float64 for end in _ENDS},
     "share": pl.Float64, "carries": pl.String,
 }  # fmt: skip
@@ -37,12 +37,10 @@ EFFECTS: dict[Any, Any] = {
     "estimate": pl.Float64,
 }  # fmt: skip
 WRONG = "the model prefers the wrong answer in one prompt or both"
-
-
 SWEEP: dict[str, Any] = {
     "site": pl.String, "direction": pl.String, "layer": pl.Int64, "head": pl.Int64, "position": pl.String,
     "recovery": pl.Float64, "low": pl.Float64, "high": pl.Float64, "band_low": pl.Float64, "band_high": pl.Float64,
-    "carries": pl.Boolean, "pairs": pl.Int64, "failed": pl.Int64, "flips": pl.Float64, "probability": pl.Float64,
+    "significant": pl.Boolean, "pairs": pl.Int64, "failed": pl.Int64, "flips": pl.Float64, "probability": pl.Float64,
     "design": pl.String, "kind": pl.String, "where": pl.String, "exact": pl.Boolean, "control": pl.Float64,
     "patched": pl.List(pl.Float32),
 }  # fmt: skip
@@ -61,7 +59,7 @@ def pair_rows(
     base: tuple[Readout, Readout],
     words: Mapping[int, Sequence[str]],
 ) -> list[dict[str, Any]]:
-    """Return a row a pair; `base` has an entry for each joined pair, `words` the clean tokens as text."""
+    """Return one row for each pair; `base` has an entry for each joined pair, `words` the clean tokens as text."""
     rows = []
     order = {i: k for k, i in enumerate(joined)}
     for i, pair in enumerate(pairs):
@@ -85,13 +83,13 @@ def pair_rows(
 
 
 def sweep_rows(job: Any, sweep: Sweep, found: Recovery, failed: int) -> pl.DataFrame:
-    """Return one row a cell of a sweep over the pairs that were kept; `patched` has each pair's logit difference.
+    """Return one row for each cell of a sweep over the kept pairs; `patched` has the logit difference of each pair.
 
     Args:
-        job: the `Sweeping` that it is.
-        sweep: what was measured.
-        found: the recovery, with its intervals.
-        failed: pairs on which the model fails.
+        job: the `Sweeping` that was run.
+        sweep: its result.
+        found: its recovery, with intervals.
+        failed: number of pairs on which the model fails.
     """
     n = len(sweep.base.difference)
     patched = sweep.patched.difference.reshape(n, -1).T.astype(np.float32).tolist()
@@ -106,7 +104,7 @@ def sweep_rows(job: Any, sweep: Sweep, found: Recovery, failed: int) -> pl.DataF
 
 
 def restored(rows: pl.DataFrame, pairs: pl.DataFrame) -> Sweep:
-    """Return the sweep that `rows` was made of; `pairs` are the rows of its pairs. Probabilities are not restored."""
+    """Return the sweep that `rows` was made from; `pairs` are the rows of its pairs. Probabilities are not restored."""
     mine = pairs.filter(pl.col("kept") & (pl.col("kind") == rows["kind"][0]) & (pl.col("design") == rows["design"][0]))
     sides = [mine[f"difference_{side}"].to_numpy() for side in ("clean", "corrupted")]
     base, source = sides[::-1] if rows["direction"][0] == "denoise" else sides
@@ -123,25 +121,25 @@ def restored(rows: pl.DataFrame, pairs: pl.DataFrame) -> Sweep:
 
 
 def sweep_of(run: Run[Any], *job: Any) -> Sweep | None:
-    """Return a sweep of a run (the arguments are those of `Sweeping`), or None where it has no cells."""
+    """Return a sweep of a run (the arguments are those of `Sweeping`), or None if it has no cells."""
     one = Sweeping(*job)
     rows = run.table(f"sweeps/{one.key}") if run.has(f"sweeps/{one.key}") else None
     return None if rows is None or rows.is_empty() else restored(rows, run.table(one.pairs))
 
 
 def routing_of(run: Run[Any], design: str, site: str, direction: str = "denoise") -> Routing | None:
-    """Return state against action at the answering token, or None where one of both was not swept."""
+    """Return state against action at the answering token, or None if one of the two was not swept."""
     state, action = (sweep_of(run, design, kind, site, direction, "last") for kind in ("state", "action"))
     if state is None or action is None:
         return None
     try:
         return routing(state, action, np.random.default_rng(run.config.seed))
-    except PatchError:  # no scale in one of them
+    except PatchError:  # one of them has no logit difference to recover
         return None
 
 
 def counts_of(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Return a row a design and kind: pairs drawn, usable, that count and on which the model fails; greedy accuracy."""
+    """Return one row for each design and kind: pairs drawn, usable, kept and failed, and the greedy accuracy."""
     usable = pl.col("tokens").is_not_null()
     greedy = (pl.col("greedy_clean").cast(pl.Float64) + pl.col("greedy_corrupted").cast(pl.Float64)).filter(usable)
     return pairs.group_by("design", "kind", maintain_order=True).agg(
@@ -153,11 +151,11 @@ def counts_of(pairs: pl.DataFrame) -> pl.DataFrame:
 def summaries(run: Run[Any]) -> dict[str, pl.DataFrame]:
     """Return the statistics of a patching run.
 
-    - `counts`: of the pairs; `excluded`: reasons why pairs cannot be used; `examples`: a few pairs of each kind.
+    - `counts`: numbers of pairs; `excluded`: why pairs cannot be used; `examples`: a few pairs of each kind.
     - `sweeps`: every cell of every sweep; `effects`: exact and estimated effect of each head, in logits; `screens`:
       their rank correlation.
-    - `heads`, `layers`: state against action, of each head and of each layer as a whole (see `head_table`).
-    - `attention`: of the top heads over an example.
+    - `heads`, `layers`: state against action, for each head and for each whole layer (see `head_table`).
+    - `attention`: attention of the top heads in one example of each kind.
     """
     pairs = pl.concat(run.tables("pairs/*").values())
     unusable = pairs.filter(pl.col("tokens").is_null())
@@ -185,7 +183,7 @@ def summaries(run: Run[Any]) -> dict[str, pl.DataFrame]:
 
 
 def effect_rows(design: str, kind: str, exact: Sweep, estimate: Sweep) -> pl.DataFrame:
-    """Return a row a head: its mean effect in logits, exactly and as the gradient estimates it."""
+    """Return one row for each head: its mean effect in logits, exact and as estimated from the gradient."""
     right, up = (
         (s.patched.difference - s.base.difference[:, None, None, None]).mean(0)[..., 0] for s in (exact, estimate)
     )
@@ -196,7 +194,7 @@ def effect_rows(design: str, kind: str, exact: Sweep, estimate: Sweep) -> pl.Dat
 
 
 def _routed(run: Run[Any]) -> dict[str, pl.DataFrame]:
-    """Return `heads` and `layers` of the first design that has pairs of state and action, empty where none has."""
+    """Return `heads` and `layers` of the first design that has state and action pairs; empty tables if none has."""
     empty = pl.DataFrame(schema=HEADS)
     for design in main_first(run.config.designs):
         one = routing_of(run, design, "head")

@@ -1,4 +1,4 @@
-"""A report page: what it holds, how it becomes HTML, and the files that are written beside it.
+"""Report pages: their content, rendering as HTML, and the files of their figures.
 
 A page is one HTML file that works offline. Its scripts are allowed by their hashes, and all text is escaped.
 """
@@ -29,7 +29,7 @@ from nextstate.envs.files import write_atomic, write_text
 
 
 class Plot(NamedTuple):
-    """Where a figure stands on the page: its name in `FigureList`, its title as plain text, its height in pixels."""
+    """A figure on the page: its name in `FigureList`, its title as plain text, its height in pixels."""
 
     name: str
     title: str
@@ -62,7 +62,7 @@ class FigureList:
         return Plot(name, title, int(figure.layout.height or 360) - 26)
 
     def for_browser(self) -> dict[str, Any]:
-        """Return all figures as JSON objects for plotly.js, without what the page itself draws: title and colours."""
+        """Return all figures as JSON for plotly.js, without titles and colours, which the page sets."""
         return {name: self._for_browser(name, figure) for name, figure in self.figures.items()}
 
     def _for_browser(self, name: str, figure: go.Figure) -> dict[str, Any]:
@@ -108,8 +108,8 @@ class Page:
         lead: the main findings, a plain sentence or two each.
         sections: in the order of the page.
         words: definitions of the terms that the page uses.
-        template: of the study, which extends `page/base.html.jinja`; by default the sections are all that is shown.
-        context: what the study's own template needs.
+        template: template of the study, which extends `page/base.html.jinja`; by default only the sections are shown.
+        context: variables of the template.
         figures: the figures that `context` refers to, to which those of `sections` are added.
     """
 
@@ -130,7 +130,7 @@ def render(page: Page, record: Mapping[str, Any]) -> str:
 
     Args:
         page: what to show.
-        record: the run's `run.json`, for the section about what was run.
+        record: the run's `run.json`, for the section with run details.
     """
     templates = environment()
     bundle = importlib.resources.files("nextstate.analysis.page").joinpath("plotly-cartesian.min.js")
@@ -199,7 +199,7 @@ def sha256(text: str) -> str:
 
 
 def certificates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what was proved about how each model of a run was run, one row a certificate.
+    """Return the certificates of the models of a run, one row each.
 
     `dtype` is that of a copy in another precision, and None for the model itself; `half` is True in half precision.
     """
@@ -212,7 +212,7 @@ def certificates(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def left_out(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what a run left out: one row for each agent and reason, with all `settings` that it applies to."""
+    """Return what a run left out: one row for each agent and reason, with all affected `settings`."""
     out: dict[tuple[str, str], list[str]] = {}
     for x in record.get("left_out", ()):
         out.setdefault((x["agent"], x["reason"]), []).append(x["what"])

@@ -162,9 +162,9 @@ def _size(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> tup
     height, width = layout.get("height") or 360, 440.0
     for trace in traces:
         if trace["type"] == "heatmap":
-            wide = len(trace["z"][0])
+            columns = len(trace["z"][0])
             letters = max([len(_text(t)) for n in traces if n.get("mode") == "text" for t in n["text"]], default=0)
-            width = min(900.0, max(320.0, 110 + wide * max(9 if wide <= 60 else 5, 7 * letters + 4)))
+            width = min(900.0, max(320.0, 110 + columns * max(9 if columns <= 60 else 5, 7 * letters + 4)))
     if layout.get("sliders"):
         height, width = height - 80, width + 20
     if layout.get("yaxis", {}).get("ticktext") and layout["yaxis"].get("ticks") == "" and width == 440:
@@ -209,8 +209,8 @@ class _Scale:
         if self.names is None:
             return None
         labels = [_text(n[-1] if isinstance(n, tuple) else n) for n in self.names]
-        apart = max(1, math.ceil(len(labels) * room))
-        return [float(k) for k in range(0, len(labels), apart)], labels[::apart]
+        step = max(1, math.ceil(len(labels) * room))
+        return [float(k) for k in range(0, len(labels), step)], labels[::step]
 
     def _inside(self, place: float) -> bool:
         ends = self.axis.get("range")
@@ -376,7 +376,7 @@ class _Drawing:
         self.axes.set_ylim(_edges(y)[0], _edges(y)[-1])
 
     def _colour_bar(self, style: Mapping[str, Any], title: str) -> None:
-        """Draw the colours beside the axes, with three numbers; axes of their own would take much longer."""
+        """Draw the colour scale next to the axes, with three labels; a colour bar with its own axes would be slower."""
         import numpy as np
 
         start, end = (1 + inches / (self.axes.figure.get_figwidth() * self._box.width) for inches in (0.14, 0.24))
@@ -393,16 +393,16 @@ class _Drawing:
     def _shapes(self) -> None:
         for shape in self.layout.get("shapes") or ():
             style = {"color": _colour(shape.get("fillcolor") or GREY), "linewidth": 0, "zorder": 0}
-            tall, wide = ("domain" in str(shape.get(ref)) or shape.get(ref) == "paper" for ref in ("yref", "xref"))
+            tall, across = ("domain" in str(shape.get(ref)) or shape.get(ref) == "paper" for ref in ("yref", "xref"))
             if shape.get("type") == "rect" and tall:
                 self.axes.axvspan(shape["x0"], shape["x1"], **style)
-            elif shape.get("type") == "rect" and wide:
+            elif shape.get("type") == "rect" and across:
                 self.axes.axhspan(shape["y0"], shape["y1"], **style)
             elif shape.get("type") == "line":
                 line = shape.get("line") or {}
                 colour, width = _colour(line.get("color") or GREY), (line.get("width") or 1) * POINT
                 ends = ([shape["x0"], shape["x1"]], [shape["y0"], shape["y1"]])
-                where = self.axes.get_xaxis_transform() if tall else self.axes.get_yaxis_transform() if wide else None
+                where = self.axes.get_xaxis_transform() if tall else self.axes.get_yaxis_transform() if across else None
                 self.axes.plot(
                     *ends, color=colour, linewidth=width, zorder=2, **({"transform": where} if where else {})
                 )
@@ -415,8 +415,8 @@ class _Drawing:
     def _axes(self) -> None:
         from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
 
-        wide, high = self.axes.figure.get_size_inches()
-        inches = {"x": wide * self._box.width, "y": high * self._box.height}
+        width, height = self.axes.figure.get_size_inches()
+        inches = {"x": width * self._box.width, "y": height * self._box.height}
         self.axes.set_axisbelow(True)
         for side in ("top", "right"):
             self.axes.spines[side].set_visible(False)
@@ -439,10 +439,10 @@ class _Drawing:
             if ticks is not None:
                 places, labels = ticks
                 axis.set_ticks(places, labels)
-                apart = min((abs(b - a) for a, b in pairwise(places)), default=1)
-                apart *= inches["x"] / len(scale.names) if scale.names else inches["x"] / max(len(places), 1) / apart
+                gap = min((abs(b - a) for a, b in pairwise(places)), default=1)
+                gap *= inches["x"] / len(scale.names) if scale.names else inches["x"] / max(len(places), 1) / gap
                 widest = max(map(len, labels), default=0) * 0.075
-                if name == "x" and widest > apart:
+                if name == "x" and widest > gap:
                     axis.set_tick_params(rotation=90)
                     self._below += widest
                 if scale.log:

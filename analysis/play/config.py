@@ -1,4 +1,4 @@
-"""What is played in a run: the part of a config about play, and the cells that it means."""
+"""The part of a config about play, and its cells."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from nextstate.envs.game import GameError, check_steps
 class PlayConfig(GridConfig):
     """A game that is played, over a grid of settings."""
 
-    steps: int = Field(10, ge=1, description="commands in an episode, at most")
+    steps: int = Field(10, ge=1, description="most commands in an episode")
     episodes: int = Field(50, ge=1, le=1_000_000, description="of each cell")
-    writes: bool = Field(False, description="language models write their commands instead of picking one")
+    writes: bool = Field(False, description="language models write commands as free text")
     max_states: int = Field(
-        MAX_STATES, ge=1, le=100_000_000, description="visited at most in search of the fewest commands"
+        MAX_STATES, ge=1, le=100_000_000, description="most states visited in the search for a shortest solution"
     )
 
 
 class PlayCell(NamedTuple):
-    """A cell that is played, with the search for the fewest commands that reach an aim."""
+    """A cell that is played, with the search for shortest solutions."""
 
     cell: Cell
     optima: Optima
 
 
 class Optima:
-    """The fewest commands that each aim takes; each aim is searched once.
+    """Lengths of shortest solutions, computed once for each aim.
 
     Args:
-        max_states: states that a search visits, at most.
+        max_states: most states that a search visits.
     """
 
     def __init__(self, max_states: int) -> None:
@@ -45,7 +45,7 @@ class Optima:
         self._known: dict[Aim, int | None] = {}
 
     def __call__(self, aim: Aim) -> int | None:
-        """Return how many; None where the search visits too many states, or there is no way."""
+        """Return the least number of commands; None if the search visits too many states or there is no solution."""
         if aim not in self._known:
             try:
                 found = shortest(aim, self.max_states)

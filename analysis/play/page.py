@@ -15,11 +15,11 @@ from nextstate.envs.aims import reply
 
 Axis = Literal["size", "states"]
 LOOK = {"random": figures.REFERENCES["chance"], "walkthrough": figures.REFERENCES["ideal"]}
-STEPS = 60  # commands of an episode that are shown
+STEPS = 60  # most commands shown of an episode
 
 
 def styles(agents: pl.DataFrame) -> dict[str, Style]:
-    """Return how each player is drawn: models as everywhere, random as chance, the walkthrough as the ideal reader."""
+    """Return the style of each player: models as in other figures, random as chance, walkthrough as ideal reader."""
     models = set(agents.filter(~pl.col("reference"))["agent"])
     return {agent: style for agent, style in figures.styles(agents).items() if agent in models} | LOOK
 
@@ -40,11 +40,11 @@ def accuracy(
 
 
 def section(found: Mapping[str, pl.DataFrame], drawn: FigureList) -> dict[str, Any] | None:
-    """Return what the page's section about play needs; None where nothing was played.
+    """Return the template variables of the section about play; None if nothing was played.
 
     Args:
         found: the tables of `summary/`.
-        drawn: takes the figures.
+        drawn: list to which figures are added.
     """
     rows, look = found["plays"], styles(found["agents"])
     if rows.is_empty():
@@ -75,7 +75,7 @@ def section(found: Mapping[str, pl.DataFrame], drawn: FigureList) -> dict[str, A
 
 
 def _pairs(found: Mapping[str, pl.DataFrame], game: str, variant: str, size_name: str) -> Iterator[list[go.Figure]]:
-    """Yield accuracy, where there is any, and success beside it: against size, and against |Q| where that varies."""
+    """Yield figures of accuracy (if measured) and success: against size, and against |Q| if it varies."""
     asked, won, look = found["curves"], found["play_curves"], figures.styles(found["agents"])
     plain = variant.removesuffix("written").removesuffix(", ")  # the variant where questions are asked
     axes: tuple[tuple[Axis, str], ...] = (("size", size_name), ("states", "|Q|"))
@@ -97,9 +97,9 @@ def _shown(found: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
 
 
 def _turns(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the commands of an episode and what was told after each."""
+    """Return the commands of an episode and the reply to each."""
     turns = zip(row["commands"], row["legal"], row["observations"], strict=True)
-    return [{"command": c, "legal": legal, "told": reply(c, told)} for c, legal, told in turns][:STEPS]
+    return [{"command": c, "legal": legal, "reply": reply(c, text)} for c, legal, text in turns][:STEPS]
 
 
 def _places(found: Mapping[str, pl.DataFrame]) -> list[tuple[str, str, str]]:

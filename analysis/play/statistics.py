@@ -55,12 +55,12 @@ def mean(
 
 
 def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.DataFrame:
-    """Return a row a group of `by`: episodes, |Q| (mean), and four means with 95 % intervals over episodes.
+    """Return one row for each group of `by`: episodes, |Q| (mean), and four means with 95 % intervals over episodes.
 
-    `success`: share won (Wilson's interval). `score`: share of the most there is. `over`: commands beyond the fewest,
-    in won episodes whose fewest is known; `over_n` is how many these are. `illegal`: illegal commands an episode.
+    `success`: share won (Wilson's interval). `score`: share of the maximum score. `over`: commands beyond the
+    minimum, in the `over_n` won episodes whose minimum is known. `illegal`: illegal commands per episode.
     `cut`: episodes that ended because their transcript was too long for the agent; they count as not won.
-    Each has `_low` and `_high`, and is null where no episode has it.
+    Each has `_low` and `_high`, and is null if it is defined for no episode.
     """
     rng = np.random.default_rng(0)
     out = []

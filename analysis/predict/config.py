@@ -20,15 +20,15 @@ from nextstate.envs.game import Game, check_steps
 
 
 class GameConfig(GridConfig):
-    """A game that questions are asked about, over a grid of settings."""
+    """A game with questions, over a grid of settings."""
 
-    steps: int | list[int] = Field(10, description="length of an episode, at most; a list only with grid=cells")
+    steps: int | list[int] = Field(10, description="most steps of an episode; a list of numbers with grid=cells")
     episodes: int = Field(50, ge=1, le=1_000_000, description="of each cell")
     questions_per_step: int | Literal["all"] = Field(1, description="drawn at random, or all that the game has")
 
 
 class PredictConfig(RunConfig):
-    """Everything that decides the tables of a run."""
+    """Everything that determines the tables of a prediction run."""
 
     agents: list[AgentEntry] = Field(min_length=1, description="who is asked; language models also play")
     games: list[GameConfig] = Field([], description="what questions are asked about")
@@ -80,8 +80,8 @@ def asked_cells(config: PredictConfig) -> list[Cell]:
                 check_steps(game, most)
                 slug = f"{name}-steps={most}" if config.grid == "cells" else name
                 if config.grid == "cells" and out and out[-1].slug == slug:
-                    continue  # beyond the longest episode of this game there is nothing new
-                # With grid=cells each cell has seeds of its own; otherwise cells of one game share their seeds.
+                    continue  # the same cell: the game limits the length of its episodes
+                # With grid=cells each cell has different seeds; otherwise all cells share the same seeds.
                 seeds = seeds_for(config.seed, entry.episodes, len(out) if config.grid == "cells" else 0)
                 out.append(Cell(slug, game, variant, most, entry.questions_per_step, seeds))
     if len({c.slug for c in out}) < len(out):
@@ -94,9 +94,9 @@ class Participant:
     """An agent or player of a run.
 
     Args:
-        name: in tables.
-        spec: how it is made.
-        without: the heads that are ablated in it, None for the agent as it is.
+        name: name in tables.
+        spec: specification to build it from.
+        without: heads that are ablated; None for the unchanged agent.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Participant:
 
     @property
     def reference(self) -> bool:
-        """Whether it answers from a game's own readers, so that it needs neither files nor a device."""
+        """Whether it is a reference agent, which needs neither files nor a device."""
         return self.spec.kind in REFERENCES
 
     @property
@@ -115,16 +115,16 @@ class Participant:
 
 
 def participants(config: PredictConfig, games: Sequence[Game], plays: Sequence[PlayCell]) -> list[Participant]:
-    """Return who takes part, in order; with `intervene`, every language model also without those heads.
+    """Return all participants, in order; with `intervene`, every language model also without those heads.
 
     Args:
-        config: of the run.
-        games: that questions are asked about.
+        config: config of the run.
+        games: games with questions.
         plays: the cells that are played.
 
     Raises:
         AgentError: an entry of `agents` cannot be used; the message is one line.
-        RunError: two of them have one name, or one cannot answer questions.
+        RunError: two participants have the same name, or an agent cannot answer questions.
     """
     out: list[Participant] = []
     for spec in specs_of(config.agents, games):

@@ -20,10 +20,10 @@ VALUES: dict[Value, str] = {
     "over_ceiling": "Accuracy over ceiling",
 }
 CELL = (
-    "accuracy %{customdata[0]} (95 %: %{customdata[1]} to %{customdata[2]})<br>n %{customdata[3]}"
+    "accuracy %{customdata[0]} (95 % interval %{customdata[1]} to %{customdata[2]})<br>n %{customdata[3]}"
     "<br>ceiling %{customdata[4]}, over ceiling %{customdata[6]}<br>chance %{customdata[5]}"
 )
-# After Okabe and Ito (and Tol's muted set for the rest); mid tones, so that they stand on white and on near-black.
+# After Okabe and Ito (and Tol's muted set for the rest); mid tones, legible on white and on near-black.
 MODELS = (
     Style("#0072b2"),
     Style("#d55e00", marker="square"),
@@ -45,7 +45,7 @@ OTHER = Style("#a0a0a0", "3px 3px", 1.4, "x-thin")
 
 
 def styles(agents: pl.DataFrame) -> dict[str, Style]:
-    """Return the style of each agent; `agents` is a table of the summary, in whose order the others take theirs."""
+    """Return the style of each agent; `agents` is the table of the summary, whose order gives models their colours."""
     others = agents.filter(~pl.col("reference"))["agent"].to_list()
     taken = {name: MODELS[i % len(MODELS)] for i, name in enumerate(others)}
     return {agent: taken.get(agent) or REFERENCES.get(agent, OTHER) for agent in agents["agent"]}
@@ -59,7 +59,7 @@ def label(agent: str) -> str:
 
 
 def place(game: str, variant: str) -> str:
-    """Return how a game and its variant are named on an axis."""
+    """Return the axis label of a game and its variant."""
     return f"{game} {variant.replace('density=', '')}".strip()
 
 
@@ -70,9 +70,9 @@ def _text(value: float | None) -> str:
 def heatmap(
     cells: pl.DataFrame, game: str, variant: str, agent: str, value: Value, size_name: str = "size"
 ) -> go.Figure:
-    """Draw `value` of `agent` (all questions) over size (up) and step (right), from the table `tables.cells` makes.
+    """Draw `value` of `agent` (all questions) over size (y) and step (x), from the table of `statistics.cells`.
 
-    The colour scale runs from 0 to 1 in every heatmap. A cell that was not asked stays empty.
+    The colour scale runs from 0 to 1 in every heatmap. Cells without questions are empty.
     """
     here = (
         (pl.col("game") == game)
@@ -113,7 +113,7 @@ def heatmap(
         hoverinfo="skip",
         showlegend=False,
     )
-    # The numbers would widen the axes beyond the cells.
+    # Fixed ranges, since the texts would widen the axes beyond the cells.
     across, up = (
         {"type": "category", "showgrid": False, "ticks": "", "range": [-0.5, len(ticks) - 0.5]}
         for ticks in (steps, sizes)
@@ -131,7 +131,7 @@ def curve(
     look: Mapping[str, Style],
     axis_name: str = "",
 ) -> go.Figure:
-    """Draw accuracy against `axis` for every agent that played, from what `tables.curves` or `states.curves` makes.
+    """Draw accuracy against `axis` for every agent, from `statistics.curves` or `states.curves`.
 
     Bands are 95 % intervals over episodes, for models. Ideal reader and chance are drawn at their expected accuracy.
     """
@@ -169,7 +169,7 @@ def curve(
                 marker={"size": 5, "symbol": style.marker if model else "circle", "color": style.colour},
                 customdata=bounds,
                 hovertemplate=f"{plain(label(agent))}<br>{name} %{{x}}: %{{y:.3f}}"
-                + ("<br>95 %: %{customdata[0]} to %{customdata[1]}, n %{customdata[2]}" if model else "")
+                + ("<br>95 % interval %{customdata[0]} to %{customdata[1]}, n %{customdata[2]}" if model else "")
                 + "<extra></extra>",
             )
         )  # fmt: skip
@@ -209,9 +209,9 @@ def _rows_layout(title: str, x: str, labels: Sequence[str], pitch: int) -> dict[
 
 
 def determined(totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
-    """Draw `agent`'s accuracy on determined and on undetermined questions, a row a game and variant.
+    """Draw `agent`'s accuracy on determined and on undetermined questions, one row for each game and variant.
 
-    `totals` is `tables.pooled(rows, ("agent", "game", "variant"))`. Ticks: ceiling (green), chance (grey).
+    `totals` is `statistics.pooled(rows, ("agent", "game", "variant"))`. Ticks: ceiling (green), chance (grey).
     """
     mine = totals.filter(pl.col("agent") == agent).sort("game", "variant")
     names = [place(g, v) for g, v in mine.select("game", "variant").unique(maintain_order=True).iter_rows()]
@@ -256,8 +256,8 @@ def determined(totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
 def hard(table: pl.DataFrame, totals: pl.DataFrame, agent: str, style: Style) -> go.Figure:
     """Draw `agent`'s accuracy on the determined questions that each shortcut gets wrong.
 
-    `table` comes from `tables.on_hard`, `totals` from `tables.pooled` by agent, game and variant. A small circle marks
-    the accuracy on all determined questions: a bar far to the left of it says that the agent leans on the shortcut.
+    `table` comes from `statistics.on_hard`, `totals` from `statistics.pooled` by agent, game and variant. Small
+    circles mark the accuracy on all determined questions: bars far to their left indicate reliance on the shortcut.
     Grey ticks: chance.
     """
     rows = table.filter((pl.col("agent") == agent) & (pl.col("n") > 0)).sort("game", "variant", "shortcut")

@@ -1,4 +1,4 @@
-"""The page of a run: what was asked, how well it was answered, and what the best possible reader answers."""
+"""The page of a prediction run: accuracy of agents on next-state questions, and that of the ideal reader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nextstate.analysis.predict import figures, states, statistics, viewer
 from nextstate.analysis.predict.config import PredictConfig
 from nextstate.analysis.run import Run
 
-CELLS = 16_000  # rows of the cell table that the page holds at most
+CELLS = 16_000  # most rows of the cell table on the page
 
 Tables = Mapping[str, pl.DataFrame]  # of the summary, by name
 
@@ -25,7 +25,7 @@ def page(run: Run[PredictConfig]) -> Page:
     hard, totals = found["hard"], found["totals"]
     look = figures.styles(found["agents"])
     shown = focus(found["agents"])
-    asked = [a for a in shown if a in set(totals["agent"])]  # a model that answered nothing has no figures
+    asked = [a for a in shown if a in set(totals["agent"])]  # models without answers have no figures
     games = [_game(found, name, shown, drawn) for name in _asked(found)["game"].unique(maintain_order=True)]
     played = play.section(found, drawn)
     names = dict.fromkeys(game["name"] for game in games + (played["games"] if played else []))
@@ -54,12 +54,12 @@ def page(run: Run[PredictConfig]) -> Page:
 
 
 def models(agents: pl.DataFrame) -> list[str]:
-    """Return the agents that are no references."""
+    """Return the agents that are not references."""
     return agents.filter(~pl.col("reference"))["agent"].to_list()
 
 
 def focus(agents: pl.DataFrame) -> list[str]:
-    """Return the agents that have figures of their own: the models, or the first agent where there are none."""
+    """Return the agents that have figures of their own: the models, or the first agent if there are none."""
     return models(agents) or agents["agent"].to_list()[:1]
 
 
@@ -131,7 +131,7 @@ def _never_wrong(hard: pl.DataFrame) -> list[str]:
 
 
 def _cell_data(cells: pl.DataFrame, agents: pl.DataFrame) -> dict[str, Any]:
-    """Return the cell table by columns; names as indices, numbers with three digits."""
+    """Return the cell table as columns, with names as indices and numbers rounded to three digits."""
     shown = cells
     if len(shown) > CELLS:
         shown = shown.filter((pl.col("step") <= 10) | (pl.col("step") % 10 == 0))

@@ -1,4 +1,4 @@
-"""States as a whole: accuracy against the exact number of states, and answers put together to whole states."""
+"""Accuracy against the exact number of states, and accuracy of whole states that answers combine to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nextstate.analysis import stats
 from nextstate.analysis.predict import statistics
 from nextstate.analysis.predict.tables import QUESTION
 
-PER_DECADE = 2  # bins of |Q|
+PER_DECADE = 2  # bins of |Q| per decade
 FORMS = {
     "state": "full state",
     "difference": "state difference",
@@ -29,10 +29,10 @@ _SUMS = (("right", "greedy_correct"), ("asked", "one"), ("ceiling", "ceiling"), 
 
 
 def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
-    """Return accuracy against |Q|, in bins of half a decade, for games whose size says something else than |Q|.
+    """Return accuracy against |Q|, in bins of half a decade, for games whose size is not |Q|.
 
     Columns as in `statistics.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin.
-    Empty where there is no such game.
+    Empty if there is no such game.
     """
     known = answers.select(*_KEY, "size", "states").drop_nulls().unique()
     other = known.filter(pl.col("states") != pl.col("size")).select("setting").unique()
@@ -48,22 +48,22 @@ def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.
 
 
 def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
-    """Put the answers of each step together: to a full state, and to what changed since the step before.
+    """Combine the answers of each step to a full state, and to the changes since the previous step.
 
-    Only steps after the first of an episode count. The state that an agent believes in is made of its greedy answers;
-    what it believes to have changed is where they differ from those one step earlier: one fact became false, another
-    true.
+    The first step of an episode is not counted. An agent's predicted state consists of its greedy answers; its
+    predicted changes are the variables whose answer differs from that one step earlier (one fact
+    became false, another true).
 
     Args:
-        answers: from `tables.rows`, of cells in which everything is asked after every step. Cells with one question a
-            step, or with several about one variable, are left out.
+        answers: from `tables.rows`, of cells in which all variables are asked after every step. Cells with one question
+            per step, or with several about one variable, are omitted.
         rng: for the resamples.
 
     Returns:
         One row for each agent, game, variant and form, with these columns:
         - exact: share of steps with the whole state, or the whole difference, right; null for the last two forms;
         - by_fact: share of variables right (of all, or of those that changed, or of the others); of differences the F1
-          of the facts believed to have become true or false;
+          of the facts predicted to have become true or false;
         - ceiling, chance: of exact, for the full state, as if guesses were independent; of by_fact for the last two
           forms; null for differences (the ideal reader's own row has what it reaches);
         - n steps, episodes, and 95 % intervals `*_low`, `*_high` by bootstrap over episodes.
@@ -79,13 +79,13 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
     order = ["agent", "setting", "episode", "variable", "step"]
     before = [pl.col(c).shift(1).over(order[:-1]).alias(f"old_{c}") for c in ("truth", "greedy", "step")]
     rows = rows.sort(order).with_columns(before).filter(pl.col("old_step") == pl.col("step") - 1)
-    changed, said = pl.col("truth") != pl.col("old_truth"), pl.col("greedy") != pl.col("old_greedy")
+    changed, predicted = pl.col("truth") != pl.col("old_truth"), pl.col("greedy") != pl.col("old_greedy")
     rows = rows.with_columns(
         true=2 * changed.cast(pl.Int64),
-        said=2 * said.cast(pl.Int64),
-        hit=(changed & said & pl.col("greedy_correct")).cast(pl.Int64)
-        + (changed & said & (pl.col("old_greedy") == pl.col("old_truth"))).cast(pl.Int64),
-        same=(changed == said)
+        predicted=2 * predicted.cast(pl.Int64),
+        hit=(changed & predicted & pl.col("greedy_correct")).cast(pl.Int64)
+        + (changed & predicted & (pl.col("old_greedy") == pl.col("old_truth"))).cast(pl.Int64),
+        same=(changed == predicted)
         & (~changed | (pl.col("greedy_correct") & (pl.col("old_greedy") == pl.col("old_truth")))),
     )
     kinds = {"changed": pl.col("true") > 0, "unchanged": pl.col("true") == 0}
@@ -93,7 +93,7 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
     steps = rows.group_by("agent", "game", "variant", *_KEY, "step", maintain_order=True).agg(
         state=pl.col("greedy_correct").all(), right=pl.col("greedy_correct").sum(), asked=pl.len(),
         ceiling=pl.col("ceiling").product(), chance=pl.col("chance").product(),
-        difference=pl.col("same").all(), hit=pl.col("hit").sum(), facts=(pl.col("true") + pl.col("said")).sum(),
+        difference=pl.col("same").all(), hit=pl.col("hit").sum(), facts=(pl.col("true") + pl.col("predicted")).sum(),
         **{f"{name}_{form}": pl.col(of).filter(which).sum() for form, which in kinds.items() for name, of in _SUMS},
     )  # fmt: skip
     sums = steps.group_by("agent", "game", "variant", *_KEY, maintain_order=True).agg(
@@ -111,7 +111,7 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
 
 
 def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, Any]:
-    """Return the numbers of one form; `part` has a row an episode."""
+    """Return the numbers of one form; `part` has one row for each episode."""
     ratios = {
         "state": {
             "exact": ("state", "n"),

@@ -11,7 +11,7 @@ from nextstate.analysis import stats
 from nextstate.analysis.predict.tables import QUESTION
 
 SUBSETS = ("all", "determined", "undetermined")
-# What is averaged in a cell: column of the rows -> name in the tables. "accuracy" is that of the greedy answer.
+# Columns averaged in a cell -> their names in the tables. "accuracy" is that of the greedy answer.
 MEANS = {
     "greedy_correct": "accuracy",
     "choice_correct": "choice",
@@ -22,7 +22,7 @@ MEANS = {
     "p_accepted": "p_accepted",
     "rank": "rank",
 }
-RATIOS = {"accuracy": "n", "choice": "n", "over_ceiling": "sum_ceiling"}  # what gets an interval, over which total
+RATIOS = {"accuracy": "n", "choice": "n", "over_ceiling": "sum_ceiling"}  # values with intervals -> denominators
 
 Rows = pl.LazyFrame | pl.DataFrame
 
@@ -31,10 +31,10 @@ def pooled(rows: Rows, by: Sequence[str], rng: np.random.Generator | None = None
     """Average the questions of each group of columns `by` (which holds "agent" and "game") and each subset.
 
     Subsets: all questions, the determined ones, the undetermined ones. Accuracies, ceiling, chance and p_accepted are
-    means in [0, 1], rank a mean from 1; over_ceiling is a ratio of means and may exceed 1. `episodes` counts different
-    seeds: settings that share seeds share their episodes' luck, so there an episode is one cluster. `*_low`, `*_high`
-    are 95 % intervals over episodes: Wilson's where each episode gives a group one question, else cluster bootstrap;
-    where every draw of that agrees (all right, all wrong), Wilson's with the number of episodes as n.
+    means in [0, 1], rank a mean from 1; over_ceiling is a ratio of means and may exceed 1. `episodes` counts
+    distinct seeds: episodes of settings with the same seeds are correlated, so they form one cluster. `*_low`, `*_high`
+    are 95 % intervals over episodes: Wilson's if each episode has one question in a group, else a cluster bootstrap;
+    if all its draws agree (all correct, all wrong), Wilson's with the number of episodes as n.
     """
     rng = np.random.default_rng(0) if rng is None else rng
     subset = pl.when("determined").then(pl.lit("determined")).otherwise(pl.lit("undetermined")).alias("subset")
@@ -104,8 +104,8 @@ def _wilson_where_flat(table: pl.DataFrame) -> pl.DataFrame:
 
 
 def _strata(rows: Rows) -> pl.LazyFrame:
-    # Settings that draw the same seeds share their episodes' luck (the same letters, the same first moves), so an
-    # episode is one cluster through all of them; settings with seeds of their own are strata.
+    # Episodes of settings with the same seeds are correlated (same letters, same first moves), so each episode is one
+    # cluster across these settings; settings with different seeds are strata.
     frame = rows.lazy()
     if "stratum" in frame.collect_schema().names():
         return frame
@@ -113,17 +113,17 @@ def _strata(rows: Rows) -> pl.LazyFrame:
 
 
 def narrow(rows: Rows) -> pl.DataFrame:
-    """Return the columns that the statistics need, so that several of them cost one reading of the files."""
+    """Return the columns that the statistics need, so that the files are read only once for several of them."""
     return rows.lazy().select("agent", "game", "variant", "size", *QUESTION, "states", "determined", *MEANS).collect()
 
 
 def cells(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
-    """Return a row a (agent, game, variant, size, step, subset); columns as in `pooled`."""
+    """Return one row for each (agent, game, variant, size, step, subset), with the columns of `pooled`."""
     return pooled(rows, ("agent", "game", "variant", "size", "step"), rng)
 
 
 def curves(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
-    """Return accuracy against size (pooled over steps) and against step (over sizes); `axis` says which, `at` where."""
+    """Return accuracy against size (pooled over steps) and against step (over sizes); columns `axis` and `at`."""
     frames = {axis: pooled(rows, ("agent", "game", "variant", axis), rng) for axis in ("size", "step")}
     return pl.concat(
         frame.rename({axis: "at"}).with_columns(pl.col("at").cast(pl.Int64), axis=pl.lit(axis))
@@ -134,8 +134,9 @@ def curves(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
 def on_hard(rows: Rows, rng: np.random.Generator | None = None) -> pl.DataFrame:
     """Return each agent's accuracy on the determined questions that a shortcut gets wrong.
 
-    A row a (agent, game, variant, shortcut), columns as in `pooled`, and `share`: of the determined questions, how many
-    that shortcut gets wrong. Agents are all but the shortcuts. Where a shortcut is never wrong, n = 0 and no accuracy.
+    One row for each (agent, game, variant, shortcut), with the columns of `pooled` and `share`, the share of determined
+    questions that the shortcut gets wrong. Shortcuts themselves are omitted as agents. If a shortcut is never wrong, n
+    is 0 and the accuracy is null.
     """
     determined, place = _strata(rows).filter("determined"), ["game", "variant"]
     reference = determined.filter(pl.col("agent").str.starts_with("shortcut:")).rename({"agent": "shortcut"})
@@ -155,10 +156,10 @@ def paired(
     rng: np.random.Generator | None = None,
     by: Sequence[str] = ("game", "variant"),
 ) -> pl.DataFrame:
-    """Return accuracy(agent) - accuracy(other) on the very same questions, by game and variant, and by subset.
+    """Return accuracy(agent) - accuracy(other) on the same questions, by game and variant, and by subset.
 
-    Columns: accuracy and theirs (the two agents' own), difference in [-1, 1], low, high (95 %, cluster bootstrap over
-    episodes; where every draw of that agrees, Wilson's width for what no episode shows), n questions, episodes.
+    Columns: accuracy and theirs (of the two agents), difference in [-1, 1], low, high (95 %, cluster bootstrap over
+    episodes; if all its draws agree, the width of Wilson's interval for 0 of n episodes), n questions, episodes.
     """
     rng = np.random.default_rng(0) if rng is None else rng
     hit = pl.col("greedy_correct").cast(pl.Float64)

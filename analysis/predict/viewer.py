@@ -1,4 +1,4 @@
-"""The episode viewer of the page: a few whole episodes with every agent's answers."""
+"""The episode viewer of the page: a few whole episodes with the answers of all agents."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nextstate.analysis.predict import tables
 from nextstate.analysis.predict.config import PredictConfig
 from nextstate.analysis.run import Run
 
-ANSWERS = 6000  # that are shown, at most
-EPISODES = 4  # of a cell
-STEPS = 40  # of an episode
+ANSWERS = 6000  # most answers shown
+EPISODES = 4  # most episodes of a cell
+STEPS = 40  # most steps of an episode
 TOP = 5  # choices shown with their probability
 _OF_QUESTION = ("stem", "truth", "accepted", "determined", "ceiling", "chance")
 QUESTIONS: dict[str, Any] = {
@@ -33,9 +33,9 @@ ANSWERED: dict[str, Any] = {
 def sample(run: Run[PredictConfig], cells: Sequence[Cell]) -> dict[str, pl.DataFrame]:
     """Return whole episodes of the smallest, a middle and the largest size of each game and variant, as two tables.
 
-    There are as many episodes of a cell as `ANSWERS` allows, and of an episode the first `STEPS` steps that are asked
-    about. `shown_questions` has a row for each question, `shown_answers` one for each answer. In the former, `opening`
-    is the text before an episode's first step (with its first question only), `texts` what a step adds to it.
+    The number of episodes of a cell is limited by `ANSWERS`, and episodes are cut after `STEPS` steps with questions.
+    `shown_questions` has a row for each question, `shown_answers` one for each answer. In the former, `opening` is the
+    text before an episode's first step (only in its first row), and `told` the text that a step adds.
     """
     rows = tables.rows(run, list(_spread(cells)))
     rank = pl.col("step").rank("dense").over("agent", "setting", "episode")
@@ -96,7 +96,7 @@ def _likeliest(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def for_page(found: Mapping[str, pl.DataFrame]) -> dict[str, Any]:
-    """Return what the script of the page reads; `found` are the tables of `summary/`."""
+    """Return the data for the script of the page; `found` are the tables of `summary/`."""
     agents = {agent: i for i, agent in enumerate(found["agents"]["agent"])}
     cells = {row["slug"]: row for row in found["grid"].filter(~pl.col("played")).rows(named=True)}
     by: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}

@@ -1,10 +1,10 @@
-"""The engine of responses: pushed copies of a prompt, many at a time.
+"""Batched forward passes for responses: many pushed copies of a prompt at a time.
 
-A push on position j changes the tokens from j on and no others. Where a model takes the tree road, its branch is these
-tokens, which see the keys and values of the prompt before j. A row holds branches of many positions and directions; a
-mask hides them from each other. On all other roads a row is one branch: the whole prompt, pushed at one position.
-The same row is run once for each strength, so that responses to neighbouring strengths can be compared token by token.
-The first pass has one more row, a control, which is not pushed: it must give the prompt's own stream.
+A push at position j changes only the tokens from j on. On the tree road these tokens form a branch, which attends to
+the keys and values of the prompt before j. A row holds branches of many positions and directions; a mask hides them
+from each other. On all other roads a row is one branch: the whole prompt, pushed at one position. The same row is run
+once for each strength, so that responses to consecutive strengths can be compared token by token. The first pass has
+one more row without a push, a control: it must reproduce the residual stream of the prompt.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ from nextstate.analysis.heads.sweep import Held, tree_pass
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 LIMIT = (0.0,)  # the strengths of the exact product
-_CPU_TOKENS = 1024  # in one pass: more do not fit into a core's cache, and take longer each
+_CPU_TOKENS = 1024  # per pass: larger passes exceed the CPU cache and are slower per token
 
 
 class ResponseError(AgentError):
-    """A response cannot be measured as asked; the message names what was given, what is possible, and what to do."""
+    """A response cannot be measured; the message names the given value, the expected ones and what to do."""
 
 
 class _Push(NamedTuple):
-    """A pushed position, the direction, and where its branch begins in a row."""
+    """A pushed position, the direction, and the first column of its branch in a row."""
 
-    position: int  # its place among the positions
+    position: int  # index into the positions
     direction: int
     start: int
 
 
 class Row(NamedTuple):
-    """The columns of a row: position and direction of the branch, token of the prompt, and where branches begin."""
+    """The columns of a row: position and direction of the branch, token of the prompt, first column of each branch."""
 
     positions: Int[np.ndarray, " column"]
     directions: Int[np.ndarray, " column"]
     targets: Int[np.ndarray, " column"]
     first: Int[np.ndarray, " branch"]
-    visible: Bool[Tensor, "column cached_or_column"] | None  # None where the row is one branch, the whole prompt
+    visible: Bool[Tensor, "column cached_or_column"] | None  # None if the row is one branch, the whole prompt
 
 
 @dataclass(frozen=True)
 class Base:
-    """The prompt as it is."""
+    """The run of the prompt without a push."""
 
     tokens: Int[Tensor, " token"]
-    cache: list[tuple[Tensor, Tensor]]  # of the tree road
+    cache: list[tuple[Tensor, Tensor]]  # only on the tree road
     stream: list[Float[Tensor, "token hidden"]]  # from the injected layer on
 
 
@@ -70,13 +70,13 @@ def dtype_of(model: LanguageModel) -> str:
     return str(model.model.dtype).removeprefix("torch.")
 
 
-def wide(model: LanguageModel) -> torch.dtype:
-    """Return the precision in which differences are taken."""
+def difference_dtype(model: LanguageModel) -> torch.dtype:
+    """Return the dtype in which differences are computed."""
     return torch.float64 if model.model.dtype == torch.float64 else torch.float32
 
 
 def rows_of(spans: Sequence[int], ways: int, length: int) -> list[Row]:
-    """Arrange the branches of all positions and directions in few rows, the longest first."""
+    """Pack the branches of all positions and directions into few rows, longest first."""
     width = max(spans)
     rows: list[list[_Push]] = []
     room: list[int] = []
@@ -92,7 +92,7 @@ def rows_of(spans: Sequence[int], ways: int, length: int) -> list[Row]:
 
 
 def whole_rows(spans: Sequence[int], ways: int, length: int) -> list[Row]:
-    """Give every position and direction a row of its own, the whole prompt."""
+    """Return one row for each position and direction, with the whole prompt."""
     targets = np.arange(length)
     return [
         Row(np.full(length, p), np.full(length, d), targets, np.array([length - spans[p]]), None)
@@ -104,7 +104,7 @@ def whole_rows(spans: Sequence[int], ways: int, length: int) -> list[Row]:
 def _laid_out(row: Sequence[_Push], spans: Sequence[int], length: int) -> Row:
     width = max(spans)
     visible = torch.zeros(width, length + width, dtype=torch.bool)
-    visible[torch.arange(width), length + torch.arange(width)] = True  # a column that sees nothing would be NaN
+    visible[torch.arange(width), length + torch.arange(width)] = True  # a column that attends to nothing would be NaN
     parts = []
     for push in row:
         span = spans[push.position]
@@ -119,7 +119,7 @@ def _laid_out(row: Sequence[_Push], spans: Sequence[int], length: int) -> Row:
 
 @torch.no_grad()
 def run_prompt(model: LanguageModel, tokens: Int[np.ndarray, " token"], layer: int, in_tree: bool) -> Base:
-    """Run a prompt once; keep its stream from the injected layer on, and in the tree its keys and values."""
+    """Run a prompt once; keep its residual stream from `layer` on, and in the tree its keys and values."""
     length, cache, stream = len(tokens), DynamicCache(), list[Tensor]()
     ids = torch.from_numpy(tokens).to(model.device)
     with ExitStack() as stack:
@@ -134,7 +134,7 @@ def run_prompt(model: LanguageModel, tokens: Int[np.ndarray, " token"], layer: i
 
 
 def _stream(model: LanguageModel, layer: int, look: Callable[[Float[Tensor, "row token hidden"]], None]) -> ExitStack:
-    """Call `look` with the stream [row token hidden] that enters a block, or leaves the last one."""
+    """Call `look` with the residual stream [row token hidden] before a block, or after the last one."""
     if layer < model.sites.layers:
         return model.sites.hook("resid_pre", layer, lambda x: look(x[:, :, 0]))
     stack = ExitStack()
@@ -157,7 +157,7 @@ def run_rows(
     value: Float[np.ndarray, "strength direction layer position target"],
     dots: Float[np.ndarray, "neighbour direction layer position target"],
 ) -> float:
-    """Run all rows of a prompt; write the norms of differences, and their products with those of the next strength."""
+    """Run all rows of a prompt; write the norms of differences, and their dot products with the next strength."""
     worst, k = 0.0, 0
     while k < len(rows):
         part = rows[k : k + most]
@@ -200,7 +200,7 @@ def _one_pass(
     targets = torch.zeros(len(rows), width, dtype=torch.int64)
     for r, row in enumerate(rows):
         targets[r, : len(row.targets)] = torch.from_numpy(row.targets)
-    # With the control, the last row is the first one again and not pushed: it must give the prompt as it is.
+    # With the control, the last row is a copy of the first one without a push.
     order = torch.cat([torch.arange(len(rows)).repeat_interleave(s), torch.zeros(int(control), dtype=torch.int64)])
     where = targets[order]
     start = base.stream[0][where.to(device)]
@@ -223,11 +223,12 @@ def _one_pass(
         nonlocal worst
         own = base.stream[at - layer][where.to(device)].to(moved.dtype)
         plain, tangent = forward_ad.unpack_dual(x) if limit else (x, None)  # type: ignore[no-untyped-call]
-        apart = plain.to(moved.dtype) - own
+        change = plain.to(moved.dtype) - own
         if control:
-            off = apart[-1].norm(dim=-1) / own[-1].norm(dim=-1).clamp_min(1e-30)
-            worst = max(worst, float(off[: len(rows[0].targets)].max()))
-        change = apart if not limit else torch.zeros_like(apart) if tangent is None else tangent.to(apart.dtype)
+            error = change[-1].norm(dim=-1) / own[-1].norm(dim=-1).clamp_min(1e-30)
+            worst = max(worst, float(error[: len(rows[0].targets)].max()))
+        if limit:
+            change = torch.zeros_like(change) if tangent is None else tangent.to(change.dtype)
         change = change[: len(rows) * s].unflatten(0, (len(rows), s))
         sizes = change.norm(dim=-1).cpu().numpy()
         products = (change[:, :-1] * change[:, 1:]).sum(-1).cpu().numpy()
@@ -258,9 +259,9 @@ def _one_pass(
     limits = TOLERANCE.get(model.model.dtype, 5e-1)
     if seen != list(range(layer, model.sites.layers)) or not worst <= limits:
         raise ResponseError(
-            f"control failed: branches that are not pushed must be as the prompt is after layers {layer} to "
-            f"{model.sites.layers - 1}, but after layers {seen} they are apart by {worst:.2g} of its norm (limit "
-            f"{limits:.0e} in {dtype_of(model)}); {model.name} does something that branches do not know of"
+            f"control failed: branches without a push must equal the prompt after layers {layer} to "
+            f"{model.sites.layers - 1}, but after layers {seen} they differ by {worst:.2g} of its norm (limit "
+            f"{limits:.0e} in {dtype_of(model)}); {model.name} has an operation that branches do not support"
         )
     return worst
 
@@ -270,11 +271,11 @@ def _width(rows: Sequence[Row]) -> int:
 
 
 def fitting(model: LanguageModel, length: int, rows: Sequence[Row], strengths: int, max_bytes: int) -> int:
-    """Return how many rows, each at all strengths, go into one pass."""
+    """Return the number of rows, each at all strengths, that fit into one pass."""
     config, sites, width = model.model.config.get_text_config(), model.sites, _width(rows)
     size, columns = model.model.dtype.itemsize, length + width
-    wide = max([4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner"))])
-    token = size * (12 * sites.hidden + 4 * wide) + 16 * sites.hidden
+    mlp_width = max([4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner"))])
+    token = size * (12 * sites.hidden + 4 * mlp_width) + 16 * sites.hidden
     scores = ATTENTIONS.get(model.model.config._attn_implementation, 3) * max(1, sites.heads) * width * columns
     copy = width * token + size * scores + 4 * size * columns * sites.heads * sites.head_dim
     tokens: int = min(model.batch_tokens, _CPU_TOKENS) if model.device.type == "cpu" else model.batch_tokens

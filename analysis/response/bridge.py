@@ -1,10 +1,9 @@
-"""From response to state tracking: how far does the answering token answer to the state, and to the action?
+"""Response of the answering token of a game transcript to pushes on the state, the action and other tokens.
 
-On a transcript of a game each token is pushed by itself, and the response read at the answering token, the last one.
-What the tokens are comes from the game's own minimal pairs (`nextstate.envs.contrast.Pair`): the current state, the
-queried action, the match (where the right answer stands), a distractor (where another answer can be read in the same
-way). The other tokens are what these are set against. No activation is patched. The recipe is ours (see
-`nextstate.analysis.response`).
+Each token of a transcript is pushed alone, and the response is measured at the answering token, the last one. The roles
+of tokens come from the game's minimal pairs (`nextstate.envs.contrast.Pair`): the current state, the queried action,
+the match (where the correct answer is written) and a distractor (a place of the same kind where another answer is
+written). Tokens without a role are the baseline. No activation is patched.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from nextstate.analysis.response.measure import Response, responses
 from nextstate.envs.contrast import Pair, segments
 
 OTHERS = "others"
-MOST = 16  # other tokens of a transcript
+MOST = 16  # most other tokens of a transcript
 ROLES = ("state", "action", "match", "distractor")
 COLUMNS = {
     "game": pl.String, "kind": pl.String, "transcript": pl.Int64, "role": pl.String, "layer": pl.Int64,
@@ -36,25 +35,25 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Transcript:
-    """A prompt as tokens, and the positions of what it tells."""
+    """A tokenised prompt, with the positions of its roles."""
 
     game: str
-    kind: str  # of the pair that it comes from
+    kind: str  # kind of the pair that it comes from
     number: int
     tokens: tuple[int, ...]
     roles: dict[str, int]
 
     @property
     def others(self) -> list[int]:
-        """Up to `MOST` positions without a role, evenly spread; not the first (BOS, or what stands for it) or last."""
+        """Up to `MOST` positions without a role, evenly spread; never the first (BOS or its substitute) or the last."""
         free = [p for p in range(1, len(self.tokens) - 1) if p not in self.roles.values()]
         return [free[int(i)] for i in np.linspace(0, len(free) - 1, min(MOST, len(free)))]
 
 
 def transcripts(encoder: Encoder, pairs: Sequence[Pair]) -> list[Transcript]:
-    """Return the clean prompt of each pair, with the roles that it has before the answering token.
+    """Return the clean prompt of each pair, with the roles that occur before the answering token.
 
-    Where two roles are one token (in a state pair of the boxes the state is the match), the first of `ROLES` has it.
+    If one token has two roles (in state pairs of the boxes game the state is the match), it gets the first of `ROLES`.
     """
     out = []
     for number, pair in enumerate(pairs):
@@ -78,7 +77,7 @@ def pushed(
     layer: int = 0,
     max_bytes: int = 2 << 30,
 ) -> Response:
-    """Push the tokens of a transcript that have a role, role by role, then the others.
+    """Push each token of a transcript that has a role, in the order of `roles`, then the others.
 
     Raises:
         ResponseError: as `nextstate.analysis.response.responses`.
@@ -93,7 +92,7 @@ def role_rows(one: Transcript, found: Response) -> pl.DataFrame:
 
     Args:
         one: the transcript.
-        found: its responses, as `pushed` gives them, at one strength.
+        found: the result of `pushed` at one strength.
     """
     value, relative = (averaged(found, "random", r)[0, :, :, -1] for r in (False, True))  # [layer position]
     n, rows = len(one.roles), []
@@ -117,16 +116,16 @@ def response_without(
     layer: int = 0,
     max_bytes: int = 2 << 30,
 ) -> dict[str, tuple[Float[np.ndarray, " transcript"], Float[np.ndarray, "transcript head"]]]:
-    """Return for each role what the answering token answers after the last layer, with all heads and without each.
+    """Return for each role the answering token's response after the last layer, with all heads and without each head.
 
     Args:
-        model: any.
-        chosen: transcripts; a role counts in those that have it.
-        heads: (layer, head) of each that is left out, by itself.
-        strength: of the pushes.
-        directions: for each transcript.
-        ablation: the head gives zeros at every token, or its mean over the transcript.
-        layer: whose input is pushed.
+        model: the language model.
+        chosen: transcripts; each role is measured in those that have it.
+        heads: (layer, head) of the heads to ablate, one at a time.
+        strength: strength of the pushes.
+        directions: random directions for each transcript.
+        ablation: what replaces the head's output at every token: zeros, or its mean over the transcript.
+        layer: layer whose input is pushed.
         max_bytes: as in `responses`.
     """
     whole: dict[str, list[float]] = {}

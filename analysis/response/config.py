@@ -1,4 +1,4 @@
-"""The config of a response run, and the transcripts that it asks about."""
+"""The config of a response run, and the game transcripts that it uses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from nextstate.envs.games import make_game
 
 ALONG, RANDOM = KINDS = ("along", "random")  # directions of pushes; heads and games are measured in random ones
 CONDITIONS = ("repeated", "control")
-PRECISIONS = ("own", "float32", "bfloat16")  # in which windows are measured; "own" is that of the model
+PRECISIONS = ("own", "float32", "bfloat16")  # in which windows are measured; "own" is the dtype of the model
 HALF = ("bfloat16", "float16")
 STRENGTHS = tuple(float(x) for x in np.geomspace(1e-4, 1, 8))
 FLAT = 0.05  # largest slope of log response against log strength within a window
-ALIKE = 0.99  # smallest cosine between responses to neighbouring strengths within a window
+ALIKE = 0.99  # smallest cosine between responses to consecutive strengths within a window
 
 
 class BridgeConfig(Strict):
@@ -32,7 +32,7 @@ class BridgeConfig(Strict):
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
         default=["state"], min_length=1, description="kinds of pairs"
     )
-    pairs: int = Field(16, ge=2, le=100_000, description="of each kind")
+    pairs: int = Field(16, ge=2, le=100_000, description="number of pairs of each kind")
     steps: int | None = Field(None, ge=1, description="length of an episode; by default what suits the game")
 
 
@@ -40,30 +40,30 @@ class ResponseConfig(RunConfig):
     """Everything that decides the results of a response run."""
 
     model: str | AgentConfig = Field(description="a language model")
-    block: int = Field(24, ge=3, description="random tokens in a block, no two the same")
+    block: int = Field(24, ge=3, description="number of distinct random tokens in a block")
     repeats: int = Field(2, ge=2, description="how often a block occurs in a prompt")
-    prompts: int = Field(16, ge=2, le=10_000, description="with repeated blocks, and as many controls")
-    alphabet: list[str] = Field(default=[], description="texts of one token to draw from; by default all tokens")
-    layer: int = Field(0, ge=0, description="whose input is pushed; 0 is the embedding")
-    directions: int = Field(3, ge=1, le=1000, description="random ones, drawn anew for each prompt")
+    prompts: int = Field(16, ge=2, le=10_000, description="number of prompts with repeated blocks, and of controls")
+    alphabet: list[str] = Field(default=[], description="texts of one token each to draw from; by default all tokens")
+    layer: int = Field(0, ge=0, description="layer whose input is pushed; 0 is the embedding")
+    directions: int = Field(3, ge=1, le=1000, description="number of random directions for each prompt")
     strengths: list[float] = Field(
         default=[float(f"{x:.4g}") for x in STRENGTHS], min_length=3,
-        description="as shares of the norm of the pushed vector, in rising order",
+        description="sizes of pushes relative to the norm of the pushed vector, in increasing order",
     )  # fmt: skip
-    window_prompts: int = Field(2, ge=1, description="on which the windows are measured")
-    head_prompts: int = Field(8, ge=2, description="on which heads are left out, at most")
+    window_prompts: int = Field(2, ge=1, description="number of prompts on which windows are measured")
+    head_prompts: int = Field(8, ge=2, description="largest number of prompts on which heads are ablated")
     flat: float = Field(FLAT, gt=0, description="largest slope of log response against log strength in a window")
-    alike: float = Field(ALIKE, gt=0, le=1, description="smallest cosine between neighbouring strengths in a window")
+    alike: float = Field(ALIKE, gt=0, le=1, description="smallest cosine between responses to consecutive strengths")
     ablation: Literal["mean", "zero"] = Field("mean", description="what replaces the output of a head that is left out")
     bridge: list[BridgeConfig] = Field([], description="games on whose transcripts responses are measured too")
-    patching: str | None = Field(None, description="folder of a patching run of the same model, to compare heads with")
+    patching: str | None = Field(None, description="folder of a patching run of the same model to compare heads with")
     resamples: int = Field(2000, ge=100, le=100_000, description="of the bootstrap")
     max_gigabytes: float = Field(2.0, gt=0, description="bound on the memory a pass takes in addition to the model")
 
     @model_validator(mode="after")
     def _fits(self) -> ResponseConfig:
         if self.strengths != sorted(set(self.strengths)) or self.strengths[0] <= 0:
-            raise ValueError(f"strengths={self.strengths} are not possible: expected rising ones above 0")
+            raise ValueError(f"strengths={self.strengths} are not possible: expected increasing values above 0")
         if self.window_prompts > self.prompts:
             raise ValueError(f"window_prompts={self.window_prompts} is more than prompts={self.prompts}")
         return self
@@ -87,12 +87,12 @@ class Bridge(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name that seeds its random numbers."""
+        """Name that seeds the random numbers."""
         return f"{self.config.game}-{self.kind}"
 
     @property
     def title(self) -> str:
-        """How it is called where people read."""
+        """Title for people to read."""
         return f"{self.config.game}, {self.kind} pairs"
 
     @property
@@ -125,14 +125,14 @@ def bridges_of(config: ResponseConfig) -> list[Bridge]:
 
 
 def patched(config: ResponseConfig, files: str | None = None) -> Run[Any] | None:
-    """Return the patching run that `patching` names, to be read, or None where the config names none.
+    """Open the patching run that `patching` names; return None if the config names none.
 
     Args:
-        config: of the response run.
-        files: digest of the files of its model; where it is known, that of the patching run must be the same.
+        config: config of the response run.
+        files: digest of the files of its model. If given, the patching run must have the same digest.
 
     Raises:
-        RunError: it is no run of the study `patch`, is of another model, or has no table of heads.
+        RunError: the folder is not a run of the study `patch`, has another model, or has no table of heads.
     """
     if config.patching is None:
         return None
@@ -144,6 +144,6 @@ def patched(config: ResponseConfig, files: str | None = None) -> Run[Any] | None
         raise RunError(f"patching={folder} is a run of {run.config.agent}, expected one of {config.agent}")
     asked = {about["identity"].get("model", {}).get("files") for about in run.about.values()} - {None}
     if files and asked - {files}:
-        raise RunError(f"patching={folder} is a run of {config.agent} with other files than it has now; run it again")
-    run.summary("heads")  # raises where it is missing
+        raise RunError(f"patching={folder} used other files of {config.agent} than the present ones; run it again")
+    run.summary("heads")  # raises if the table is missing
     return run

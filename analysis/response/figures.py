@@ -19,8 +19,8 @@ from plotly.colors import sample_colorscale
 from nextstate.analysis.figures import SCALE, layout, plain, rgba, rounded
 from nextstate.analysis.heads.figures import LIGHT
 
-DEEP = 6  # layers that a figure of windows draws
-BARS = 8  # layers that a figure of the bridge draws
+DEEP = 6  # most layers in a figure of windows
+BARS = 8  # most layers in a figure of the bridge
 RAMP = [[0.0, "#56b4e9"], [0.5, "#7b6fb8"], [1.0, "#b3412f"]]  # from the first layer to the last
 LINES = {  # condition and offset: name, colour, dash
     ("repeated", "before"): ("B − 1, repeated", "#0072b2", "solid"),
@@ -61,14 +61,14 @@ def scale(
     common: tuple[float, float] | None = None,
     cosine: bool = False,
 ) -> go.Figure:
-    """Draw the response over its limit of no strength, or the cosine to the next strength, against the strength.
+    """Draw the response divided by its limit at strength 0, or the cosine to the next strength, against strength.
 
     Args:
-        rows: of the table `windows`, of one kind of direction; the first precision is solid.
-        limit: for each layer the norm of the exact product.
-        title: of the figure.
-        common: ends of the window of the first precision, which is shaded.
-        cosine: draw the cosine.
+        rows: rows of the table `windows` for one kind of direction; the first precision is drawn solid.
+        limit: norm of the exact Jacobian-vector product, by layer.
+        title: title of the figure.
+        common: ends of the window of the first precision, drawn shaded.
+        cosine: whether to draw the cosine instead of the response.
     """
     layers = [layer for layer in rows["layer"].unique(maintain_order=True) if limit.get(layer)]
     layers = [layers[k] for k in _spread(layers, DEEP)] if layers else []
@@ -98,13 +98,13 @@ def scale(
 
 
 def _top(traces: Sequence[Any]) -> float:
-    """Return where an axis of shares ends; noise far above it is cut off."""
+    """Return the upper end of a y axis; noise far above it is cut off."""
     values = [y for trace in traces for y in trace.y if y is not None]
     return float(min(3.0, max(1.6, 1.05 * max(values, default=1.0))))
 
 
 def ends(tables: Sequence[pl.DataFrame], layers: Sequence[int]) -> tuple[float, float]:
-    """Return the powers of ten at the ends of the colours of response matrices, of all tables together."""
+    """Return the common ends of the colour scale of response matrices, as powers of ten."""
     every = np.concatenate([_grid(rows, layer).ravel() for rows in tables for layer in layers])
     low, high = np.quantile(every[np.isfinite(every) & (every > 0)], (0.02, 0.995))
     return float(np.log10(low)), float(np.log10(high))
@@ -118,13 +118,13 @@ def _grid(rows: pl.DataFrame, layer: int) -> Float[np.ndarray, "target position"
 def matrices(
     rows: pl.DataFrame, layers: Sequence[int], words: Sequence[str], title: str, reach: tuple[float, float]
 ) -> go.Figure:
-    """Draw the response of each token (up) to a push on each token (right), one layer at a time, under a slider.
+    """Draw the response of each token (y) to a push on each token (x); a slider selects the layer.
 
     Args:
         rows: as `nextstate.analysis.response.tables.matrix_rows` returns them.
-        layers: those to draw.
-        words: a label of each position.
-        title: of the figure.
+        layers: layers to draw.
+        words: label of each position.
+        title: title of the figure.
         reach: powers of ten at the ends of the colours, from `ends`.
     """
     grids = {layer: _grid(rows, layer) for layer in layers}
@@ -156,12 +156,12 @@ def _band(x: Sequence[float], low: Sequence[float | None], high: Sequence[float 
 
 
 def depth(lines: pl.DataFrame, title: str, words: str = "response") -> go.Figure:
-    """Draw the response at offsets B - 1, B and all others against the layer, with 95 % intervals over prompts.
+    """Draw the response at offsets B - 1, B and all others against layer, with 95 % intervals over prompts.
 
     Args:
-        lines: of the table `lines`, of one kind of direction and one measure.
-        title: of the figure.
-        words: label of the vertical axis.
+        lines: rows of the table `lines` for one kind of direction and one measure.
+        title: title of the figure.
+        words: label of the y axis.
     """
     traces: list[Any] = []
     layers = lines["layer"].unique(maintain_order=True).to_list()
@@ -175,8 +175,8 @@ def depth(lines: pl.DataFrame, title: str, words: str = "response") -> go.Figure
                 x=x, y=value, name=name, mode="lines+markers", marker={"size": 6 if dash == "solid" else 4},
                 line={"color": colour, "dash": dash, "width": 2.2 if dash == "solid" else 1.6},
                 customdata=list(zip(low, high, strict=True)),
-                hovertemplate=f"offset {name}, after layer %{{x}}<br>%{{y:.3f}} (95 %: %{{customdata[0]:.3f}} to "
-                "%{customdata[1]:.3f})<extra></extra>",
+                hovertemplate=f"offset {name}, after layer %{{x}}<br>%{{y:.3f}} (95 % interval "
+                "%{customdata[0]:.3f} to %{customdata[1]:.3f})<extra></extra>",
             )
         )  # fmt: skip
     ticks: dict[str, Any] = {"dtick": 1 if len(layers) <= 16 else 4, "showgrid": False}
@@ -185,12 +185,12 @@ def depth(lines: pl.DataFrame, title: str, words: str = "response") -> go.Figure
 
 
 def stripes(offsets: pl.DataFrame, block: int, title: str) -> go.Figure:
-    """Draw by how much repetition raises the response, for each layer (up) and offset (right).
+    """Draw a heat map of the increase of the response by repetition, for each layer (y) and offset (x).
 
     Args:
-        offsets: of the table of this name, of one kind of direction.
-        block: tokens in a block.
-        title: of the figure.
+        offsets: rows of the table `offsets` for one kind of direction.
+        block: number of tokens in a block.
+        title: title of the figure.
     """
     rows = [
         [value if ok else None for value, ok in zip(rounded(mine["added"]), mine["valid"], strict=True)]
@@ -214,24 +214,24 @@ def stripes(offsets: pl.DataFrame, block: int, title: str) -> go.Figure:
 
 
 def heads(table: pl.DataFrame, title: str) -> go.Figure:
-    """Draw the share of the signature that is lost without a head (up) against its prefix-matching score (right)."""
+    """Draw the share of the signature lost without each head (y) against its prefix-matching score (x)."""
     traces = []
-    for carries, colour in ((False, "#8c8c8c"), (True, "#0072b2")):
-        rows = table.filter(pl.col("carries") == carries)
+    for significant, colour in ((False, "#8c8c8c"), (True, "#0072b2")):
+        rows = table.filter(pl.col("significant") == significant)
         names = [f"{a}.{b}" for a, b in rows.select("layer", "head").iter_rows()]
         about = [
             [name, *(round(r[k], 3) for k in ("low", "high", "copying"))]
             for name, r in zip(names, rows.iter_rows(named=True), strict=True)
         ]
-        named = [n if carries and abs(v) >= 0.05 else "" for n, v in zip(names, rows["lost"], strict=True)]
+        named = [n if significant and abs(v) >= 0.05 else "" for n, v in zip(names, rows["lost"], strict=True)]
         bars = {"type": "data", "array": rounded((rows["high"] - rows["lost"]).clip(0, None)), "thickness": 1,
-                "arrayminus": rounded((rows["lost"] - rows["low"]).clip(0, None)), "width": 0, "visible": carries,
+                "arrayminus": rounded((rows["lost"] - rows["low"]).clip(0, None)), "width": 0, "visible": significant,
                 "color": rgba(colour, 0.5)}  # fmt: skip
         traces.append(
             go.Scatter(
                 x=rounded(rows["prefix"]), y=rounded(rows["lost"]), customdata=about, text=named,
-                mode="markers+text" if carries else "markers", textposition="top center", textfont={"size": 11},
-                marker={"color": colour, "size": 9 if carries else 6}, error_y=bars,
+                mode="markers+text" if significant else "markers", textposition="top center", textfont={"size": 11},
+                marker={"color": colour, "size": 9 if significant else 6}, error_y=bars,
                 hovertemplate="head %{customdata[0]}<br>lost %{y:.3f} (%{customdata[1]:.3f} to %{customdata[2]:.3f})"
                 "<br>prefix matching %{x:.3f}, copying %{customdata[3]:.3f}<extra></extra>",
             )
@@ -242,7 +242,7 @@ def heads(table: pl.DataFrame, title: str) -> go.Figure:
 
 
 def bridge(rows: pl.DataFrame, title: str) -> go.Figure:
-    """Draw the response of the answering token to pushes on each role, a group of bars a layer, with 95 % intervals."""
+    """Draw the response of the answering token to pushes on each role as grouped bars by layer, with 95 % intervals."""
     layers = rows["layer"].unique(maintain_order=True).to_list()
     chosen = [layers[k] for k in _spread(layers, BARS)]
     part = rows.filter(pl.col("layer").is_in(chosen) & pl.col("valid"))
@@ -268,12 +268,12 @@ def bridge(rows: pl.DataFrame, title: str) -> go.Figure:
 
 
 def side_by_side(rows: pl.DataFrame, kind: str, title: str) -> go.Figure:
-    """Draw what is lost of the response without a head (up) against its recovery by patching (right).
+    """Draw the share of the response lost without each head (y) against the head's recovery by patching (x).
 
     Args:
-        rows: of the table `bridge_heads`, a row for each head.
+        rows: rows of the table `bridge_heads`, one for each head.
         kind: "state" or "action".
-        title: of the figure.
+        title: title of the figure.
     """
     points = go.Scatter(
         x=rounded(rows[kind]), y=rounded(rows["lost"]), mode="markers+text", textposition="top center",

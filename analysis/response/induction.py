@@ -1,10 +1,9 @@
-"""The induction signature of a response: on a block of random tokens that is repeated, who answers to a push on whom?
+"""The induction signature: responses between the occurrences of a repeated block of random tokens.
 
-A prompt is BOS and a block of B random tokens, no two the same, repeated. An induction head at the second occurrence of
-a token looks at what came after the first: the token at i answers to j = i - (B - 1). So the response at offset B - 1
-(and at B, the same token again) is set against the mean of the other offsets, in cells (i, j) of a block and the one
-before it; and all that against a control, a prompt that begins with the same block and repeats nothing. This signature
-is ours (see `nextstate.analysis.response`).
+A prompt is BOS and a repeated block of B distinct random tokens. An induction head at the second occurrence of a token
+attends to the token after the first one, so the token at i responds to a push at j = i - (B - 1). The signature is the
+response at offset B - 1 (or B, the same token) minus the mean at other offsets, over cells (i, j) of a block and the
+previous one, minus the same for a control prompt that begins with the same block and repeats nothing.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ class Repeated:
 
     @property
     def sources(self) -> list[int]:
-        """The positions of all blocks but the last: those that have a block after them."""
+        """The positions of all blocks except the last."""
         return list(range(self.lead, self.lead + self.block * (self.repeats - 1)))
 
 
 def vocabulary_of(model: LanguageModel, alphabet: Sequence[str] = ()) -> list[int]:
-    """Return the tokens that random blocks are drawn from: those of `alphabet`, else all that are not special.
+    """Return the tokens to draw random blocks from: those of `alphabet`, by default all that are not special.
 
     Raises:
         ResponseError: a text of the alphabet is not one token.
@@ -77,15 +76,15 @@ def repeated(
     """Draw prompts and their controls.
 
     Args:
-        model: that reads them; where its tokenizer has a BOS, prompts begin with it.
-        rng: where to draw from.
-        block: tokens in a block, at least 3, so that there are other offsets.
+        model: the language model; if its tokenizer has a BOS token, prompts begin with it.
+        rng: source of randomness.
+        block: tokens in a block, at least 3.
         repeats: blocks in a prompt, at least 2.
-        prompts: how many to draw.
+        prompts: number of prompts.
         vocabulary: tokens to draw from; by default all that are not special.
 
     Raises:
-        ResponseError: there are too few tokens, or a prompt is longer than the model reads.
+        ResponseError: there are too few tokens, or a prompt exceeds the model's context.
     """
     known = vocabulary_of(model) if vocabulary is None else list(vocabulary)
     if block < 3 or repeats < 2 or prompts < 1:
@@ -102,7 +101,7 @@ def repeated(
         most = (model.context - lead) // repeats
         raise ResponseError(
             f"block={block}, repeated {repeats} times, is not possible: a prompt has {length:,} tokens, but "
-            f"{model.name} reads {model.context:,}; ask for a block of at most {most}"
+            f"the context of {model.name} is {model.context:,}; use a block of at most {most}"
         )
     drawn = np.stack([rng.permutation(known)[: block * repeats] for _ in range(prompts)]).astype(np.int64)
     begin = np.tile(np.array(model.encoder.bos, dtype=np.int64), (prompts, 1))
@@ -113,11 +112,11 @@ def repeated(
 def profile(
     value: Float[np.ndarray, "prompt layer position target"], given: Repeated
 ) -> Float[np.ndarray, "prompt layer offset"]:
-    """Return the mean response at each offset i - j = 1 ... 2B - 1, over cells of a block and the one before it.
+    """Return the mean response at each offset i - j = 1 ... 2B - 1, over cells of a block and the previous one.
 
     Args:
         value: responses to pushes at `given.sources`, in this order.
-        given: what the prompts are made of.
+        given: the prompts.
     """
     size = given.block
     parts = []
@@ -130,13 +129,13 @@ def profile(
 def excess(
     found: Float[np.ndarray, "*any offset"], block: int
 ) -> tuple[Float[np.ndarray, "*any two"], Float[np.ndarray, "*any"]]:
-    """Return by how much the offsets B - 1 and B exceed the mean over the cells of all others, and that mean.
+    """Return the excess at offsets B - 1 and B over the mean of the cells at other offsets, and that mean.
 
-    Offset 2B - 1 is not among the others: between later blocks it is B - 1, one block further.
+    Offset 2B - 1 is not one of the others: between later blocks it is B - 1 of the block before the previous one.
     """
     offsets = np.arange(1, 2 * block)
     cells = block - np.abs(offsets - block)
-    ours = [block - 2, block - 1]  # places of B - 1 and B
+    ours = [block - 2, block - 1]  # indices of B - 1 and B
     cells[[*ours, -1]] = 0
     others = (found * cells).sum(-1) / cells.sum()
     return found[..., ours] - others[..., None], others
@@ -158,7 +157,7 @@ def means(
 
 
 def without(model: LanguageModel, layer: int, head: int, mean: Float[Tensor, "head dim"] | None) -> ExitStack:
-    """Return a context in which a head gives zeros, or its `mean`, at every token."""
+    """Return a context in which the output of a head is replaced by zeros, or by its `mean`, at every token."""
 
     def edit(x: Activation) -> Activation:
         new = x.clone()
@@ -179,16 +178,16 @@ def head_excess(
     injected: int = 0,
     max_bytes: int = 2 << 30,
 ) -> Float[np.ndarray, "prompt head"]:
-    """Return what is left of the excess at offset B - 1, in the last layer, without each head of a layer.
+    """Return the excess at offset B - 1 after the last layer when each head of a layer is ablated alone.
 
     Args:
-        model: any.
+        model: the language model.
         given: prompts; the control is not used.
-        layer: of the heads.
-        strength: of the pushes.
-        directions: of the pushes.
-        ablation: the head gives zeros at every token, or its mean over all of them.
-        injected: the layer whose input is pushed.
+        layer: layer of the heads.
+        strength: strength of the pushes.
+        directions: directions of the pushes.
+        ablation: what replaces the output of a head at every token: zeros, or its mean over all tokens.
+        injected: layer whose input is pushed.
         max_bytes: as in `responses`.
     """
     values = site_values(model, given.tokens, "head")[layer]
@@ -211,9 +210,9 @@ def lost(
     *,
     resamples: int = 2000,
 ) -> stats.Band | None:
-    """Return the share of a response that is gone without each head, a ratio of means; None where there is none.
+    """Return the share of a response that is lost without each head, a ratio of means; None without a response.
 
-    1 where it vanishes, 0 where the head does not matter, negative where it grows. Axes [layer head 1].
+    1: the response vanishes; 0: the head has no effect; negative: the response grows. Axes [layer head 1].
     """
     if abs(whole.mean()) < 1e-9 * max(1.0, float(np.abs(whole).max())):
         return None

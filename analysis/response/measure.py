@@ -26,13 +26,13 @@ from nextstate.analysis.heads.sweep import fast
 from nextstate.analysis.response.branches import (
     LIMIT,
     ResponseError,
+    difference_dtype,
     dtype_of,
     fitting,
     rows_of,
     run_prompt,
     run_rows,
     whole_rows,
-    wide,
 )
 from nextstate.analysis.response.config import ALONG, STRENGTHS
 
@@ -42,19 +42,19 @@ class Response:
     """Responses of prompts of one length.
 
     `value` is R, with NaN where the target comes before the position; `cosine` is that between the responses of all
-    later tokens, taken as one vector, to neighbouring strengths (NaN where there is no later token, or no response).
+    later tokens, as one vector, to consecutive strengths (NaN without a later token or a response).
     """
 
     injected: int  # the layer whose input is pushed
-    layers: tuple[int, ...]  # those that have been passed: the stream is read as it leaves them
+    layers: tuple[int, ...]  # layers after which the residual stream is read
     positions: Int[np.ndarray, " position"]
     directions: tuple[str, ...]
-    strengths: tuple[float, ...]  # (0.0,) of the exact product
+    strengths: tuple[float, ...]  # (0.0,) for the exact product
     value: Float[np.ndarray, "prompt strength direction layer position target"]
     cosine: Float[np.ndarray, "prompt neighbour direction layer position"]
-    norms: Float[np.ndarray, "prompt layer target"]  # of the unpushed stream
+    norms: Float[np.ndarray, "prompt layer target"]  # of the stream without a push
     pushed: Float[np.ndarray, "prompt position"]  # norms of the vectors that are pushed
-    control: float  # how far unpushed branches are from the prompt itself at most, as a share of the stream's norm
+    control: float  # largest difference of branches without a push from the prompt, relative to its norm
 
     @property
     def relative(self) -> Float[np.ndarray, "prompt strength direction layer position target"]:
@@ -64,7 +64,7 @@ class Response:
 
     @property
     def total(self) -> Float[np.ndarray, "prompt strength direction layer position"]:
-        """The norm of the response of all later tokens together; NaN where there is none."""
+        """The norm of the response of all later tokens as one vector; NaN without later tokens."""
         later = np.arange(self.value.shape[-1]) > self.positions[:, None]
         whole = np.sqrt(np.where(later, np.square(self.value), 0).sum(-1))
         return np.asarray(np.where(later.any(-1), whole, np.nan))
@@ -73,7 +73,7 @@ class Response:
 def unit_directions(
     rng: np.random.Generator, prompts: int, directions: int, hidden: int
 ) -> Float[np.ndarray, "prompt direction hidden"]:
-    """Draw random unit vectors, for each prompt others, so that intervals over prompts cover them."""
+    """Draw random unit vectors, independently for each prompt, so that intervals over prompts cover them."""
     drawn = rng.normal(size=(prompts, directions, hidden))
     return np.asarray(drawn / np.linalg.norm(drawn, axis=-1, keepdims=True))
 
@@ -91,17 +91,17 @@ def responses(
 ) -> Response:
     """Measure responses at finite strengths.
 
-    Hooks that are on the model (an ablated head, say) hold in the prompt and in its branches alike.
+    Hooks on the model (such as an ablated head) apply to the prompt and to its branches.
 
     Args:
-        model: any that has the site `resid_pre`.
+        model: a language model that has the site `resid_pre`.
         tokens: prompts of one length.
-        positions: those to push, by default all.
-        strengths: as shares of the norm of what is pushed, in rising order.
+        positions: positions to push, by default all.
+        strengths: sizes of pushes relative to the norm of the pushed vector, in increasing order.
         directions: unit vectors to push in, named "random 1" and so on.
         along: also push along the vector itself, as the first direction.
-        layer: whose input is pushed; 0 is the embedding.
-        max_bytes: bound on the memory of one pass in addition to the model; a pass has a row at all strengths at least.
+        layer: layer whose input is pushed; 0 is the embedding.
+        max_bytes: bound on the memory of one pass in addition to the model; a pass has at least one row.
 
     Raises:
         ResponseError: a position outside the prompt, a strength at or below float noise, a prompt longer than the
@@ -112,8 +112,8 @@ def responses(
     low = [s for s in strengths if not s > floor]
     if low or not strengths or list(strengths) != sorted(set(strengths)):
         raise ResponseError(
-            f"strengths={[float(f'{s:.3g}') for s in strengths]} are not possible: expected rising ones above "
-            f"{floor:.2g}, at or below which {dtype_of(model)} rounds a push away"
+            f"strengths={[float(f'{s:.3g}') for s in strengths]} are not possible: expected increasing values above "
+            f"{floor:.2g}, the rounding error of {dtype_of(model)}"
             + ("" if dtype_of(model) == "float32" else "; load the model with dtype=float32 for weaker ones")
         )
     return _measure(model, tokens, positions, tuple(map(float, strengths)), directions, along, layer, max_bytes)
@@ -129,11 +129,11 @@ def exact(
     layer: int = 0,
     max_bytes: int = 2 << 30,
 ) -> Response:
-    """Return the response in the limit of no strength: the norm of the Jacobian-vector product.
+    """Return the response in the limit of strength 0: the norm of the Jacobian-vector product.
 
-    Arguments, result and errors are those of `responses`, with the one strength 0. Attention by sdpa goes through its
-    plain kernel, the one that has a forward derivative; eager attention is differentiated as it is. A model that torch
-    cannot differentiate forward (grouped experts, functions of its own without a `jvp`) gets a `ResponseError`.
+    Arguments, result and errors are those of `responses`, with the single strength 0. Attention by sdpa uses its math
+    kernel, which supports forward-mode differentiation. A model without forward-mode derivatives (grouped experts,
+    custom functions without a `jvp`) raises a `ResponseError`.
     """
     return _measure(model, tokens, positions, LIMIT, directions, along, layer, max_bytes)
 
@@ -165,15 +165,15 @@ def _measure(
     most = fitting(model, length, rows, s, max_bytes)
     for i in range(n):
         base = run_prompt(model, tokens[i], layer, in_tree)
-        norms[i] = torch.stack(base.stream[1:]).norm(dim=-1, dtype=wide(model)).cpu().numpy()
-        vectors = base.stream[0][torch.from_numpy(chosen).to(model.device)].to(wide(model))
+        norms[i] = torch.stack(base.stream[1:]).norm(dim=-1, dtype=difference_dtype(model)).cpu().numpy()
+        vectors = base.stream[0][torch.from_numpy(chosen).to(model.device)].to(difference_dtype(model))
         pushed[i] = vectors.norm(dim=-1).cpu().numpy()
         if not (pushed[i] > 0).all():
             raise ResponseError(
                 f"position {int(chosen[int(pushed[i].argmin())])} has norm {pushed[i].min()} at layer {layer}: "
                 "expected a vector to push; leave the position out"
             )
-        push = torch.zeros(ways, len(chosen), sites.hidden, dtype=wide(model), device=model.device)
+        push = torch.zeros(ways, len(chosen), sites.hidden, dtype=difference_dtype(model), device=model.device)
         if along:
             push[0] = vectors
         if directions is not None:

@@ -13,7 +13,7 @@ from nextstate.analysis.response import figures
 from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig
 from nextstate.analysis.run import Run
 
-ROWS = 3000  # of the table of heads
+ROWS = 3000  # most rows of the table of heads on the page
 ENDS = ("value", "low", "high", "band_low", "band_high")
 Tables = dict[str, pl.DataFrame]
 
@@ -32,7 +32,7 @@ def page(run: Run[ResponseConfig]) -> Page:
         "edges": _edges(found),
         "matrices": _matrices(found, run.config, drawn),
         "signatures": _signatures(found, run.config, drawn),
-        "head_plot": [drawn.add(figures.heads(table, "Each head, left out by itself"))] if carried else [],
+        "head_plot": [drawn.add(figures.heads(table, "Signature lost without each head"))] if carried else [],
         "heads": shown.rows(named=True),
         "left": len(table) - len(shown),
         "bridges": _bridges(found, drawn),
@@ -41,12 +41,12 @@ def page(run: Run[ResponseConfig]) -> Page:
         "roles": figures.ROLES,
         "ramp": ", ".join(colour for _, colour in SCALE),
     }
-    title = f"{run.config.name}: what a weak push on one token does to the rest of {agent['name']}"
+    title = f"{run.config.name}: response of {agent['name']} to weak pushes on single tokens"
     return Page(title, template="response/page.html.jinja", context=context, figures=drawn)
 
 
 def headline(found: Tables) -> dict[str, Any]:
-    """Return the numbers of the first lines."""
+    """Return the numbers of the first paragraphs of the page."""
     windows = found["precisions"].filter(kind=RANDOM).rows(named=True)
     out: dict[str, Any] = {"windows": windows, "signature": None, "heads": None, "bridges": []}
     for row in found["signature"].filter(kind=RANDOM).iter_rows(named=True):
@@ -55,8 +55,8 @@ def headline(found: Tables) -> dict[str, Any]:
         values = {c: dict(lines.filter(condition=c).select("at", "value").iter_rows()) for c in CONDITIONS}
         added = found["added"].filter(at="before", **where).row(0, named=True)
         out["signature"] = row | {"lines": values, "added": added}
-        if row["emerges"] is not None and len(found["heads"]):  # otherwise there is nothing that heads could carry
-            heads = found["heads"].filter(pl.col("carries") & (pl.col("lost") > 0)).sort("lost", descending=True)
+        if row["emerges"] is not None and len(found["heads"]):  # otherwise heads have nothing to contribute to
+            heads = found["heads"].filter(pl.col("significant") & (pl.col("lost") > 0)).sort("lost", descending=True)
             out["heads"] = {"of": len(found["heads"]), "rows": heads.rows(named=True)}
     for (game, pairs), rows in found["bridge"].group_by("game", "pairs", maintain_order=True):
         last = rows.filter("valid", layer=rows["layer"].max())
@@ -75,13 +75,13 @@ def _scales(found: Tables, drawn: FigureList) -> list[dict[str, Any]]:
         common = None if own["low"] is None else (own["low"], own["high"])
         words = "random directions" if kind == RANDOM else "along the vector itself"
         plots = [drawn.add(figures.scale(rows, limit, f"{title}, {words}", common, cosine))
-                 for title, cosine in (("Response against strength", False), ("Direction kept", True))]  # fmt: skip
+                 for title, cosine in (("Response by strength", False), ("Cosine to next strength", True))]  # fmt: skip
         out.append({"kind": kind, "figures": plots, "common": common})
     return out
 
 
 def _edges(found: Tables) -> list[dict[str, Any]]:
-    """Return a row for each layer and kind of direction: both edges in each precision, and how far the limit is."""
+    """Return a row for each layer and kind of direction: its window in each precision, and the error of the limit."""
     out = []
     for kind in reversed(KINDS):
         strength = found["precisions"].filter(kind=kind)["strength"][0] or math.nan
@@ -97,7 +97,7 @@ def _edges(found: Tables) -> list[dict[str, Any]]:
 
 
 def _matrices(found: Tables, config: ResponseConfig, drawn: FigureList) -> dict[str, Any] | None:
-    titles = {"repeated": "A block, repeated", "control": "Control: nothing is repeated"}
+    titles = {"repeated": "Repeated blocks", "control": "Control without repetition"}
     tables = {c: rows for c in titles if len(rows := found["matrices"].filter(condition=c))}
     if not tables:
         return None
@@ -121,7 +121,7 @@ def _signatures(found: Tables, config: ResponseConfig, drawn: FigureList) -> lis
             drawn.add(figures.depth(lines.filter(measure=measure), title, words), where)
             for measure, title, words in (
                 ("response", "Response by offset", "response"),
-                ("relative", "As a share of the stream there", "share"),
+                ("relative", "Response relative to the stream, by offset", "relative response"),
             )
         ]
         others = lines.filter(measure="response", condition="repeated", at="others").select("layer", others="value")
@@ -130,7 +130,7 @@ def _signatures(found: Tables, config: ResponseConfig, drawn: FigureList) -> lis
             for at in ("before", "same")
         ]
         rows = columns[0].join(columns[1].drop("valid"), on="layer").join(others, on="layer").sort("layer")
-        offsets = figures.stripes(found["offsets"].filter(kind=kind), config.block, "What repetition adds, by offset")
+        offsets = figures.stripes(found["offsets"].filter(kind=kind), config.block, "Increase by repetition, by offset")
         out.append({
             "kind": kind, "figures": plots, "rows": rows.rows(named=True), "stripes": drawn.add(offsets, where),
             "prompts": found["signature"].filter(kind=kind)["prompts"][0],
@@ -152,7 +152,7 @@ def _bridges(found: Tables, drawn: FigureList) -> list[dict[str, Any]]:
 
 
 def _patched(found: Tables, drawn: FigureList) -> dict[str, Any] | None:
-    """Return the heads of a patching run, with the share of the response that is lost without each."""
+    """Return the heads of a patching run with the share of the response that is lost without each of them."""
     table = found["bridge_heads"]
     if table.is_empty():
         return None

@@ -1,8 +1,8 @@
-"""The study of responses: what a weak push on one token changes in all later tokens, in every layer.
+"""The response study: changes of all later tokens in every layer after a weak push on one token.
 
-Tables: `windows/PRECISION` and `exact`, the scale-invariant windows and the limit of no strength; for each condition
-and direction `signature/` and `matrix/`; `scores` and `heads/PART`, heads and what is left of the signature without
-each; for each game and kind of pairs `edges/`, `bridge/` and `bridge_heads/`. Tables are empty where the window is.
+Tables: `windows/PRECISION` and `exact`, the scale-invariant windows and the limit at strength 0; for each condition and
+direction `signature/` and `matrix/`; `scores` and `heads/PART`, scores of heads and the signature that remains without
+each; for each game and kind of pairs `edges/`, `bridge/` and `bridge_heads/`. Without a window, tables are empty.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from nextstate.analysis.response.induction import Repeated
     from nextstate.analysis.response.window import Window
 
-PARTS = 8  # in which heads are left out, so that a run that was stopped does not begin again
-SHOWN = 24  # heads of a patching run that are left out of transcripts
+PARTS = 8  # jobs of the head ablations, so that an interrupted run can be resumed
+SHOWN = 24  # heads of a patching run that are ablated on transcripts
 Tables = pl.DataFrame | dict[str, pl.DataFrame]
 
 
@@ -49,7 +49,7 @@ class ResponseStudy(Study[ResponseConfig]):
 
     def jobs(self, config: ResponseConfig) -> list[Job]:
         bridges, other = bridges_of(config), patched(config)
-        for one in bridges:  # a game that cannot make such pairs says so before anything is written
+        for one in bridges:  # raises before anything is written if the game cannot make such pairs
             one.draw(np.random.default_rng(0), 1)
         jobs: list[Job] = []
 
@@ -141,7 +141,7 @@ def _directions(run: Run[ResponseConfig], prompts: int, *names: str) -> Any:
 
 
 def _first(run: Run[ResponseConfig], n: int) -> tuple[Repeated, dict[str, Any]]:
-    """Return the first prompts, and how each of them is pushed."""
+    """Return the first `n` prompts, and the arguments of their pushes."""
     config = run.config
     given, push = run.once("blocks", lambda: _blocks(run)), _directions(run, config.prompts, "blocks")
     few = replace(given, tokens=given.tokens[:n], control=given.control[:n])
@@ -157,7 +157,7 @@ def _windows(run: Run[ResponseConfig]) -> dict[str, Window]:
 
 
 def _window(dtype: str, run: Run[ResponseConfig]) -> pl.DataFrame:
-    """Measure the windows in a precision; the table is empty where it is the model's own and measured already."""
+    """Measure the windows in a precision; the table is empty if it is the model's own, which is already measured."""
     import torch
 
     from nextstate.agents.language import LanguageModel
@@ -189,14 +189,14 @@ def _window(dtype: str, run: Run[ResponseConfig]) -> pl.DataFrame:
         run.describe(known | {"certificates": [c | {"dtype": dtype} for c in proved]})
     elif own in HALF and not any(w.common for w in flat.values()):
         raise ResponseError(
-            f"{model.name} has no scale-invariant window in {own}, in no layer and direction: rounding and saturation "
-            "meet; load it with dtype=float32"
+            f"{model.name} has no scale-invariant window in {own}, in any layer or direction: rounding and saturation "
+            "overlap; load it with dtype=float32"
         )
     return pl.concat([flat[kind].table(own if dtype == "own" else dtype) for kind in KINDS])
 
 
 def _exact(run: Run[ResponseConfig]) -> pl.DataFrame:
-    """Measure the limit of no strength, and how far the response at the strength that is used is from it."""
+    """Measure the limit at strength 0, and the relative error of the response at the strength used."""
     from nextstate.analysis.response.measure import exact, responses
     from nextstate.analysis.response.tables import exact_rows
 
@@ -236,7 +236,7 @@ def _signature(condition: str, kind: str, run: Run[ResponseConfig]) -> Tables:
 
 
 def _deep(edges: Window) -> float | None:
-    """Return the strength to measure at, None where the last layer has no window there."""
+    """Return the strength to measure at, or None if it is outside the window of the last layer."""
     return edges.middle if edges.middle is not None and edges.layers[-1] in edges.holds(edges.middle) else None
 
 
@@ -252,7 +252,7 @@ def _scores(run: Run[ResponseConfig]) -> pl.DataFrame:
 
 
 def _heads(part: int, run: Run[ResponseConfig]) -> pl.DataFrame:
-    """Leave out each head of some layers by itself, and measure what is left of the signature after the last layer."""
+    """Ablate each head of some layers alone, and measure the remaining signature after the last layer."""
     from nextstate.analysis.response.induction import head_excess
     from nextstate.analysis.response.tables import LEFT, left_rows
 
@@ -280,7 +280,7 @@ def _transcripts(one: Bridge, run: Run[ResponseConfig]) -> list[tuple[Transcript
 
 
 def _edges(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
-    """Measure the window of pushes on transcripts, read at the answering token."""
+    """Measure the windows of pushes on transcripts."""
     from nextstate.analysis.response.branches import dtype_of
     from nextstate.analysis.response.bridge import pushed
     from nextstate.analysis.response.window import window
@@ -294,7 +294,7 @@ def _edges(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
 
 
 def _bridge(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
-    """Push the tokens of transcripts, and read the answering token."""
+    """Measure the response of the answering token to pushes on each role of the transcripts."""
     from nextstate.analysis.response.bridge import COLUMNS, pushed, role_rows
     from nextstate.analysis.response.window import restored
 
@@ -311,7 +311,7 @@ def _bridge(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
 
 
 def _bridge_heads(one: Bridge, run: Run[ResponseConfig]) -> pl.DataFrame:
-    """Do the same without each of the heads that carry most in the patching run."""
+    """Measure the response without each of the heads with the largest recoveries in the patching run."""
     from nextstate.analysis.response.bridge import response_without
     from nextstate.analysis.response.tables import BRIDGE_HEADS, bridge_head_rows
     from nextstate.analysis.response.window import restored

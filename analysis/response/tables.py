@@ -38,7 +38,7 @@ BRIDGE_HEADS: dict[str, Any] = {
 
 
 def matrix_rows(layers: Sequence[int], value: Float[np.ndarray, "prompt layer position target"]) -> pl.DataFrame:
-    """Return the mean matrix over prompts: a row for each layer and pushed position, with the list of all targets."""
+    """Return the mean matrix over prompts: one row for each layer and pushed position, with a list over all targets."""
     mean = value.mean(0)
     rows = [(layer, j, [None if np.isnan(x) else float(x) for x in line])
             for layer, matrix in zip(layers, mean, strict=True) for j, line in enumerate(matrix)]  # fmt: skip
@@ -51,7 +51,7 @@ def profile_rows(
     relative: Float[np.ndarray, "prompt layer offset"],
     control: float,
 ) -> pl.DataFrame:
-    """Return a row for each prompt, layer and offset; `control` is that of the `Response`."""
+    """Return a row for each prompt, layer and offset; `control` is `Response.control`."""
     prompt, layer, offset = (x.ravel() for x in np.indices(value.shape))
     columns = {"prompt": prompt, "layer": np.array(layers)[layer], "offset": offset + 1, "response": value.ravel(),
                "relative": relative.ravel(), "control": np.full(value.size, control)}  # fmt: skip
@@ -59,33 +59,33 @@ def profile_rows(
 
 
 def exact_rows(kind: str, limit: Response, found: Response | None) -> pl.DataFrame:
-    """Return a row for each layer: the norm of the exact product, and how far the measured response is from it.
+    """Return a row for each layer: the norm of the exact product, and the relative error of the measured response.
 
     Args:
-        kind: of the directions that count.
+        kind: kind of directions to use.
         limit: the exact product.
-        found: the same pushes at the strength that is used, None where there is no window.
+        found: responses to the same pushes at the strength used; None if there is no window.
     """
     own = of_kind(limit, kind)
     exact = limit.value[:, 0, own].astype(np.float64)
     level = np.nanmean(limit.total[:, 0, own].astype(np.float64), axis=(0, 1, 3))
-    apart = [None] * len(level)
+    distance = [None] * len(level)
     if found is not None:
         axes = (0, 1, 3, 4)
-        off = np.nansum(np.square(found.value[:, 0, own] - exact), axes) / np.nansum(np.square(exact), axes)
-        apart = np.sqrt(off).tolist()
-    rows = zip([kind] * len(level), limit.layers, level.tolist(), apart, strict=True)
+        squared = np.nansum(np.square(found.value[:, 0, own] - exact), axes) / np.nansum(np.square(exact), axes)
+        distance = np.sqrt(squared).tolist()
+    rows = zip([kind] * len(level), limit.layers, level.tolist(), distance, strict=True)
     return pl.DataFrame(list(rows), schema=EXACT, orient="row")
 
 
 def left_rows(layer: int, left: Float[np.ndarray, "prompt head"]) -> pl.DataFrame:
-    """Return a row for each head: what is left of the signature of each prompt without it."""
+    """Return a row for each head: the signature of each prompt that remains without it."""
     columns = {"layer": [layer] * left.shape[1], "head": range(left.shape[1]), "left": left.T.tolist()}
     return pl.DataFrame(columns, schema=LEFT)
 
 
 def score_rows(prefix: Float[np.ndarray, "layer head"], copying: Float[np.ndarray, "layer head"]) -> pl.DataFrame:
-    """Return a row for each head; scores are NaN for heads that a layer does not have, which are left out."""
+    """Return a row for each head; heads that a layer does not have (NaN scores) are omitted."""
     layer, head = (x.ravel() for x in np.indices(prefix.shape))
     rows = pl.DataFrame({"layer": layer, "head": head, "prefix": prefix.ravel(), "copying": copying.ravel()})
     return rows.filter(pl.col("prefix").is_not_nan()).cast(pl.Schema(SCORES))
@@ -99,7 +99,7 @@ def bridge_head_rows(
 
     Args:
         heads: layer, head, and recovery by state and action pairs when it was patched.
-        found: as `response_without` returns it.
+        found: the result of `response_without`.
     """
     rows = [
         (role, *head, whole.tolist(), left[:, k].tolist())
@@ -114,16 +114,16 @@ def bridge_head_rows(
 def summaries(run: Run[ResponseConfig]) -> dict[str, pl.DataFrame]:
     """Return the statistics of a response run.
 
-    - `windows`: the windows in each precision, the model's own first; `precisions`: what they have in common over
-      layers; `exact`: the limit of no strength.
+    - `windows`: the windows in each precision, the model's own first; `precisions`: the part common to
+      most layers; `exact`: the limit at strength 0.
     - `matrices`: mean responses to random pushes, in the layers that have a window.
-    - `signature`: for each kind of direction, where the induction signature begins; `lines`, `added` and `offsets`: the
-      response at its offsets, what repetition adds there, and at each offset, by layer.
+    - `signature`: for each kind of direction, the layer where the induction signature begins; `lines`, `added` and
+      `offsets`: by layer, the response at its offsets, and its increase by repetition there and at each offset.
     - `heads`: the share of the signature that is lost without each head, with its scores.
     - `edges`, `bridge`: windows and mean responses of transcripts; `bridge_heads`: the share that is lost without each
       head; `ranks`: its rank correlation with recovery by patching.
 
-    In these tables `valid` says whether the strength is within the layer's window; the page shows nothing else.
+    In these tables `valid` is whether the strength is within the layer's window; the page shows only valid rows.
     """
     windows = pl.concat(run.tables("windows/*").values())
     precisions = precision_rows(windows)
@@ -149,8 +149,8 @@ def summaries(run: Run[ResponseConfig]) -> dict[str, pl.DataFrame]:
 def precision_rows(windows: pl.DataFrame) -> pl.DataFrame:
     """Return a row for each precision and kind of direction: the strengths in the windows of most layers.
 
-    `strength` is the one in the middle, at which responses are measured, and `layers` the number of layers whose window
-    it is in; `weakest` and `strongest` say whether the end is the first or last strength that was tried.
+    `strength` is the middle one, at which responses are measured, and `layers` the number of layers whose window
+    contains it; `weakest` and `strongest` say whether the window ends at the first or last measured strength.
     """
     schema = {
         "dtype": pl.String, "kind": pl.String, "low": pl.Float64, "high": pl.Float64, "strength": pl.Float64,
@@ -167,7 +167,7 @@ def precision_rows(windows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _holds(run: Run[ResponseConfig], kind: str) -> tuple[int, ...]:
-    """Return the layers within whose window the strength is that was used."""
+    """Return the layers whose window contains the strength used."""
     edges = restored(run.table("windows/own").filter(kind=kind))
     return () if edges.middle is None else edges.holds(edges.middle)
 
@@ -224,9 +224,10 @@ def _signature(run: Run[ResponseConfig], kind: str) -> dict[str, pl.DataFrame]:
         _rows({"kind": kind, "at": at}, where, {end: getattr(band, end)[:, 0, k] for end in _ENDS})
         for k, at in enumerate(AT[:2])
     ]
-    apart = (repeated - control).mean(0)
-    of, offset = (x.ravel() for x in np.indices(apart.shape))
-    each = {"layer": np.array(layers)[of], "valid": np.array(valid)[of], "offset": offset + 1, "added": apart.ravel()}
+    increase = (repeated - control).mean(0)
+    of, offset = (x.ravel() for x in np.indices(increase.shape))
+    each = {"layer": np.array(layers)[of], "valid": np.array(valid)[of], "offset": offset + 1,
+            "added": increase.ravel()}  # fmt: skip
     deepest = max(layer for layer, ok in zip(layers, valid, strict=True) if ok)
     one = (kind, len(repeated), emerges(added[0]), deepest, max(table["control"][0] for table in tables.values()))
     return {
@@ -250,10 +251,10 @@ def _means(run: Run[ResponseConfig], values: Float[np.ndarray, "prompt layer col
 
 
 def emerges(added: pl.DataFrame) -> int | None:
-    """Return the first layer from which on the band is above 0 in all layers that have a window; None without one.
+    """Return the first layer from which on the band is above 0 in all layers that have a window; None if there is none.
 
     Args:
-        added: what repetition adds at one offset: `layer`, in rising order, `valid` and `band_low`.
+        added: increase by repetition at one offset: `layer`, in increasing order, `valid` and `band_low`.
     """
     out = None
     for row in reversed(added.filter("valid").rows(named=True)):
@@ -272,7 +273,7 @@ def _lost(run: Run[ResponseConfig], whole: Float[np.ndarray, " unit"], rows: pl.
 def _heads(run: Run[ResponseConfig]) -> pl.DataFrame:
     empty = pl.DataFrame(schema={
         "layer": pl.Int64, "head": pl.Int64, "lost": pl.Float64, **dict.fromkeys(_ENDS[1:], pl.Float64),
-        "carries": pl.Boolean, "prefix": pl.Float64, "copying": pl.Float64,
+        "significant": pl.Boolean, "prefix": pl.Float64, "copying": pl.Float64,
     })  # fmt: skip
     rows = pl.concat([pl.DataFrame(schema=LEFT), *run.tables("heads/*").values()]).sort("layer", "head")
     if rows.is_empty() or not run.has("scores") or not _measured(run, RANDOM):
@@ -284,7 +285,7 @@ def _heads(run: Run[ResponseConfig]) -> pl.DataFrame:
     ends = {("lost" if end == "value" else end): getattr(gone, end).ravel() for end in _ENDS}
     return (
         rows.drop("left").with_columns(**ends)
-        .with_columns(carries=pl.Series(significant(gone).ravel() & np.isfinite(ends["low"])))
+        .with_columns(significant=pl.Series(significant(gone).ravel() & np.isfinite(ends["low"])))
         .join(run.table("scores"), on=["layer", "head"], how="left")
     )  # fmt: skip
 
@@ -333,9 +334,9 @@ def _bridge_heads(run: Run[ResponseConfig]) -> pl.DataFrame:
 
 
 def _ranks(bridge_heads: pl.DataFrame) -> pl.DataFrame:
-    """Return the rank correlation of what each head carries by patching with what is lost of the response without it.
+    """Return the rank correlation of recovery by patching with the share of the response lost, over heads.
 
-    State is compared in the first game that was patched, with pairs of states, and action likewise.
+    State is compared on the state pairs of the first game that was patched, action on its action pairs.
     """
     rows = []
     for kind in ("state", "action"):

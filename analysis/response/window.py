@@ -1,9 +1,9 @@
-"""The scale-invariant window: the strengths at which the response does not depend on the strength, layer by layer.
+"""The scale-invariant window: the strengths at which the response does not depend on the strength, for each layer.
 
-Below it float noise drowns the response, above it the network saturates. Our recipe: a layer's window is the longest
-run of neighbouring strengths between which the response is flat (the slope of its logarithm against that of the
-strength is small) and keeps its direction (the cosine is about 1). The response of a push is that of all later tokens
-taken as one vector; slope and cosine are means over pushes.
+Below the window rounding errors dominate the response; above it the network saturates. A layer's window is the longest
+run of consecutive strengths over which the response is flat (the slope of its logarithm against the logarithm of the
+strength is small) and keeps its direction (the cosine is about 1). The response to a push is that of all later tokens
+as one vector; slope and cosine are means over pushes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nextstate.analysis.response.branches import ResponseError
 from nextstate.analysis.response.config import ALIKE, ALONG, FLAT, KINDS
 from nextstate.analysis.response.measure import Response
 
-LEAST = 2  # steps from one strength to the next that a window has
+MIN_STEPS = 2  # least number of steps between consecutive strengths in a window
 
 
 @dataclass(frozen=True)
 class Window:
-    """What was found for each layer, in one kind of direction. Edges are NaN where a layer has no window."""
+    """Windows of all layers for one kind of direction. `low` and `high` are NaN where a layer has no window."""
 
     kind: str
     layers: tuple[int, ...]
@@ -39,22 +39,22 @@ class Window:
 
     @property
     def common(self) -> tuple[float, ...]:
-        """The strengths that are within the windows of most layers; () where no layer has a window."""
+        """Strengths that are within the windows of most layers; () if no layer has a window."""
         inside = [int(((self.low <= s) & (s <= self.high)).sum()) for s in self.strengths]
         return tuple(s for s, n in zip(self.strengths, inside, strict=True) if n == max(inside) > 0)
 
     @property
     def middle(self) -> float | None:
-        """The strength in the middle of `common`, at which to measure; None where there is no window."""
+        """Middle strength of `common`, at which to measure; None if there is no window."""
         return self.common[(len(self.common) - 1) // 2] if self.common else None
 
     def holds(self, strength: float) -> tuple[int, ...]:
-        """Return the layers within whose window a strength is."""
+        """Return the layers whose window contains a strength."""
         inside = (self.low <= strength) & (strength <= self.high)
         return tuple(layer for layer, ok in zip(self.layers, inside, strict=True) if ok)
 
     def table(self, dtype: str) -> pl.DataFrame:
-        """Return a row for each layer and strength; slope and cosine are those to the next strength."""
+        """Return a row for each layer and strength; slope and cosine are between it and the next strength."""
         rows = []
         for i, layer in enumerate(self.layers):
             for k, strength in enumerate(self.strengths):
@@ -71,15 +71,15 @@ COLUMNS = {
 
 
 def of_kind(found: Response, kind: str) -> list[int]:
-    """Return which directions of a response are "along" or "random".
+    """Return the indices of the directions of a kind, "along" or "random".
 
     Raises:
-        ResponseError: it has none of that kind.
+        ResponseError: the response has no directions of that kind.
     """
     chosen = [i for i, name in enumerate(found.directions) if (name == ALONG) == (kind == ALONG)]
     if kind not in KINDS or not chosen:
-        raise ResponseError(f"kind={kind!r} is not possible: expected one of {', '.join(KINDS)}, and directions of it; "
-                            f"measured were {', '.join(found.directions)}")  # fmt: skip
+        raise ResponseError(f"kind={kind!r} is not possible: expected one of {', '.join(KINDS)}, with directions; "
+                            f"the response has {', '.join(found.directions)}")  # fmt: skip
     return chosen
 
 
@@ -87,23 +87,23 @@ def window(found: Sequence[Response], kind: str = "random", *, flat: float = FLA
     """Find the scale-invariant window of each layer.
 
     Args:
-        found: responses at the same three strengths or more, of prompts of any length.
-        kind: of the directions that count, "along" or "random".
+        found: responses at the same strengths, at least three, to prompts of any length.
+        kind: kind of directions to use, "along" or "random".
         flat: largest slope of log response against log strength.
-        alike: smallest cosine between the responses at neighbouring strengths.
+        alike: smallest cosine between the responses to consecutive strengths.
 
     Raises:
         ResponseError: there are too few strengths, or no such directions.
     """
     strengths, layers = found[0].strengths, found[0].layers
-    if len(strengths) <= LEAST:
-        raise ResponseError(f"{len(strengths)} strengths are too few for a window: expected {LEAST + 1} or more")
+    if len(strengths) <= MIN_STEPS:
+        raise ResponseError(f"{len(strengths)} strengths are too few for a window: expected {MIN_STEPS + 1} or more")
     total, cosine = (
         np.concatenate([_pushes(getattr(one, name)[:, :, of_kind(one, kind)]) for one in found], -1)
         for name in ("total", "cosine")
     )  # [layer strength push]
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing: a layer that nothing reaches
+        warnings.simplefilter("ignore", RuntimeWarning)  # means of empty slices, in layers that no push reaches
         log = np.log(np.where(total > 0, total, np.nan))
         slope = np.nanmean(np.abs(np.diff(log, axis=1)) / np.diff(np.log(strengths))[:, None], axis=-1)
         alignment, level = np.nanmean(cosine, axis=-1), np.nanmean(total, axis=-1)
@@ -137,4 +137,4 @@ def _longest(good: Sequence[bool], strengths: Sequence[float]) -> tuple[float, f
             best = max(best, (k - begin, -begin))
             begin = k + 1
     steps, first = best[0], -best[1]
-    return (strengths[first], strengths[first + steps]) if steps >= LEAST else (math.nan, math.nan)
+    return (strengths[first], strengths[first + steps]) if steps >= MIN_STEPS else (math.nan, math.nan)

@@ -72,7 +72,7 @@ def joined(agent: LanguageModel, game: str, kind: str) -> list[TokenPair]:
 
 
 def named(found: Sweep, made: Circuit) -> set[str]:
-    """Return which heads stand out, by what they do; a head that does nothing goes by its slot."""
+    """Return the significant heads by their function; a head without one is named by its slot."""
     names = {slot: name for name, slot in made.heads.items()}
     cells = significant(recovery(found, np.random.default_rng(0), resamples=200))
     return {names.get((int(a), int(b)), f"{a}.{b}") for a, b in np.argwhere(cells[..., 0])}
@@ -203,7 +203,7 @@ def test_what_cannot_be_measured_with_is_left_out_and_told() -> None:
     assert [x.pair for x in excluded] == [1, 2, 3, 4]
     for x, words in zip(
         excluded,
-        ["both sides have the answer", "an? action pair differ in state", "tell the same state", "10 and 14 steps"],
+        ["both sides have the answer", "an? action pair differ in state", "have the same state", "10 and 14 steps"],
         strict=True,
     ):
         assert re.search(words, x.reason)
@@ -335,7 +335,7 @@ def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
     assert loads_nothing(text)
     assert "url(" not in page
     assert "@import" not in page
-    for words in ("heads carry state", "State against action", "Spearman", "What was run", "Positions",
+    for words in ("heads carry state", "State against action", "Spearman", "Run details", "Positions",
                   "How each model was run"):  # fmt: skip
         assert words in text
     figures = data(text, "figures")

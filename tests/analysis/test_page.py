@@ -152,7 +152,7 @@ def real(run_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 KINDS = (
     "box-accuracy-of-", "box-accuracy-against-boxes", "dfa-density-min-accuracy-against-step", "determined-and",
-    "where-the-shortcut-fails", "written-strings", "from-nothing", "divergence-from", "loss",
+    "where-the-shortcut-fails", "generated-strings", "accuracy-from-nothing", "divergence-from", "loss",
     "ancestors-at-all-tokens-from-the-whole-string", "after-a-clean-prefix-temperature", "attention-pairs-rotary",
 )  # fmt: skip
 

@@ -400,7 +400,7 @@ def test_a_broken_patch_is_caught_by_a_control(model: LanguageModel, monkeypatch
     for broken in (nothing, shifted, elsewhere):
         monkeypatch.setattr(engine, "overwrite", broken)
         for site in SITES:
-            with pytest.raises(PatchError, match="control failed: everything patched must give the source run's"):
+            with pytest.raises(PatchError, match=r"control failed: with everything patched, .* the source run"):
                 sweep(model, pairs[:2], site=site, failures="include")
     monkeypatch.undo()
 
@@ -413,7 +413,7 @@ def test_a_broken_patch_is_caught_by_a_control(model: LanguageModel, monkeypatch
     monkeypatch.undo()
     seen = engine._visible
     monkeypatch.setattr(engine, "_visible", lambda *a: seen(*a).fill_(True))  # copies that see each other
-    with pytest.raises(PatchError, match="control failed: nothing patched must give the base run's"):
+    with pytest.raises(PatchError, match=r"control failed: with nothing patched, .* the base run"):
         sweep(model, pairs, failures="include")
 
 
@@ -491,7 +491,7 @@ def test_pairs_on_which_the_model_fails_are_counted(model: LanguageModel) -> Non
     assert np.abs(found.patched.difference[[0, 2]] - alone.patched.difference).max() < EXACT
     done = recovery(found, np.random.default_rng(0), resamples=50)
     assert (done.pairs, done.failed, done.left_out) == (2, 6, 6)
-    with pytest.raises(PatchError, match="fails on all 6 pairs: in none does it prefer the right answer"):
+    with pytest.raises(PatchError, match="fails on all 6 pairs: it never prefers the correct answer"):
         sweep(model, [p for i, p in enumerate(made) if i not in (0, 2)])
     with pytest.raises(PatchError, match="fails on all 6 pairs"):
         attribution(model, [p for i, p in enumerate(made) if i not in (0, 2)])

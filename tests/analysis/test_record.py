@@ -333,7 +333,7 @@ def test_bad_input(model: LanguageModel, tmp_path: Path) -> None:
         with pytest.raises(SiteError, match=words), record(model, tmp_path / "r", **arguments):
             pass
     assert not (tmp_path / "r").exists()
-    with pytest.raises(RecordError, match="holds no recording"):
+    with pytest.raises(RecordError, match="has no recording"):
         load(tmp_path / "there")
 
 
@@ -348,5 +348,5 @@ def test_an_empty_recording_and_mixed_widths(model: LanguageModel, tmp_path: Pat
     with record(model, tmp_path / "r", sites=["head", "resid_pre"]):
         replay(model, episodes)
     index, tensors = load(tmp_path / "r")
-    with pytest.raises(RecordError, match="several widths"):
+    with pytest.raises(RecordError, match="different widths"):
         tensors(index)

@@ -429,7 +429,7 @@ def test_bad_pushes(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -
     agent, tokens = LanguageModel(str(folders["gpt2"]), device="cpu"), prompts(1, 6)
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"strengths": (1e-8, 0.1)}, ResponseError, r"\[1e-08, 0.1\] are not possible: .* above 1.2e-07.* float32"),
-        ({"strengths": (0.1, 0.01)}, ResponseError, "expected rising ones"),
+        ({"strengths": (0.1, 0.01)}, ResponseError, "expected increasing values"),
         ({"strengths": ()}, ResponseError, r"strengths=\[\]"),
         ({"strengths": (float("nan"),)}, ResponseError, "above"),
         ({"positions": [2, 6]}, ResponseError, r"positions=\[6\] are not possible: expected some of 0 to 5"),

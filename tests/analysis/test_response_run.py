@@ -96,7 +96,7 @@ def test_the_page_is_complete_and_says_whose_recipe_it_is(folder: Path) -> None:
     page = markup(text)
     assert loads_nothing(text)
     assert "nextstate response </script>" not in page
-    for words in ("The recipe is ours, not the paper's", "Bridge to the games", "scale-invariant window", "Copying",
+    for words in ("may differ from the paper's", "Bridge to the games", "scale-invariant window", "Copying",
                   "How each model was run"):  # fmt: skip
         assert words.lower() in page.lower()
     drawn = ResponseStudy().page(read(folder)).figures.figures
@@ -111,17 +111,17 @@ def test_the_page_is_complete_and_says_whose_recipe_it_is(folder: Path) -> None:
 
 def test_where_there_is_no_signature_no_head_carries_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = read(folder)
-    assert "heads carry it" in page_of(folder)
-    assert "stands out</button>" in page_of(folder)
+    assert "heads contribute significantly to it" in page_of(folder)
+    assert "significant</button>" in page_of(folder)
     without = run.summaries()
     without["signature"] = without["signature"].with_columns(emerges=pl.lit(None, dtype=pl.Int64))
     monkeypatch.setattr(run, "summaries", lambda: without)
     made = ResponseStudy().page(run)
     page = markup(render(made, run.record))
-    assert "No induction signature stands out." in page
-    assert "carry it:" not in page
-    assert "carries it:" not in page
-    assert "stands out</button>" not in page
+    assert "No significant induction signature." in page
+    assert "contribute significantly to it" not in page
+    assert "contributes significantly to it" not in page
+    assert "significant</button>" not in page
     assert "prefix matching</button>" in page
     assert not any("left-out" in name for name in made.figures.figures)
 
@@ -235,7 +235,7 @@ def test_half_precision_without_a_window_is_refused(tmp_path: Path, folders: dic
     agent = LanguageModel(str(folders["gpt2"]), device="cpu", dtype="bfloat16")
     with pytest.raises(ModelFailed, match=r"no scale-invariant window in bfloat16.*load it with dtype=float32$"):
         respond(tmp_path / "a", agent, alphabet=[], strengths=[0.02, 0.1, 0.5])
-    with pytest.raises(ModelFailed, match=r"expected rising ones above 0.0078.*bfloat16"):
+    with pytest.raises(ModelFailed, match=r"expected increasing values above 0.0078.*bfloat16"):
         respond(tmp_path / "b", agent, alphabet=[])
 
 
@@ -260,7 +260,7 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     bridge = [{"game": "DFA", "game_args": settings, "kinds": ["state", "action"], "pairs": 2, "steps": 8}]
     more: dict[str, Any] = {"bridge": bridge, "patching": str(tmp_path / "heads")}
     run = respond(tmp_path / "run", made.agent, **more)
-    assert "Beside patching" in page_of(tmp_path / "run")
+    assert "Comparison with patching" in page_of(tmp_path / "run")
     assert run.summary("ranks")["kind"].to_list() == ["state", "action"]
     for kind in ("state", "action"):
         rows = run.summary("bridge_heads").filter(role=kind, pairs=kind)
@@ -276,7 +276,7 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
     aside = {x["table"]: x["reason"] for x in again.record["set_aside"] if not x["table"].startswith("summary/")}
     assert aside.keys() == {"bridge_heads/DFA-state", "bridge_heads/DFA-action"}
     assert all("patching" in reason for reason in aside.values())
-    with pytest.raises(RunError, match="is a run of circuit with other files than it has now"):
+    with pytest.raises(RunError, match="used other files of circuit than the present ones"):
         patched(ResponseConfig(**NARROW | more), "0" * 64)
     with pytest.raises(RunError, match="is a run of circuit, expected one of another"):
         respond(tmp_path / "third", made.agent, **more, model="another")
@@ -290,7 +290,7 @@ def test_heads_are_compared_with_a_patching_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strengths": [0.1, 0.01, 0.5]}, "expected rising ones above 0"),
+        ({"strengths": [0.1, 0.01, 0.5]}, "expected increasing values above 0"),
         ({"strengths": [0.1, 0.2]}, "at least 3"),
         ({"window_prompts": 9}, "window_prompts=9 is more than prompts=3"),
         ({"blok": 8}, "unknown key 'blok'.*did you mean 'block'"),

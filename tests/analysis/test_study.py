@@ -258,11 +258,11 @@ def test_another_config_another_study_and_an_older_layout_are_refused(done: tupl
     ("jobs", "message"),
     [
         ([Job("a", "a"), Job("a", "b")], "two jobs .* have the key 'a'"),
-        ([Job("../a", "a")], "no safe file name"),
-        ([Job("/a", "a")], "no safe file name"),
-        ([Job("a/..", "a")], "no safe file name"),
-        ([Job("a b", "a")], "no safe file name"),
-        ([Job("", "a")], "no safe file name"),
+        ([Job("../a", "a")], "not a safe file name"),
+        ([Job("/a", "a")], "not a safe file name"),
+        ([Job("a/..", "a")], "not a safe file name"),
+        ([Job("a b", "a")], "not a safe file name"),
+        ([Job("", "a")], "not a safe file name"),
         ([Job("a", "a", needs=("b",)), Job("b", "b")], "needs 'b', which is no earlier job"),
     ],
 )
