@@ -96,7 +96,7 @@ class Trunk:
         self.encoder, self.episode, self.tree = encoder, episode, Tree() if tree is None else tree
         self._ends = [self.tree.grow(-1, encoder.opening(episode.opening))]  # node at which each step begins
 
-    def _told(self, step: int, questions: int | None = None) -> int:
+    def _add_step(self, step: int, questions: int | None = None) -> int:
         """Grow `step` up to question number `questions`, by default the whole step; return the node it ends in."""
         now, piece = self.episode.steps[step], self.encoder.piece
         node = self.tree.grow(self._begin(step), piece(now.narration))
@@ -108,7 +108,7 @@ class Trunk:
 
     def _begin(self, step: int) -> int:
         while len(self._ends) <= step:
-            self._ends.append(self._told(len(self._ends) - 1))
+            self._ends.append(self._add_step(len(self._ends) - 1))
         return self._ends[step]
 
     @property
@@ -118,8 +118,8 @@ class Trunk:
 
     def leads_to(self, episode: Episode) -> bool:
         """Tell whether `episode` has the steps that this trunk has told, and one more at least."""
-        told = len(self._ends) - 1
-        return len(episode.steps) > told and episode.steps[:told] == self.episode.steps[:told]
+        steps = len(self._ends) - 1
+        return len(episode.steps) > steps and episode.steps[:steps] == self.episode.steps[:steps]
 
     def go_on(self, episode: Episode) -> None:
         """Tell `episode` from now on, which this trunk leads to; all that was planted on the last step is cut off."""
@@ -129,7 +129,7 @@ class Trunk:
     def add_question(self, step: int, question: int) -> Branch:
         """Grow the prompt of a question and all choices; every token that no other path needs is left out."""
         asked = self.episode.steps[step].questions[question]
-        node = self.tree.grow(self._told(step, question), self.encoder.piece(asked.stem))
+        node = self.tree.grow(self._add_step(step, question), self.encoder.piece(asked.stem))
         choices = []
         for text in asked.choices:
             tokens = self.encoder.piece(text)

@@ -55,14 +55,14 @@ def _many(names: tuple[str, ...], one: str, more: str) -> str:
     return f"{len(names):,} {one if len(names) == 1 else more} ({', '.join(names[:_SHOWN])}{rest})"
 
 
-def fit_of(model: Any, told: Mapping[str, Any]) -> Fit:
+def fit_of(model: Any, info: Mapping[str, Any]) -> Fit:
     """Return how a checkpoint fits, from what `from_pretrained(..., output_loading_info=True)` says."""
-    foreign, ignored = sort_unexpected(model, told.get("unexpected_keys", ()))
+    foreign, ignored = sort_unexpected(model, info.get("unexpected_keys", ()))
     shapes = [
         f"{name}: {list(given)} in the checkpoint, {list(wanted)} by config.json"
-        for name, given, wanted in sorted(told.get("mismatched_keys", ()))
+        for name, given, wanted in sorted(info.get("mismatched_keys", ()))
     ]
-    return Fit(tuple(sorted(told.get("missing_keys", ()))), tuple(shapes), foreign, ignored)
+    return Fit(tuple(sorted(info.get("missing_keys", ()))), tuple(shapes), foreign, ignored)
 
 
 def sort_unexpected(model: Any, names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

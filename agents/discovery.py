@@ -124,9 +124,9 @@ def _blocks(model: Any) -> tuple[tuple[nn.Module, ...], list[BlockCall]]:
             size = sum(p.numel() for p in blocks.parameters())
             found.append((size, tuple(blocks), [call for _, call in own]))
     if not found:
-        told = "; ".join(reasons) or f"it has no list of {' or '.join(map(str, sorted(counts))) or 'its'} modules"
+        why = "; ".join(reasons) or f"it has no list of {' or '.join(map(str, sorted(counts))) or 'its'} modules"
         raise SiteError(
-            f"no decoder blocks found in {type(model).__name__} ({config.model_type}): {told}. If it has some, name "
+            f"no decoder blocks found in {type(model).__name__} ({config.model_type}): {why}. If it has some, name "
             'its modules: Sites.of(model, Names(blocks="model.layers", attention="self_attn", projection="o_proj", '
             'mlp="mlp"))'
         )

@@ -89,7 +89,7 @@ def write(
             ids = torch.tensor([codes.encode(prefixes[k]) for k in some], device=model.device)
             with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                 torch.manual_seed(int(rng.integers(2**63)))  # generate draws from torch's own generator only
-                told = model.generate(
+                generated = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
                     do_sample=True,
@@ -100,7 +100,7 @@ def write(
                     eos_token_id=codes.end,
                     pad_token_id=codes.end,
                 )
-            for k, row in zip(some, told[:, 1:].tolist(), strict=True):
+            for k, row in zip(some, generated[:, 1:].tolist(), strict=True):
                 out[k] = codes.decode(row)
     return out
 
@@ -142,8 +142,8 @@ def divergences(
     if len(codes.terminals) != len(grammar.terminals):
         raise GameError(f"{codes} has {len(codes.terminals)} terminals: expected {len(grammar.terminals)}")
     exact = next_tokens(grammar, strings)
-    told = next_logs(model, codes, strings, batch)
-    return np.array([divergence(after.p, logs) for after, logs in zip(exact, told, strict=True)])
+    predicted = next_logs(model, codes, strings, batch)
+    return np.array([divergence(after.p, logs) for after, logs in zip(exact, predicted, strict=True)])
 
 
 class Diversity(NamedTuple):

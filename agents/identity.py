@@ -87,8 +87,8 @@ def _gpus() -> list[str]:
 
 def names_of_gpus(folder: Path) -> list[str]:
     """Return the model names in a folder of the NVIDIA driver, which has a subfolder for each GPU."""
-    told = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/information")))
-    return sorted(set(re.findall(r"^Model:\s*(.+?)\s*$", told, re.MULTILINE)))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/information")))
+    return sorted(set(re.findall(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE)))
 
 
 def snapshot_of(name: str, revision: str | None) -> Path | None:

@@ -322,7 +322,7 @@ def _twin_moves(
     return told
 
 
-def _told(episode: Episode, noun: str, steps: int) -> Span:
+def _location(episode: Episode, noun: str, steps: int) -> Span:
     """Return the letter of the box in the last sentence about an object, in the opening and the first `steps` steps."""
     about = re.compile(rf"[^.]*\b{noun}\b[^.]*\.")
     texts = [episode.opening, *(step.narration for step in episode.steps[:steps])]
@@ -340,12 +340,12 @@ def _moved(action: Action) -> str:
 def _spans(kind: str, side: Episode) -> dict[str, Span]:
     now, n = side.steps[-1], len(side.steps)
     noun = now.questions[0].variable
-    state, match, word = _told(side, noun, n - 1), _told(side, noun, n), _moved(now.action)
+    state, match, word = _location(side, noun, n - 1), _location(side, noun, n), _moved(now.action)
     return {
         "state": state,
         "action": find_span(side, n, word),
         "match": match,
-        **({"distractor": state if match != state else _told(side, word, n)} if kind == "action" else {}),
+        **({"distractor": state if match != state else _location(side, word, n)} if kind == "action" else {}),
         "subject": find_span(side, n + 1, noun if noun in now.questions[0].stem else noun.capitalize()),
         "last": last(side),
     }
