@@ -87,7 +87,7 @@ class LanguageModel(Agent):
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
         self.context = context_of(self.model.config)
         pad = int(self.tokenizer.pad_token_id or 0)
-        self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # padding is masked, so any token works
+        self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # padding has no effect
         self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
         self._done: list[Callable[[ForwardContext], None]] = []
         if self._names is not None:
@@ -186,8 +186,8 @@ class LanguageModel(Agent):
         found = list(self.warnings())
         if not self.encoder.natural(segments(episode)):
             found.append(
-                f"{self.name} would split a whole transcript into other tokens than its pieces, which are what it was "
-                "given"
+                f"{self.name} tokenizes a transcript as a whole differently from its pieces; it was evaluated on the "
+                "tokens of the pieces"
             )
         return "\n".join(found)
 

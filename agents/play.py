@@ -19,7 +19,7 @@ _STREAM = 7919  # random numbers of the random player are independent of those o
 
 
 class View(NamedTuple):
-    """What a player sees: the episode so far and the commands available now; `aim` is for players that know the rules."""
+    """What a player sees: the episode so far and the available commands; `aim` is for players that know the game."""
 
     episode: Episode
     commands: tuple[str, ...]

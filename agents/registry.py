@@ -164,7 +164,7 @@ def spec_of(entry: AgentEntry, games: Sequence[Game] = ()) -> Spec:
 
 
 def specs_of(entries: Sequence[AgentEntry], games: Sequence[Game]) -> Iterator[Spec]:
-    """Yield the specifications for the entries of a config, in order; "shortcuts" stands for all shortcuts of the games.
+    """Yield the specifications for the entries of a config, in order; "shortcuts" gives every shortcut of the games.
 
     Raises:
         AgentError: an entry cannot be used; see `spec_of`.
@@ -218,4 +218,4 @@ def _check_arguments(kind: str, maker: Maker, arguments: Mapping[str, Any]) -> N
 
 def _expected(key: str, known: Collection[str]) -> str:
     close = get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}" if known else "it takes no arguments"
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}" if known else "it has none"

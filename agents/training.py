@@ -99,7 +99,7 @@ class TrainConfig(Optimisation):
     name: str = "tiny"
     seed: int = 0
     start: str = Field(
-        "", description="a model of the same shape to start from; embeddings of tokens that both have are kept"
+        "", description="a model of the same shape to start from; known tokens keep their embeddings"
     )
     model: ModelConfig = ModelConfig()
     row_tokens: int = Field(256, ge=16)
@@ -113,7 +113,7 @@ class TrainConfig(Optimisation):
         for stage in self.stages:
             for name, options in stage.options.items():
                 if name not in stage.mixture:
-                    raise ValueError(f"options are given for {name!r}, which is not in the mixture: {', '.join(stage.mixture)}")
+                    raise ValueError(f"options for {name!r}, which is not in the mixture: {', '.join(stage.mixture)}")
                 known = [*signature(game_class(name).sample).parameters][3:]
                 unknown = [key for key in options if key not in known]
                 if unknown:

@@ -310,8 +310,8 @@ def test_tokens_that_differ_from_those_of_the_whole_text_are_warned_of(
     games = [{"game": "DFA", "grid": {"states": [2]}, "steps": 4, "episodes": 2}]
     make(SMALL | {"agents": [str(folder)], "games": games}, tmp_path / "run")
     (warning,) = record(tmp_path / "run")["warnings"]
-    assert "other tokens than its pieces" in warning
-    assert "other tokens than its pieces" in page_of(tmp_path / "run")
+    assert "tokenizes a transcript as a whole differently" in warning
+    assert "tokenizes a transcript as a whole differently" in page_of(tmp_path / "run")
 
 
 def test_a_model_that_cannot_be_loaded_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:

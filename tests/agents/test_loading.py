@@ -366,7 +366,7 @@ def test_bos_as_a_config_asks_for_is_remarked_where_it_differs(tmp_path: Path) -
     with pytest.raises(TokenizerError, match="bos=True is not possible"):
         Encoder(words(), True)
     words().save_pretrained(tmp_path)
-    with pytest.raises(AgentError, match="cannot be asked: bos=True is not possible"):
+    with pytest.raises(AgentError, match="cannot be used: bos=True is not possible"):
         LanguageModel(str(tmp_path), device="cpu", bos=True)
 
 
