@@ -1,4 +1,4 @@
-"""A person as an agent and as a player: sees the story in the terminal, answers or gives commands."""
+"""A person as an agent or player, who reads the story in the terminal and answers questions or gives commands."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from nextstate.agents.play import Player, View
 from nextstate.envs.game import one_hot
 
 STOP = ("q", "quit", "exit")
-_NAMED = 5  # commands that a question lists; of more it says how many there are
+_NAMED = 5  # maximum number of commands listed when the input is ambiguous
 
 
 class GivenUp(Exception):
-    """A person wants to stop."""
+    """The person quits."""
 
 
 class Human(Agent):
-    """Asks a person, who may give a part of the answer that no other has; case does not count.
+    """Asks a person, who may type any part of an answer that no other answer contains; case is ignored.
 
-    An answer that is none of the choices is asked again; "q" and "quit" raise `GivenUp` unless they are a choice.
+    If the input matches no choice, the question is repeated; "q" and "quit" raise `GivenUp` unless they are choices.
     """
 
     name = kind = "human"
@@ -49,9 +49,9 @@ class Human(Agent):
 
 
 class HumanPlayer(Player):
-    """Asks a person for commands: in words, as the beginning of one command alone, or by number.
+    """Asks a person for commands: by text, by an unambiguous prefix, or by number.
 
-    "?" lists the commands, "q" and "quit" raise `GivenUp`. What is no command is asked again, and costs nothing.
+    "?" lists the commands; "q" and "quit" raise `GivenUp`. Unknown commands are asked again and do not count as steps.
     """
 
     name = "human"
@@ -78,11 +78,11 @@ class HumanPlayer(Player):
                 few = ", ".join(found[:_NAMED]) + (f" or {len(found) - _NAMED} others" if len(found) > _NAMED else "")
                 self.console.print(Text(f"Which one: {few}?", style="yellow"))
             else:
-                self.console.print(Text("That is no command here. ? lists what is, q quits.", style="yellow"))
+                self.console.print(Text("Unknown command. ? lists the commands, q quits.", style="yellow"))
 
 
 def meant(typed: str, commands: Sequence[str]) -> list[str]:
-    """Return the commands that `typed` may mean: that one, the one of that number (from 1), or all that begin so.
+    """Return the commands that `typed` may mean: the equal one, the one of that number (from 1); else all with this prefix.
 
     >>> meant("take w", ["take whisk", "take fork", "go west"])
     ['take whisk']

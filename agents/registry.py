@@ -194,7 +194,7 @@ def _maker(kind: str) -> Maker:
     if (isinstance(found, type) and not issubclass(found, Agent)) or not callable(found):
         what = f"the class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"
         raise AgentError(
-            f"{kind} is not an agent: expected a subclass of nextstate.agents.agent.Agent or a function that returns one, "
+            f"{kind} is not an agent: expected a subclass of nextstate.agents.agent.Agent or a function returning one, "
             f"but it is {what}"
         )
     return found

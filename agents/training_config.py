@@ -1,4 +1,4 @@
-"""What a training is asked for: optimisation, shape and variant of a model. Importing this does not import torch."""
+"""Configuration of training: optimisation, shape and variant of a model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BEGIN, END, PAD, MASK = SPECIAL = ("<begin>", "<end>", "<pad>", "<mask>")  # of 
 
 
 class Optimisation(Strict):
-    """How any model is trained: AdamW, with a learning rate that falls linearly to 0."""
+    """Optimisation settings: AdamW with a learning rate that decays linearly to 0."""
 
-    rows: int = Field(default=16, ge=1, description="of a step, over all processes")
+    rows: int = Field(default=16, ge=1, description="rows per step, over all processes")
     steps: int = Field(default=9000, ge=1)
     learning_rate: float = 2e-3
     warmup: int = 200
@@ -29,19 +29,19 @@ class Optimisation(Strict):
 
 
 class GrammarTraining(Optimisation):
-    """Shape of the models that are trained on a grammar, and how they are trained; the defaults are the paper's."""
+    """Shape and optimisation of models trained on a grammar; the defaults are those of the paper."""
 
     hidden_size: int = Field(default=768, ge=1)
     layers: int = Field(default=12, ge=1)
     heads: int = Field(default=12, ge=1)
-    window: int = Field(default=512, ge=4, description="tokens of a row, cut from strings one after another")
-    rows: int = Field(default=96, ge=1, description="of a step, over all processes")
+    window: int = Field(default=512, ge=4, description="tokens per row, cut from concatenated strings")
+    rows: int = Field(default=96, ge=1, description="rows per step, over all processes")
     steps: int = Field(default=100_000, ge=1)
     learning_rate: float = 3e-4
     warmup: int = 0
     weight_decay: float = 0.1
     evaluate_every: int = Field(default=2000, ge=1)
-    evaluation_strings: int = Field(default=200, ge=1, description="written, and scored, each time")
+    evaluation_strings: int = Field(default=200, ge=1, description="strings generated and scored in each evaluation")
 
 
 class PerturbationConfig(Strict):
@@ -56,10 +56,10 @@ class ModelSpec(Strict):
     """One model of a grammar study.
 
     Args:
-        architecture: one of those of `nextstate.agents.architectures`.
+        architecture: one of `nextstate.agents.architectures.ARCHITECTURES`.
         untrained: keep the initial random weights, as a control for probes.
         perturbation: how some of its training strings are perturbed.
-        name: in tables and figures; by default it is made from the other arguments.
+        name: its name in tables and figures; by default derived from the other arguments.
     """
 
     architecture: Architecture = "rotary"
@@ -87,7 +87,7 @@ class ModelSpec(Strict):
 
 
 def check_training(config: GrammarTraining, grammar: Grammar) -> None:
-    """Raise `ConfigError` where a window is shorter than a string, or a terminal has the name of a special token."""
+    """Raise `ConfigError` if a window is shorter than a string, or a terminal has the name of a special token."""
     if taken := sorted(set(SPECIAL) & set(grammar.terminals)):
         raise ConfigError(f"terminals {', '.join(taken)} have names of special tokens; give them other names")
     longest = bounds(grammar)[0][1]

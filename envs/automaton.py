@@ -1,4 +1,4 @@
-"""Games explored breadth-first into explicit automata: exact sizes, diameter, minimal automaton, constant-time steps."""
+"""Games explored breadth-first into explicit automata: exact sizes, diameter, minimal automaton, fast steps."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CHUNK = 4_000_000  # distances held in memory while the diameter is computed: 32
 @final
 @dataclass(frozen=True, eq=False)
 class Automaton(Game):
-    """The part of a game that can be reached from one state, as tables. It is itself a game.
+    """The part of a game that can be reached from one state, as tables. An automaton is itself a game.
 
-    Its states are whole numbers, in the order in which a breadth-first walk meets them, actions taken in the game's own
-    order. Actions and all words are the game's own. An episode starts where the game draws that it should, if that is
-    one of the states (so that an automaton of all of a game plays its episodes, seed for seed), and else at 0.
+    Its states are integers, in the order of a breadth-first search that takes actions in the game's order. Actions and
+    texts are those of the game. An episode starts in the state that the game draws, if the automaton has it, and else
+    in state 0; an automaton of a whole game therefore plays the same episodes for the same seeds.
 
-    Made by `Automaton.explore`; two automata are the same only where they are one object.
+    Created by `Automaton.explore`. Automata are compared by identity.
     """
 
     name: ClassVar[str] = "Automaton"
@@ -37,8 +37,8 @@ class Automaton(Game):
 
     game: Game | None = None
     states: tuple[State, ...] = ()
-    legal: tuple[tuple[Action, ...], ...] = ()  # for each state its actions
-    targets: tuple[tuple[int, ...], ...] = ()  # for each state where each of them leads
+    legal: tuple[tuple[Action, ...], ...] = ()  # the legal actions of each state
+    targets: tuple[tuple[int, ...], ...] = ()  # the next state of each of these actions
 
     def __post_init__(self) -> None:
         # The texts are those of the game, and so are its styles and feedbacks.
@@ -76,7 +76,7 @@ class Automaton(Game):
         return cls(game=game, states=tuple(queue), legal=tuple(legal), targets=tuple(targets))
 
     def save(self, path: str | Path) -> None:
-        """Write the automaton as JSON: the game's name and settings, a seed whose episode starts in state 0, the targets.
+        """Write the automaton as JSON: the game's name and settings, a seed that starts in state 0, and the targets.
 
         Raises:
             GameError: no episode of the first 10,000 seeds starts in state 0.
@@ -111,7 +111,7 @@ class Automaton(Game):
                         states[target] = game.transition(states[i], action)
             ordered = tuple([states[i] for i in range(len(rows))])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise GameError(f"{path} is not an automaton file of this version: {error}; explore the game again") from error
+            raise GameError(f"{path} is not an automaton of this version: {error}; explore it again") from error
         return cls(game=game, states=ordered, legal=tuple(legal), targets=tuple(tuple(row) for row in rows))
 
     @property

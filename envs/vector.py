@@ -64,7 +64,7 @@ class PredictionVectorEnv(gym.vector.VectorEnv[tuple[str, ...], Any, Any]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[str, ...], Arrays]:
         """Draw new episodes with the seeds `seed`, `seed` + 1, ... or a list of seeds; None draws the first seed."""
-        require(not (options and "reset_mask" in options), "options", options, "no reset_mask, since all episodes end together")
+        require(not (options and "reset_mask" in options), "options", options, "no reset_mask: all end together")
         if seed is None or isinstance(seed, int):
             seeds = [None if seed is None else seed + i for i in range(self.num_envs)]
         else:
@@ -77,14 +77,14 @@ class PredictionVectorEnv(gym.vector.VectorEnv[tuple[str, ...], Any, Any]):
                 old if s is None else seeding.np_random(s)[0] for old, s in zip(self._generators, seeds, strict=True)
             ]
         game, steps = self.game, self.steps
-        self.episodes, self._texts, self._states, self._narrations, self._facts = (), [], [], [], []  # room for the new
+        self.episodes, self._texts, self._states, self._narrations, self._facts = (), [], [], [], []  # frees memory
         self.episodes = tuple(
             [
                 unroll(game, int(rng.integers(2**31)), steps) if s is None else unroll(game, s, steps, rng=rng)
                 for s, rng in zip(seeds, self._generators, strict=True)
             ]
         )
-        # Turned round, so that each step finds a row of what it needs of every environment.
+        # Transposed, so that each step reads one row with the values of all environments.
         self._ceilings = np.array([ceilings(episode) for episode in self.episodes]).T
         self._texts = list(zip(*[episode.texts for episode in self.episodes], strict=True))
         self._states = list(zip(*[[s.next_state for s in episode.steps] for episode in self.episodes], strict=True))

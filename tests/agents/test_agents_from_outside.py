@@ -96,7 +96,7 @@ def test_the_package_is_imported_when_it_is_used_and_torch_when_a_model_is() -> 
         ({"kind": "shrotcut"}, "did you mean 'shortcut'?"),
         ({"kind": "ngram", "smothing": 1}, "ngram has no argument 'smothing'; did you mean 'smoothing'?"),
         ({"kind": "ngram", "x": 1}, "ngram has no argument 'x'; expected one of n, smoothing"),
-        ({"kind": "ideal", "n": 1}, "ideal has no argument 'n'; it takes no arguments"),
+        ({"kind": "ideal", "n": 1}, "ideal has no argument 'n'; it has none"),
         ({"kind": "shortcut"}, "shortcut needs name: give {kind: shortcut, name: ...}"),
         ("crash", "'crash' of the package crashing (crashing:A) cannot be imported: OSError: no screen"),
         ("crashing:A", "crashing:A cannot be imported: OSError: no screen"),
