@@ -93,8 +93,8 @@ def check_finite(name: str, model: Any) -> None:
         if weight.is_meta or not weight.is_floating_point():
             continue
         for part in weight.detach().reshape(-1).split(_CHUNK):
-            wide = part.float() if part.dtype.itemsize == 1 else part  # eight bits have no test of their own
-            if not bool(torch.isfinite(wide).all()):
+            float_part = part.float() if part.dtype.itemsize == 1 else part  # eight bits have no test of their own
+            if not bool(torch.isfinite(float_part).all()):
                 raise AgentError(
                     f"cannot load {name}: its tensor {key} holds NaN or infinity; the checkpoint is damaged, or "
                     f"{str(weight.dtype).removeprefix('torch.')} is too narrow for it: get it again, or give another "

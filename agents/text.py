@@ -126,7 +126,7 @@ class Encoder:
             lengths = [len(p) for p in pieces]
             raise TokenizerError(f"{span} is not in the prompt: expected characters of pieces of lengths {lengths}")
         if not self.tokenizer.is_fast:
-            raise TokenizerError(f"{type(self.tokenizer).__name__} does not give the offsets of its tokens; use a fast tokenizer")
+            raise TokenizerError(f"{type(self.tokenizer).__name__} has no token offsets; use a fast tokenizer")
         text = pieces[number]
         if number == 0:
             anchor, head, before = "", 0, len(self.bos)

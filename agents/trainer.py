@@ -34,7 +34,7 @@ def init_train_dir(decides: Mapping[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     record = out / "train.json"
     if record.exists() and json.loads(record.read_text()) != decides:
-        raise ConfigError(f"{out} contains a training run of another config ({record}); give another --out, or remove it")
+        raise ConfigError(f"{out} contains a run of another config ({record}); give another --out, or remove it")
     record.write_text(json.dumps(decides, indent=2))
 
 

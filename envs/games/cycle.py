@@ -31,7 +31,7 @@ ASKED = tuple((Question("letter", "", CHOICES, i, (i,), ""),) for i in range(len
 
 
 class Phase(NamedTuple):
-    """Where in which pattern we are."""
+    """A state: a pattern and the position in it."""
 
     pattern: tuple[int, ...]  # letters as indices
     at: int

@@ -1,4 +1,4 @@
-"""Abstract automata, walked and told ("Scaling Laws for State Dynamics", arXiv 2505.14892, abstract DFA)."""
+"""Walks through abstract automata ("Scaling Laws for State Dynamics", arXiv 2505.14892, abstract DFA)."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class DFA(DFASettings):
         states: number of states listed, 2 to 26 (to 676 with `symbols="pairs"`).
         density: "min" (E = Q edges), "max" (Q (Q - 1) / 2 + 1) or "middle"; not used where `edges` is given.
         edges: number of edges, Q to Q (Q - 1) / 2 + 1, as long as no state needs more actions than there are.
-        actions_listed: number of actions listed, 1 to 26 (to 676). Few actions make many questions on which the action
-            alone does not settle the answer.
+        actions_listed: number of actions listed, 1 to 26 (to 676). With few actions there are many questions whose
+            answer is not determined by the action alone.
         symbols: "letters" (a, b, ...; A, B, ...) or "pairs" (aa, ab, ...; AA, AB, ...).
-        kind: "state-action", or "state-state", where actions are not told.
+        kind: "state-action", or "state-state", where actions are not shown.
     """
 
     name: ClassVar[str] = "DFA"

@@ -212,7 +212,7 @@ class FruitStore(Game):
 
 
 class FruitReader(Reader):
-    """Remembers which fruits are gone."""
+    """Remembers which fruits have been taken."""
 
     def __init__(self, people: int) -> None:
         self.n, self.gone = people, list[int]()

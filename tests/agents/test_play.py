@@ -210,7 +210,7 @@ def test_a_session_answers_a_question_once(folders: dict[str, Path]) -> None:
     playing, reader = Playing(PlayEnv("Box", 4), 3), model.live()
     asked = asking(playing.view)
     reader.predict([Prompt(asked, 0)])
-    with pytest.raises(AgentError, match="has answered that question already"):
+    with pytest.raises(AgentError, match="has already answered that question"):
         reader.predict([Prompt(asked, 0)])
     other = replace(asked, seed=99)
     with pytest.raises(AgentError, match="begin a new one"):
@@ -293,7 +293,7 @@ def test_memory_that_runs_out_halves_the_episodes_side_by_side(folders: dict[str
     model.forward.in_tree = small  # type: ignore[method-assign]
     assert rows(AgentPlayer(model), case, 8) == before
     most = 0
-    with pytest.raises(OutOfMemory, match="1 episodes side by side"):
+    with pytest.raises(OutOfMemory, match="1 parallel episodes"):
         rows(AgentPlayer(model), case, 2)
 
 
@@ -305,7 +305,7 @@ def test_a_model_that_crashes_says_so_as_an_agent(folders: dict[str, Path]) -> N
 
     with (
         model.hooks(("resid_pre", 1, broken)),
-        pytest.raises(AgentError, match="failed on cpu, with 12 episodes side by side"),
+        pytest.raises(AgentError, match="failed on cpu, with 12 parallel episodes"),
     ):
         rows(AgentPlayer(model), ("Box", {"boxes": 4}, 6))
 
