@@ -159,7 +159,7 @@ class _Ladder:
         further = [(reach, *self._truth(reach))] if reach else []
         jobs: dict[bool, list[tuple[list[Sample], list[Want], Float[Tensor, "want vocabulary"]]]] = {}
         for road in roads:
-            in_rows = road != "tree"  # these roads read branches as rows side by side
+            in_rows = road != "tree"  # these modes read branches as separate rows
             if in_rows not in jobs:
                 first = _sample(self.forward, min(depth, TRUNK), COLUMNS, 0, whole=in_rows)
                 small = [first, _sample(self.forward, min(depth, 30), 70, 1)]
@@ -367,7 +367,9 @@ def _sample(forward: Forward, depth: int, columns: int, seed: int, whole: bool =
     for i, (cut, branches) in enumerate(zip(cuts, lengths, strict=True)):
         n = max(1, cut) - at
         end, at = tree.grow(end, _tokens(forward, rng, n)), at + n
-        count = extra // (3 - i) if i < 3 else 0  # of further branches, so that the tree gets as count as asked
+        count = (
+            extra // (3 - i) if i < 3 else 0
+        )  # of further branches, so that the tree has the required number of nodes
         extra -= count
         most = max(1, depth - at)
         more = [min(most, count - k) for k in range(0, count, most)]

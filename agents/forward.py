@@ -142,7 +142,7 @@ class Forward:
         )
 
     def require(self, depth: int, columns: int, live: bool = False) -> Road:
-        """Return the mode for trees with paths of up to `depth` tokens and up to `columns` nodes, verified at that size.
+        """Return the mode for trees with paths of up to `depth` tokens and `columns` nodes, verified at that size.
 
         Raises:
             AgentError: no mode agrees with plain forward passes.

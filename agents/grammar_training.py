@@ -209,7 +209,7 @@ def train(
     model.config.use_cache = True  # disabled by the trainer
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    write_json(history, found | {"weights": files_digest(str(final.resolve()))})  # written last: marks the run as complete
+    write_json(history, found | {"weights": files_digest(str(final.resolve()))})  # last: marks the run as complete
     return final
 
 

@@ -98,9 +98,7 @@ class TrainConfig(Optimisation):
 
     name: str = "tiny"
     seed: int = 0
-    start: str = Field(
-        "", description="a model of the same shape to start from; known tokens keep their embeddings"
-    )
+    start: str = Field("", description="a model of the same shape to start from; known tokens keep their embeddings")
     model: ModelConfig = ModelConfig()
     row_tokens: int = Field(256, ge=16)
     weights: Weights = Weights()

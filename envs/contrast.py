@@ -123,9 +123,9 @@ def answered(episode: Episode, step: int) -> Span:
 
 def last(episode: Episode) -> Span:
     """Return the span of the last character of the last step's prompt."""
-    said = segments(episode)
-    piece = max(i for i, text in enumerate(said) if text)
-    return Span(piece, len(said[piece]) - 1, len(said[piece]))
+    texts = segments(episode)
+    piece = max(i for i, text in enumerate(texts) if text)
+    return Span(piece, len(texts[piece]) - 1, len(texts[piece]))
 
 
 def differences(pair: Pair) -> list[Role]:

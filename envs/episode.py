@@ -28,12 +28,12 @@ class Episode:
         """The text that each step adds to the transcript: narration, inline questions with answers, outcome."""
         if self.game.feedback == "branch":
             return tuple([s.narration + s.outcome for s in self.steps])
-        told = []
+        texts = []
         for _, _, _, words, asked, outcome in self.steps:
             for _, stem, choices, truth, _, closing in asked:
                 words = f"{words}{stem}{choices[truth]}{closing}"
-            told.append(words + outcome)
-        return tuple(told)
+            texts.append(words + outcome)
+        return tuple(texts)
 
     @property
     def transcripts(self) -> tuple[str, ...]:

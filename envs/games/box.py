@@ -297,7 +297,7 @@ def _twin_moves(
 
     After its fixed move, `subject` is not moved again.
     """
-    at, told = (list(start), list(start)), (list[Move](), list[Move]())
+    at, moves = (list(start), list(start)), (list[Move](), list[Move]())
     settled: set[int] = set()
     for t in range(steps):
         two = fixed.get(t)
@@ -318,8 +318,8 @@ def _twin_moves(
             if at[side][move.object] == move.box:
                 return None
             at[side][move.object] = move.box
-            told[side].append(move)
-    return told
+            moves[side].append(move)
+    return moves
 
 
 def _location(episode: Episode, noun: str, steps: int) -> Span:

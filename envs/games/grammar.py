@@ -263,7 +263,7 @@ class CFGReader(Reader):
 
     def observe(self, action: Action) -> None:
         place = _place(action)
-        # Of the place only what is told: the token.
+        # Only the token of the place is known.
         token = ancestors(self.rules, place)[-1] - self.rules.first[-1]
         self.tokens = () if place == END else (*self.tokens, token)
 
@@ -305,8 +305,8 @@ def _yes(p: float) -> Distribution:
 
 @lru_cache(maxsize=256)
 def _opening(rules: Grammar, style: str) -> str:
-    told = f"Strings are made of {', '.join(rules.terminals)}, and closed by {CLOSED}.\nStrings:"
-    return f"Rules, from level 1 down:\n{rules}{told}" if style == "rules" else told
+    head = f"Strings are made of {', '.join(rules.terminals)}, and closed by {CLOSED}.\nStrings:"
+    return f"Rules, from level 1 down:\n{rules}{head}" if style == "rules" else head
 
 
 @lru_cache(maxsize=256)
