@@ -202,7 +202,7 @@ class _Ladder:
         if largest > 2 * max(bound, _BASE[torch.float32] * float(truth.std()), 1e-6) or mean > 2 * mean_bound:
             depth = max(max(one.tree.depths) for one in some) + 1
             raise AgentError(
-                f"{self.forward.name} is refused at {depth:,} tokens: its log-probabilities change by up to {largest:.2g} "
+                f"{self.forward.name} is refused at {depth:,} tokens: log-probabilities change by up to {largest:.2g} "
                 "nats with the tokens that come later, as those of rotations that depend on the length of a text do; "
                 "ask for fewer steps"
             )
@@ -287,8 +287,8 @@ def _check_causal(forward: Forward) -> None:
     largest, limit = _largest((one - two).abs().amax(-1), forward.model.dtype), 2 * share * float(one.std())
     if largest > max(limit, 1e-6):
         raise AgentError(
-            f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {largest:.2g} nats with "
-            "the tokens that come later, so it cannot say what comes next"
+            f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {largest:.2g} nats "
+            "with the tokens that come later, so it cannot say what comes next"
         )
 
 
@@ -367,9 +367,7 @@ def _sample(forward: Forward, depth: int, columns: int, seed: int, whole: bool =
     for i, (cut, branches) in enumerate(zip(cuts, lengths, strict=True)):
         n = max(1, cut) - at
         end, at = tree.grow(end, _tokens(forward, rng, n)), at + n
-        count = (
-            extra // (3 - i) if i < 3 else 0
-        )  # of further branches, so that the tree has the required number of nodes
+        count = extra // (3 - i) if i < 3 else 0  # nodes of further branches
         extra -= count
         most = max(1, depth - at)
         more = [min(most, count - k) for k in range(0, count, most)]

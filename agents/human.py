@@ -82,7 +82,7 @@ class HumanPlayer(Player):
 
 
 def meant(typed: str, commands: Sequence[str]) -> list[str]:
-    """Return the commands that `typed` may mean: the same one, the one of that number (from 1), or all with that prefix.
+    """Return the commands that `typed` may mean: the same, the one of that number (from 1), or all with that prefix.
 
     >>> meant("take w", ["take whisk", "take fork", "go west"])
     ['take whisk']

@@ -246,7 +246,7 @@ def metadata_of(path: Path) -> Path:
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise GameError(
-            f"file={str(path)!r} has no metadata: expected {beside.name} in the same folder, as TextWorld writes it when it "
+            f"file={str(path)!r} has no metadata: expected {beside.name} in its folder, as TextWorld writes it when it "
             "compiles a game"
         )
     return beside
