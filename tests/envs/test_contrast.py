@@ -318,12 +318,12 @@ def test_noop_as_published(distance: int) -> None:
         (
             make_game("DFA"),
             {"kind": "stat"},
-            r"kind='stat'.*has no contrast of kind stat; has state, action, name, noop",
+            r"kind='stat'.*has no contrast of kind stat; expected state, action, name, noop",
         ),
         (
             make_game("Cycle"),
             {"kind": "action"},
-            "kind='action'.*Cycle has no contrast of kind action; has state, name",
+            "kind='action'.*Cycle has no contrast of kind action; expected state, name",
         ),
         (
             make_game("DFA", kind="state-state"),
