@@ -1,1 +1,1 @@
-"""Who predicts: language models, reference agents, people; rollouts and training."""
+"""Agents: language models, reference agents and people; rollouts and training."""

@@ -1,4 +1,4 @@
-"""What an agent is: it reads prompts and predicts answers. What a prediction says of a question is a row."""
+"""The interface of agents, which predict answers to prompts, and the table rows made from their predictions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 from nextstate.envs.game import Distribution, Episode, Question, expected_accuracy
 
-WRITTEN = 32  # tokens of an answer that is written, at most
+WRITTEN = 32  # maximum number of tokens of a generated answer
 
 
 class AgentError(RuntimeError):
-    """An agent cannot be loaded or cannot answer; the message says which, why and what to do."""
+    """An agent cannot be loaded or cannot answer; the message names the agent, the reason, and what to do."""
 
 
 class ContextError(AgentError):
-    """Prompts are longer than the agent can read; `prompts` are their indices in the call. Nothing is ever cut."""
+    """Prompts exceed the agent's context (they are never cut); `prompts` has their indices in the call."""
 
     def __init__(self, message: str, prompts: tuple[int, ...]) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class ContextError(AgentError):
 
 
 class OutOfMemory(AgentError):
-    """Episodes side by side need more memory than there is; fewer of them may fit."""
+    """A batch of episodes needs more memory than is available; a smaller batch may fit."""
 
 
 class Prompt(NamedTuple):
@@ -38,20 +38,20 @@ class Prompt(NamedTuple):
 
     @property
     def asked(self) -> Question:
-        """The question itself; one without choices is answered by writing, up to the end of the line."""
+        """The question; an answer to a question without choices is generated, up to the end of the line."""
         return self.episode.steps[self.step].questions[self.question]
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What an agent answers, by each rule. Choices are indices into the question's choices."""
+    """An agent's answer by each scoring rule. Choices are indices into the question's choices."""
 
-    answer: str  # the greedy answer as text, over everything the agent could have said
-    greedy: int  # the choice that it is exactly, -1 where it is none
+    answer: str  # the greedy answer as text, not restricted to the choices
+    greedy: int  # the choice that equals `answer` exactly, -1 if none does
     choice: int  # the choice with the largest log-probability, summed over its tokens
     choice_token: int  # ... per token
     choice_byte: int  # ... per byte
-    logprobs: tuple[float, ...]  # natural log, summed over tokens, one a choice
+    logprobs: tuple[float, ...]  # natural logarithms, summed over tokens, one for each choice
     prompt_tokens: int | None = None
 
 
@@ -59,35 +59,35 @@ class Agent(ABC):
     """Predicts the answers to questions.
 
     `name` identifies it in tables. `kind` is a name that `nextstate.agents.registry` knows, such as "ideal", "shortcut"
-    or "model", or that of the plugin which the agent comes from; agents made from a config get both from there.
+    or "model", or the name of a plugin. Both are set when an agent is created from a config.
     """
 
     name: str
     kind: str
-    batch_size: int = 64  # most episodes that it reads side by side
-    incomplete: str = ""  # what a model's checkpoint lacks, where it was loaded all the same
+    batch_size: int = 64  # maximum number of episodes in a batch
+    incomplete: str = ""  # problems of the model's checkpoint, if it was loaded with allow_incomplete
 
     @abstractmethod
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
-        """Answer all prompts, in their order.
+        """Return the predictions for all prompts, in their order.
 
         Raises:
             ContextError: some prompts are too long for this agent.
-            AgentError: the agent failed otherwise.
+            AgentError: the agent failed for another reason.
         """
 
     def live(self) -> Agent:
-        """Return an agent that answers step by step and may keep what it has read; by default this one."""
+        """Return an agent for step-by-step use, which may cache what it has read; by default this agent itself."""
         return self
 
     def warnings(self) -> tuple[str, ...]:
-        """Return what a reader of any result of this agent should know."""
+        """Return warnings that apply to all results of this agent."""
         return ()
 
     def episode_warnings(self, episode: Episode) -> str:
-        """Return what a reader of the results should know of how this agent reads such an episode, "" if nothing.
+        """Return the warnings for results on episodes like this one, one per line; "" if there are none.
 
-        Each remark is a line; `warnings` are among them.
+        Includes the general `warnings`.
         """
         return "\n".join(self.warnings())
 
@@ -97,7 +97,7 @@ class Agent(ABC):
 
 
 def from_belief(belief: Distribution, question: Question, tie: float) -> Prediction:
-    """Turn a belief over the choices into a prediction; `tie` in [0, 1) picks among equally likely ones."""
+    """Convert a distribution over the choices into a prediction; `tie` in [0, 1) picks among the most likely ones."""
     top = max(belief)
     best = [i for i, p in enumerate(belief) if p >= top - 1e-12]
     pick = best[int(tie * len(best))]
@@ -106,11 +106,11 @@ def from_belief(belief: Distribution, question: Question, tie: float) -> Predict
 
 
 def question_row(prompt: Prompt, ideal: Distribution) -> dict[str, Any]:
-    """Return what is known of a question before anybody answers it; `nextstate.analysis.predict.tables.QUESTIONS`.
+    """Return the table row of a question, without answers; columns: `nextstate.analysis.predict.tables.QUESTIONS`.
 
     Args:
-        prompt: where the question is asked.
-        ideal: the ideal reader's belief over the choices.
+        prompt: the question in its episode.
+        ideal: the ideal reader's distribution over the choices.
     """
     question, ceiling = prompt.asked, expected_accuracy(ideal, prompt.asked.accepted)
     return {
@@ -129,7 +129,7 @@ def question_row(prompt: Prompt, ideal: Distribution) -> dict[str, Any]:
 
 
 def answer_row(prompt: Prompt, prediction: Prediction) -> dict[str, Any]:
-    """Return how an agent answered a question; the columns are in `nextstate.analysis.predict.tables.ANSWERS`."""
+    """Return the table row of an agent's answer; columns: `nextstate.analysis.predict.tables.ANSWERS`."""
     question, logprobs = prompt.asked, prediction.logprobs
     accepted = question.accepted
     best = max(logprobs[i] for i in accepted)

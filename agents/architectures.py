@@ -1,4 +1,4 @@
-"""Models of one shape that differ in how attention knows where tokens are, for training from nothing.
+"""Models of the same shape that differ in how attention encodes positions, for training from scratch.
 
 The architectures of "Physics of Language Models: Part 1" (arXiv 2305.13673). All are models of transformers: they save
 to a folder, load by `from_pretrained` once this module is imported, generate with a cache, and are patched and branched
@@ -11,7 +11,7 @@ three are GPT-2 without position embeddings, whose attention function is registe
 - "uniform": nothing is learned, head h averages the last 2^h tokens, its own included (h from 0).
 
 The distance of two tokens is the number of tokens from one to the other that the later one sees: so it is right in
-branches, behind a cache and after padding, whatever positions the model is told.
+branches, with a cache and with padding, and position ids are not used.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DistanceConfig(GPT2Config):  # type: ignore[misc]
 
 
 class Nowhere(nn.Module):
-    """Stands where position embeddings would."""
+    """Replaces position embeddings by zero."""
 
     def forward(self, positions: Int[Tensor, "row token"]) -> Float[Tensor, ""]:
         """Return zero."""
@@ -57,7 +57,7 @@ class Nowhere(nn.Module):
 
 
 class Distances(nn.Module):
-    """What the heads of one layer have learned of each distance."""
+    """The learned parameters of the heads of one layer for each distance."""
 
     def __init__(self, config: DistanceConfig) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Distances(nn.Module):
         key: Float[Tensor, "row head key width"],
         distance: Int[Tensor, "row 1 query key"],
     ) -> Float[Tensor, "row head query key"]:
-        """Return attention's scores, what is not seen included."""
+        """Return the attention scores of all pairs, without the mask."""
         rows, heads, q, width = query.shape
         k = key.shape[2]
         if self.kind == "uniform":
@@ -97,7 +97,7 @@ class Distances(nn.Module):
 
 
 class DistanceForCausalLM(GPT2LMHeadModel):  # type: ignore[misc]
-    """A language model whose attention knows tokens by their distance alone."""
+    """A language model whose attention uses only distances between tokens."""
 
     config_class = DistanceConfig
 
@@ -127,7 +127,7 @@ def attend(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Float[Tensor, "row query head width"], Float[Tensor, "row head query key"]]:
-    """Attend by distances: an attention function as transformers calls them; weights are always returned."""
+    """Attention by distances, with the signature of transformers' attention functions; always returns the weights."""
     seen = _seen(query.shape[2], key.shape[2], attention_mask, query.device)
     distance = seen.flip(-1).cumsum(-1).flip(-1).sub_(1).clamp_(min=0)
     scores = module.distances.scores(query, key, distance)
@@ -160,18 +160,18 @@ def new_model(
     end: int = 1,
     pad: int = 2,
 ) -> Any:
-    """Return an untrained model: blocks as GPT-2 has them, MLPs four times as wide, no dropout, embeddings tied.
+    """Return an untrained model with GPT-2 blocks, MLPs of width 4 * hidden_size, no dropout and tied embeddings.
 
     Args:
         architecture: one of `ARCHITECTURES`.
         vocabulary: number of tokens.
         hidden_size: width of the residual stream.
         layers: number of blocks.
-        heads: in each block; of width hidden_size / heads.
-        context: the most tokens that it reads.
-        begin: the token before a string.
-        end: the token after it.
-        pad: the token that fills rows up.
+        heads: number of heads in each block, each of width hidden_size / heads.
+        context: maximum number of tokens.
+        begin: token that starts a string.
+        end: token that ends a string.
+        pad: padding token.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={architecture!r} is not possible: expected one of {', '.join(ARCHITECTURES)}")

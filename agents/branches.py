@@ -1,7 +1,7 @@
-"""Trees of tokens: a transcript is a trunk, and everything asked about it a branch that other branches do not see.
+"""Trees of tokens: the transcript is the trunk, and each question is a branch that other branches cannot attend to.
 
-One forward pass over a tree gives the logits that one pass for each root-to-leaf path would give: every token carries
-the position it has on its own path, and a mask shows it its ancestors and nothing else.
+One forward pass over a tree gives the same logits as separate passes over its root-to-leaf paths: each token has its
+position on its own path, and a mask restricts its attention to its ancestors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nextstate.envs.game import Episode
 
 
 class Tree:
-    """Tokens with parent pointers. Paths that begin alike share their tokens, so a tree is also a trie."""
+    """Tokens with parent pointers. Paths with a common prefix share its nodes, so a tree is also a trie."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -31,7 +31,7 @@ class Tree:
         return len(self.tokens)
 
     def grow(self, parent: int, tokens: Sequence[int]) -> int:
-        """Continue the path that ends in node `parent` (-1: begin one) by `tokens`; return the node it ends in now."""
+        """Extend the path that ends in node `parent` (-1 for a new path) by `tokens`; return its new last node."""
         for token in tokens:
             node = self._child.get((parent, token))
             if node is None:
@@ -51,13 +51,13 @@ class Tree:
         return out
 
     def cut(self, nodes: int) -> None:
-        """Keep the first `nodes` nodes alone."""
+        """Remove all but the first `nodes` nodes."""
         for child in zip(self.parents[nodes:], self.tokens[nodes:], strict=True):
             del self._child[child]
         del self.tokens[nodes:], self.parents[nodes:], self.depths[nodes:]
 
     def path(self, node: int) -> list[int]:
-        """Return the nodes from the beginning to `node`."""
+        """Return the nodes from the root to `node`."""
         out = []
         while node >= 0:
             out.append(node)
@@ -65,7 +65,7 @@ class Tree:
         return out[::-1]
 
     def follow(self, node: int, tokens: Sequence[int]) -> list[int]:
-        """Return the nodes that continue the path that ends in `node` by `tokens`, as far as there are any."""
+        """Return the existing nodes that extend the path to `node` by `tokens`, up to the first missing one."""
         out: list[int] = []
         for token in tokens:
             child = self._child.get((out[-1] if out else node, token))
@@ -76,28 +76,28 @@ class Tree:
 
 
 class Choice(NamedTuple):
-    """A choice in a tree: the node whose logits predict its first token, then those of its other tokens."""
+    """A choice in a tree: its tokens, and for each the node whose logits predict it."""
 
     nodes: tuple[int, ...]
     tokens: tuple[int, ...]
 
 
 class Branch(NamedTuple):
-    """A question in a tree: its choices, and the node at which it waits for an answer."""
+    """A question in a tree: its choices, and the last node of its prompt."""
 
     node: int
     choices: tuple[Choice, ...]
 
 
 class Trunk:
-    """The transcript of one episode as it grows in a tree, and the questions planted on it."""
+    """The transcript of one episode as a growing tree, with its questions as branches."""
 
     def __init__(self, encoder: Encoder, episode: Episode, tree: Tree | None = None) -> None:
         self.encoder, self.episode, self.tree = encoder, episode, Tree() if tree is None else tree
         self._ends = [self.tree.grow(-1, encoder.opening(episode.opening))]  # node at which each step begins
 
-    def _told(self, step: int, questions: int | None = None) -> int:
-        """Grow `step` up to question number `questions`, by default the whole step; return the node it ends in."""
+    def _add_step(self, step: int, questions: int | None = None) -> int:
+        """Add `step` up to question number `questions`, by default the whole step; return its last node."""
         now, piece = self.episode.steps[step], self.encoder.piece
         node = self.tree.grow(self._begin(step), piece(now.narration))
         if self.episode.game.feedback == "inline":
@@ -108,28 +108,28 @@ class Trunk:
 
     def _begin(self, step: int) -> int:
         while len(self._ends) <= step:
-            self._ends.append(self._told(len(self._ends) - 1))
+            self._ends.append(self._add_step(len(self._ends) - 1))
         return self._ends[step]
 
     @property
     def end(self) -> int:
-        """The node at which the last step that has begun begins; all nodes on its path stay in the tree."""
+        """The node at which the last started step begins; all nodes on its path stay in the tree."""
         return self._ends[-1]
 
     def leads_to(self, episode: Episode) -> bool:
-        """Tell whether `episode` has the steps that this trunk has told, and one more at least."""
-        told = len(self._ends) - 1
-        return len(episode.steps) > told and episode.steps[:told] == self.episode.steps[:told]
+        """Return whether `episode` starts with the steps of this trunk and has at least one more."""
+        steps = len(self._ends) - 1
+        return len(episode.steps) > steps and episode.steps[:steps] == self.episode.steps[:steps]
 
     def go_on(self, episode: Episode) -> None:
-        """Tell `episode` from now on, which this trunk leads to; all that was planted on the last step is cut off."""
+        """Continue with `episode`, which extends this trunk; the branches of the last step are removed."""
         self.tree.cut(self._ends[-1] + 1)
         self.episode = episode
 
     def add_question(self, step: int, question: int) -> Branch:
-        """Grow the prompt of a question and all choices; every token that no other path needs is left out."""
+        """Add the prompt of a question and its choices to the tree, without tokens whose logits are not needed."""
         asked = self.episode.steps[step].questions[question]
-        node = self.tree.grow(self._told(step, question), self.encoder.piece(asked.stem))
+        node = self.tree.grow(self._add_step(step, question), self.encoder.piece(asked.stem))
         choices = []
         for text in asked.choices:
             tokens = self.encoder.piece(text)
@@ -141,25 +141,25 @@ class Trunk:
 
 
 def size_of(trunks: Iterable[Trunk]) -> tuple[int, int]:
-    """Return the tokens of the longest path and the nodes of the largest of some trees."""
+    """Return the length of the longest path, and the number of nodes of the largest tree."""
     trees = [t.tree for t in trunks]
     return 1 + max(max(t.depths) for t in trees), max(map(len, trees))
 
 
 class Layout(NamedTuple):
-    """Which token of which tree stands where in a forward pass.
+    """The arrangement of the tokens of trees in a forward pass.
 
-    Either a row is a whole tree and the columns of its tokens are in the order of its nodes (`cached` is given), or a
-    row is one path of a tree and the column of a token is its position.
+    Either each row is a whole tree and the columns of its tokens are in the order of its nodes (`cached` is given), or
+    each row is one path of a tree and the column of a token is its position.
     """
 
     trees: tuple[int, ...]  # the tree of each row
     nodes: Int[np.ndarray, "row token"]  # the node of each token, -1 for padding
-    cached: tuple[Sequence[int], ...] | None  # for each row the columns of the nodes that were read before
+    cached: tuple[Sequence[int], ...] | None  # for each row the cache columns of nodes read in earlier passes
     width: int  # columns before those of this pass
 
     def columns(self, row: int, path: Sequence[int]) -> list[int]:
-        """Return the columns of the attention matrix that the nodes of a path from the root have."""
+        """Return the attention columns of the nodes of a path from the root."""
         if self.cached is None:
             return list(range(len(path)))
         known = self.cached[row]
@@ -167,14 +167,14 @@ class Layout(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The number of columns, those read before included."""
+        """The number of columns, including cached ones."""
         return self.width + int(self.nodes.shape[1])
 
 
 class Batch(NamedTuple):
-    """Trees side by side, ready for a forward pass; shorter rows are padded on the right.
+    """A batch of trees for a forward pass; shorter rows are padded on the right.
 
-    `seen` is None where every tree is one path and there is no cache: plain causal attention does it.
+    `seen` is None if every tree is one path and there is no cache, so that plain causal attention is right.
     """
 
     tokens: Int[np.ndarray, "row token"]
@@ -189,13 +189,13 @@ def pack(
     cached: Sequence[Sequence[int]] | None = None,
     width: int = 0,
 ) -> Batch:
-    """Lay the nodes of each tree side by side that have not been read before.
+    """Arrange the nodes of each tree that have not been read yet in rows.
 
     Args:
-        trees: one a row.
-        pad: token that fills up shorter rows.
-        cached: for each row the columns of the nodes that were read before, which are the tree's first ones.
-        width: number of columns in the cache. New nodes take the columns after these, in order.
+        trees: one tree for each row.
+        pad: padding token.
+        cached: for each row the columns of the nodes that were read before, which are the first nodes of the tree.
+        width: number of columns in the cache; new nodes get the following columns, in order.
     """
     known: Sequence[Sequence[int]] = [()] * len(trees) if cached is None else cached
     longest = max(len(t) - len(c) for t, c in zip(trees, known, strict=True))
@@ -239,7 +239,7 @@ def _fill(mask: Bool[np.ndarray, "node column"], tree: Tree, begin: int, columns
 
 
 class Asked(NamedTuple):
-    """A question that is answered now: its tree, and the node of the last token of its prompt (the answering token)."""
+    """A question to answer: its tree, and the node of the last token of its prompt (the answering token)."""
 
     tree: int
     node: int
@@ -248,15 +248,15 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What a model reads while it answers: transcripts with the questions planted on them, in one or more passes.
+    """The input of a model while it answers: transcripts with their questions, in one or more forward passes.
 
     Args:
-        trunks: the transcripts, a tree each.
+        trunks: the transcripts, one tree each.
         asked: the questions.
-        before: for each transcript how many nodes of its tree were read in earlier calls of a live session.
-        live: whether a session reads on, with what it has read before in a cache.
-        passes: the layouts of the forward passes that have been finished.
-        layout: that of the forward pass that is running, None between passes.
+        before: for each transcript, the number of nodes that were read in earlier calls of a live session.
+        live: whether this is a live session, which caches what it has read.
+        passes: the layouts of the completed forward passes.
+        layout: the layout of the running forward pass, None between passes.
     """
 
     trunks: tuple[Trunk, ...]
@@ -268,7 +268,7 @@ class ForwardContext:
 
     @property
     def now(self) -> Layout:
-        """The layout of the forward pass that is running."""
+        """The layout of the running forward pass."""
         assert self.layout is not None
         return self.layout
 
@@ -279,9 +279,9 @@ class ForwardContext:
 
     @property
     def answering(self) -> tuple[list[int], list[int]]:
-        """Rows and tokens of this pass at which questions wait for their answers, `x[rows, tokens]`.
+        """Rows and columns of the answering tokens in this pass, for indexing as `x[rows, tokens]`.
 
-        A question whose answering token is in several rows has all of them here; one that is not in this pass has none.
+        A question is listed once for each row that has its answering token, and not at all if it is in another pass.
         """
         waiting: dict[int, list[int]] = {}
         for asked in self.asked:

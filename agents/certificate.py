@@ -1,11 +1,11 @@
-"""The proof that a road gives what plain forward passes give, measured on the model at hand before it answers.
+"""Check on the model itself that a mode of running it agrees with plain forward passes, before it answers.
 
-A tree of random tokens, as large as the work at hand, is read along each road and compared with plain forward passes,
-one a path: first the model's own (no cache, no masks or positions of ours). The first road whose largest difference
-stays within the tolerance is taken. No list of architectures is involved.
+A tree of random tokens, as large as the actual input, is read in each mode and compared with plain forward passes of
+its paths, by the model's own code (no cache, no custom masks or positions). The first mode whose largest difference is
+within the tolerance is used. There is no list of architectures.
 
-Tolerances are those of rounding: on 166 architectures (docs/architectures.md) correct roads are off by at most 5e-5 of
-the standard deviation of log-probabilities in float32, and mostly by 3e-6; wrong ones by 0.09 and more. In half
+Tolerances are those of rounding: on 166 architectures (docs/architectures.md) errors of correct modes are at most 5e-5
+of the standard deviation of log-probabilities in float32, and mostly 3e-6; those of wrong ones 0.09 and more. In half
 precision rounding hides small errors, so the choice is made on a copy in float32 of a few layers, at least one of each
 type, and then confirmed as it is; a rounding may send single tokens to other experts there, so that the largest error
 is that of nine nodes in ten.
@@ -40,7 +40,7 @@ _COMPARED = 96  # nodes of a path whose logits are compared, at most
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was proved of a model. Errors are differences of log-probabilities in nats."""
+    """The verified mode of a model. Errors are differences of log-probabilities in nats."""
 
     road: Road
     live: bool  # of sessions that read on with a cache, else of replay
@@ -53,7 +53,7 @@ class Certificate:
     tried: dict[str, str]  # the roads that were not taken, and why
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run.json` says of it."""
+        """Return the entry of `run.json`."""
         numbers = {"error": float(f"{self.error:.2g}"), "tolerance": float(f"{self.tolerance:.2g}")}
         where: dict[str, Any] = {
             "road": self.road,
@@ -76,17 +76,17 @@ class Sample:
 
 
 def certify(forward: Forward, depth: int, columns: int, live: bool, known: Certificate | None) -> Certificate:
-    """Find the first road that agrees with plain passes on a tree of the given size.
+    """Find the first mode that agrees with plain forward passes on a tree of the given size.
 
     Args:
         forward: the model.
-        depth: tokens of the longest path that it will read.
-        columns: nodes of the largest tree.
-        live: prove the road of a live session, which keeps what it has read.
-        known: what was proved of a smaller tree.
+        depth: number of tokens of the longest path to be read.
+        columns: number of nodes of the largest tree.
+        live: verify live sessions, which cache what they have read, instead of replay.
+        known: the certificate for smaller trees, if there is one.
 
     Raises:
-        AgentError: the model is not causal, or no road agrees; the message says by how much each is off.
+        AgentError: the model is not causal, or no mode agrees; the message has the error of each.
     """
     if known is None:
         return _certify(forward, depth, columns, live, ROADS, {})
@@ -145,7 +145,7 @@ def _exact_roads(
 
 
 class _Ladder:
-    """Tries one road after another."""
+    """Tries one mode after another."""
 
     def __init__(self, forward: Forward, live: bool) -> None:
         self.forward, self.live = forward, live
@@ -159,23 +159,23 @@ class _Ladder:
         further = [(reach, *self._truth(reach))] if reach else []
         jobs: dict[bool, list[tuple[list[Sample], list[Want], Float[Tensor, "want vocabulary"]]]] = {}
         for road in roads:
-            beside = road != "tree"  # these roads read branches as rows side by side
-            if beside not in jobs:
-                first = _sample(self.forward, min(depth, TRUNK), COLUMNS, 0, whole=beside)
+            in_rows = road != "tree"  # these modes read branches as separate rows
+            if in_rows not in jobs:
+                first = _sample(self.forward, min(depth, TRUNK), COLUMNS, 0, whole=in_rows)
                 small = [first, _sample(self.forward, min(depth, 30), 70, 1)]
-                jobs[beside] = [(small, *self._truth(small)), *further]
+                jobs[in_rows] = [(small, *self._truth(small)), *further]
             if self.live and road == "tree" and self.forward.masks.one_layout:
                 self.tried[road] = "its ALiBi has no row for each episode"
                 continue
             error, bound = -1.0, 1.0
             try:
-                for some, wanted, truth in jobs[beside]:
-                    off, mean, finite = self._off(road, some, wanted, truth)
-                    own, mean_own = self._bounds(some, wanted, truth, max(off, mean))
-                    error, bound = max((error, bound), (off, own), key=lambda x: x[0] / x[1])
-                    if not finite or off > own or mean > mean_own:
-                        why = "" if beside else self._why(jobs[beside][0][0][0])
-                        self.tried[road] = f"off by {off:.2g} nats{why}"
+                for some, wanted, truth in jobs[in_rows]:
+                    largest, mean, finite = self._difference(road, some, wanted, truth)
+                    own, mean_own = self._bounds(some, wanted, truth, max(largest, mean))
+                    error, bound = max((error, bound), (largest, own), key=lambda x: x[0] / x[1])
+                    if not finite or largest > own or mean > mean_own:
+                        why = "" if in_rows else self._why(jobs[in_rows][0][0][0])
+                        self.tried[road] = f"off by {largest:.2g} nats{why}"
                         break
                 else:
                     names = self.forward.masks.attention
@@ -195,22 +195,22 @@ class _Ladder:
         Raises:
             AgentError: it is not finite, or at this depth the model changes with tokens that come later.
         """
-        wanted, truth, off, mean = _truth(self.forward, some)
+        wanted, truth, largest, mean = _truth(self.forward, some)
         if not torch.isfinite(truth).all():
             raise self.forward.not_finite()
-        bound, mean_bound = self._bounds(some, wanted, truth, max(off, mean))
-        if off > 2 * max(bound, _BASE[torch.float32] * float(truth.std()), 1e-6) or mean > 2 * mean_bound:
+        bound, mean_bound = self._bounds(some, wanted, truth, max(largest, mean))
+        if largest > 2 * max(bound, _BASE[torch.float32] * float(truth.std()), 1e-6) or mean > 2 * mean_bound:
             depth = max(max(one.tree.depths) for one in some) + 1
             raise AgentError(
-                f"{self.forward.name} is refused at {depth:,} tokens: its log-probabilities change by up to {off:.2g} "
+                f"{self.forward.name} is refused at {depth:,} tokens: log-probabilities change by up to {largest:.2g} "
                 "nats with the tokens that come later, as those of rotations that depend on the length of a text do; "
                 "ask for fewer steps"
             )
         if self.dtype == torch.float64:
-            self.noise = max(self.noise, off)
+            self.noise = max(self.noise, largest)
         return wanted, truth
 
-    def _off(
+    def _difference(
         self, road: Road, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"]
     ) -> tuple[float, float, bool]:
         """Return the largest difference from the truth, the mean one, and whether all numbers are finite."""
@@ -218,10 +218,10 @@ class _Ladder:
         for which, logits in self._read(road, some, wanted):
             for rows, part in zip(np.array_split(np.array(which), max(1, len(which) // 64)),
                                   logits.tensor_split(max(1, len(which) // 64)), strict=True):  # fmt: skip
-                apart = (_logs(part) - truth[torch.from_numpy(rows)].to(part.device)).abs()
-                finite &= bool(torch.isfinite(apart).all())
-                worst.append(apart.amax(-1).cpu())
-                total += float(apart.sum())
+                differences = (_logs(part) - truth[torch.from_numpy(rows)].to(part.device)).abs()
+                finite &= bool(torch.isfinite(differences).all())
+                worst.append(differences.amax(-1).cpu())
+                total += float(differences.sum())
         return _largest(torch.cat(worst), self.dtype), total / truth.numel(), finite
 
     def _read(self, road: Road, some: Sequence[Sample], wanted: Sequence[Want]) -> Any:
@@ -240,12 +240,12 @@ class _Ladder:
                 yield [part[k] for k in which], logits
 
     def _bounds(
-        self, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"], off: float
+        self, some: Sequence[Sample], wanted: Sequence[Want], truth: Float[Tensor, "want vocabulary"], largest: float
     ) -> tuple[float, float]:
         """Return the largest and the mean difference that pass; what batching alone does is measured if needed."""
         scale = max(float(truth.std()), 1e-6)
         bound, mean = _BASE.get(self.dtype, 0.15) * scale, _MEAN.get(self.dtype, np.inf) * scale
-        if off <= bound and (self.exact or off <= mean):
+        if largest <= bound and (self.exact or largest <= mean):
             return bound, mean
         floor, floor_mean = _floor(self.forward, some, wanted)
         times = 4 if self.exact else 3
@@ -284,11 +284,11 @@ def _check_causal(forward: Forward) -> None:
     if not torch.isfinite(one).all() or not torch.isfinite(two).all():
         raise forward.not_finite()
     share = max(_BASE.get(forward.model.dtype, 0.15), _BASE[torch.float32])  # models in float64 have parts in float32
-    off, limit = _largest((one - two).abs().amax(-1), forward.model.dtype), 2 * share * float(one.std())
-    if off > max(limit, 1e-6):
+    largest, limit = _largest((one - two).abs().amax(-1), forward.model.dtype), 2 * share * float(one.std())
+    if largest > max(limit, 1e-6):
         raise AgentError(
-            f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {off:.2g} nats with "
-            "the tokens that come later, so it cannot say what comes next"
+            f"{forward.name} is refused: it is not causal. Its log-probabilities change by up to {largest:.2g} nats "
+            "with the tokens that come later, so it cannot say what comes next"
         )
 
 
@@ -299,7 +299,7 @@ def _truth(
 
     Also by how much passes differ at nodes that paths share, at most and in the mean.
     """
-    wanted, apart = dict[Want, Tensor](), list[tuple[float, float]]()
+    wanted, differences = dict[Want, Tensor](), list[tuple[float, float]]()
     for t, one in enumerate(some):
         asked = set[int]()  # nodes
         for end in one.ends:
@@ -313,9 +313,9 @@ def _truth(
             for i, row in zip(ask, found, strict=True):
                 known = wanted.setdefault(Want(t, path[i]), row)
                 if known is not row:
-                    off = (row - known).abs()
-                    apart.append((float(off.max()), float(off.mean())))
-    worst, means = torch.tensor(apart or [(0.0, 0.0)]).T
+                    largest = (row - known).abs()
+                    differences.append((float(largest.max()), float(largest.mean())))
+    worst, means = torch.tensor(differences or [(0.0, 0.0)]).T
     return list(wanted), torch.stack(list(wanted.values())), _largest(worst, forward.model.dtype), float(means.mean())
 
 
@@ -324,14 +324,14 @@ def _logs(logits: Float[Tensor, "*any vocabulary"]) -> Float[Tensor, "*any vocab
     return logits.float().log_softmax(-1).clamp_min(_RULED_OUT)
 
 
-def _largest(apart: Float[Tensor, " node"], dtype: torch.dtype) -> float:
+def _largest(differences: Float[Tensor, " node"], dtype: torch.dtype) -> float:
     """Return the largest of some nodes' differences; in half precision that of nine nodes in ten.
 
     There a rounding can send a token to other experts, in plain passes of another shape too. Wrong roads are far off
     at most nodes, and at the others they raise the mean.
     """
     share = 1.0 if dtype in (torch.float32, torch.float64) else 1 - _FLIPPED
-    return float(torch.quantile(apart.float(), share)) if len(apart) else 0.0
+    return float(torch.quantile(differences.float(), share)) if len(differences) else 0.0
 
 
 def _floor(forward: Forward, some: Sequence[Sample], wanted: Sequence[Want]) -> tuple[float, float]:
@@ -344,9 +344,9 @@ def _floor(forward: Forward, some: Sequence[Sample], wanted: Sequence[Want]) -> 
             ask = [i for i, n in enumerate(path) if (t, n) in place]
             row = torch.tensor([one.tree.tokens[n] for n in path], device=forward.device)
             rows = torch.stack([row, row.flip(0), row.roll(1)])
-            apart = (_logs(forward.plain(rows, ask)[0]) - _logs(forward.plain(row[None], ask)[0])).abs()
-            worst.append(apart.amax(-1))
-            total, count = total + float(apart.sum()), count + apart.numel()
+            differences = (_logs(forward.plain(rows, ask)[0]) - _logs(forward.plain(row[None], ask)[0])).abs()
+            worst.append(differences.amax(-1))
+            total, count = total + float(differences.sum()), count + differences.numel()
     return _largest(torch.cat(worst), forward.model.dtype), total / max(1, count)
 
 
@@ -363,21 +363,21 @@ def _sample(forward: Forward, depth: int, columns: int, seed: int, whole: bool =
     cuts = (*(round(share * spine) for share in (0.12, 0.4, 0.7, 0.85)), spine - 1, spine)
     extra = max(0, columns - depth - 3 * longest // 2 - 20)
     lengths: list[tuple[int, ...]] = [(5, longest), (3, 11, 2, 1), (longest // 2 + 1,), (13, 4, depth), (1, 1), (1, 1)]
-    end, at, leaves, apart = -1, 0, list[tuple[int, int]](), list[int]()
+    end, at, leaves, separate = -1, 0, list[tuple[int, int]](), list[int]()
     for i, (cut, branches) in enumerate(zip(cuts, lengths, strict=True)):
         n = max(1, cut) - at
         end, at = tree.grow(end, _tokens(forward, rng, n)), at + n
-        wide = extra // (3 - i) if i < 3 else 0  # of further branches, so that the tree gets as wide as asked
-        extra -= wide
+        count = extra // (3 - i) if i < 3 else 0  # nodes of further branches
+        extra -= count
         most = max(1, depth - at)
-        more = [min(most, wide - k) for k in range(0, wide, most)]
+        more = [min(most, count - k) for k in range(0, count, most)]
         for length in (*branches, *more):
             length = min(length, depth - at)
             leaf = tree.grow(end, _tokens(forward, rng, length))
             leaves.append((tree.depths[leaf], leaf))
             if whole and i in (1, 4, 5) and length != 3:  # unlike lengths side by side, and one token each
-                apart.append(leaf)
-    return Sample(tree, end, tuple(dict.fromkeys((min(leaves)[1], end, *apart, max(leaves)[1]))))
+                separate.append(leaf)
+    return Sample(tree, end, tuple(dict.fromkeys((min(leaves)[1], end, *separate, max(leaves)[1]))))
 
 
 def _tokens(forward: Forward, rng: np.random.Generator, n: int) -> list[int]:

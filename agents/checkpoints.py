@@ -1,4 +1,4 @@
-"""Is a checkpoint whole? What its files, its tensors and its tokenizer must be before a model is asked anything."""
+"""Checks of a checkpoint before a model is used: its files, its tensors and its tokenizer."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _CHUNK = 1 << 24  # numbers looked at together
 
 @dataclass(frozen=True)
 class Fit:
-    """How the tensors of a checkpoint fit the model that its config describes."""
+    """The differences between the tensors of a checkpoint and those of the model that its config describes."""
 
-    missing: tuple[str, ...] = ()  # the model has them, the checkpoint does not
+    missing: tuple[str, ...] = ()  # of the model but not the checkpoint
     mismatched: tuple[str, ...] = ()  # of another shape
-    foreign: tuple[str, ...] = ()  # the checkpoint has them within the model's own modules, the model does not
-    ignored: tuple[str, ...] = ()  # beside the model, such as vision towers
+    foreign: tuple[str, ...] = ()  # of the checkpoint but not the model, named as in one of the model's modules
+    ignored: tuple[str, ...] = ()  # of other parts, such as vision towers
 
     @property
     def problems(self) -> str:
-        """What is wrong, "" for a whole checkpoint."""
+        """The problems as text, "" for a complete checkpoint."""
         found = [
             _many(self.missing, "tensor is missing", "tensors are missing"),
             _many(self.mismatched, "tensor has another shape", "tensors have another shape"),
@@ -44,7 +44,7 @@ class Fit:
         return "; ".join(filter(None, found))
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run.json` says of tensors that were left aside: how many, and the first few."""
+        """Return the entry of `run.json` about ignored tensors: their number, and the first few names."""
         return {"count": len(self.ignored), "names": list(self.ignored[:8])}
 
 
@@ -55,22 +55,22 @@ def _many(names: tuple[str, ...], one: str, more: str) -> str:
     return f"{len(names):,} {one if len(names) == 1 else more} ({', '.join(names[:_SHOWN])}{rest})"
 
 
-def fit_of(model: Any, told: Mapping[str, Any]) -> Fit:
-    """Return how a checkpoint fits, from what `from_pretrained(..., output_loading_info=True)` says."""
-    foreign, ignored = sort_unexpected(model, told.get("unexpected_keys", ()))
+def fit_of(model: Any, info: Mapping[str, Any]) -> Fit:
+    """Return how a checkpoint fits, from the information of `from_pretrained(..., output_loading_info=True)`."""
+    foreign, ignored = sort_unexpected(model, info.get("unexpected_keys", ()))
     shapes = [
         f"{name}: {list(given)} in the checkpoint, {list(wanted)} by config.json"
-        for name, given, wanted in sorted(told.get("mismatched_keys", ()))
+        for name, given, wanted in sorted(info.get("mismatched_keys", ()))
     ]
-    return Fit(tuple(sorted(told.get("missing_keys", ()))), tuple(shapes), foreign, ignored)
+    return Fit(tuple(sorted(info.get("missing_keys", ()))), tuple(shapes), foreign, ignored)
 
 
 def sort_unexpected(model: Any, names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tell tensors that belong to the model, which has no place for them, from those that belong to something else.
+    """Split unexpected tensors into those that belong to the model's modules and those of other parts.
 
-    One belongs to the model where it lies in one of its lists of modules, at an index it has or a further one, or
-    right in one of its other modules: a layer too many, a bias or a norm that the config switched off. What remains
-    is ignored: vision towers, heads for other tasks. Old buffers that are computed now are neither.
+    A tensor belongs to the model if its name is in one of the model's lists of modules, at any index, or directly in
+    one of its other modules: a superfluous layer, or a bias or norm that the config disables. The others are ignored:
+    vision towers, heads for other tasks. Buffers that transformers now computes itself are in neither group.
     """
     modules = dict(model.named_modules())
     lists = tuple(f"{name}." for name, module in modules.items() if isinstance(module, torch.nn.ModuleList) and name)
@@ -88,13 +88,13 @@ def sort_unexpected(model: Any, names: Iterable[str]) -> tuple[tuple[str, ...], 
 
 
 def check_finite(name: str, model: Any) -> None:
-    """Raise `AgentError` where a weight is NaN or infinite."""
+    """Raise `AgentError` if a weight is NaN or infinite."""
     for key, weight in model.named_parameters():
         if weight.is_meta or not weight.is_floating_point():
             continue
         for part in weight.detach().reshape(-1).split(_CHUNK):
-            wide = part.float() if part.dtype.itemsize == 1 else part  # eight bits have no test of their own
-            if not bool(torch.isfinite(wide).all()):
+            float_part = part.float() if part.dtype.itemsize == 1 else part  # eight bits have no test of their own
+            if not bool(torch.isfinite(float_part).all()):
                 raise AgentError(
                     f"cannot load {name}: its tensor {key} holds NaN or infinity; the checkpoint is damaged, or "
                     f"{str(weight.dtype).removeprefix('torch.')} is too narrow for it: get it again, or give another "
@@ -103,10 +103,10 @@ def check_finite(name: str, model: Any) -> None:
 
 
 def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
-    """Raise `AgentError` where a tokenizer writes tokens that the model has no embedding for.
+    """Raise `AgentError` if a tokenizer produces tokens for which the model has no embedding.
 
-    Special tokens beyond the table do no harm where they begin no text, as text alone never becomes one: some models of
-    text are published with the tokenizer of a larger one that also reads images, some tokenizers bring a pad token.
+    Special tokens beyond the embedding are accepted if they start no text, since plain text is never encoded as one:
+    some text models have the tokenizer of a larger multimodal model, and some tokenizers add a pad token.
     """
     if len(tokenizer) <= rows:
         return
@@ -122,7 +122,7 @@ def check_tokenizer(name: str, tokenizer: Any, rows: int) -> None:
 
 
 def read_config_json(name: str, folder: Path) -> dict[str, Any]:
-    """Return what `config.json` of a model says, or raise `AgentError` where there is none that can be read."""
+    """Return the content of a model's `config.json`; raises `AgentError` if it is missing or cannot be read."""
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def read_config_json(name: str, folder: Path) -> dict[str, Any]:
 
 
 def check_files(name: str, folder: Path) -> None:
-    """Raise `AgentError` where a folder has no safetensors, or one whose header cannot be read or lies."""
+    """Raise `AgentError` if a folder has no safetensors files, or one with an unreadable or wrong header."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         others = _weights(folder)

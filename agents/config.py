@@ -1,4 +1,4 @@
-"""Configs: YAML files with key=value overrides, checked by pydantic; the error for a wrong key suggests a right one."""
+"""Configs: YAML files with key=value overrides, validated by pydantic; errors suggest the nearest known key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 
 
 class Strict(BaseModel):
-    """A config section that knows its keys."""
+    """A config section that rejects unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,7 +44,7 @@ class Strict(BaseModel):
 
 
 class ModulesConfig(Strict):
-    """Names of a model's modules, for a model in which they are not found by structure.
+    """Names of a model's modules, for models whose modules cannot be found automatically.
 
     The keys are those of `nextstate.agents.sites.ModuleMap`.
     """
@@ -65,7 +65,7 @@ class ModulesConfig(Strict):
 
 
 class AgentConfig(Strict):
-    """A language model and how to load it; a string in its place is a name, with defaults for the rest.
+    """A language model and how to load it; a plain string is the name of a model that is loaded with the defaults.
 
     The keys are those of `nextstate.agents.language.LanguageModel`.
     """
@@ -108,12 +108,12 @@ class AgentConfig(Strict):
     @model_validator(mode="after")
     def _one_place(self) -> AgentConfig:
         if self.device is not None and self.device_map is not None:
-            raise ValueError(f"{self.name}: device and device_map exclude each other; give one")
+            raise ValueError(f"{self.name}: device and device_map cannot be combined; give only one")
         return self
 
 
 class InterveneConfig(Strict):
-    """Heads to ablate; every language model is then asked twice: as it is, and without these heads."""
+    """Heads to ablate. Each language model is evaluated twice: unchanged, and without these heads."""
 
     heads: list[tuple[NonNegativeInt, NonNegativeInt]] = Field(min_length=1, description="layer and head, from 0")
     mode: Literal["zero", "mean", "resample"] = Field(default="zero", description="what replaces the output of a head")
@@ -121,7 +121,7 @@ class InterveneConfig(Strict):
 
 
 class KindConfig(BaseModel):
-    """An agent of any kind but a language model; keys other than `kind` are the arguments of that kind."""
+    """An agent that is not a language model; keys other than `kind` are passed to that kind as arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -157,12 +157,12 @@ C = TypeVar("C", bound=Strict)
 
 
 def packaged_configs() -> list[str]:
-    """Return the configs that come with nextstate, as `nextstate run` takes them."""
+    """Return the names of the configs that are shipped with nextstate."""
     return sorted(f"configs/{p.relative_to(PACKAGED).as_posix()}" for p in PACKAGED.rglob("*.yaml"))
 
 
 def find_config(name: str) -> Path:
-    """Return the file a user means: a path, or one of the packaged configs with or without folder and ending."""
+    """Return the file for a path, or for the name of a packaged config with or without its folder and suffix."""
     path = Path(name)
     if path.is_file():
         return path
@@ -177,7 +177,7 @@ def find_config(name: str) -> Path:
 
 
 def read_value(name: str, overrides: list[str], key: str) -> Any:
-    """Return one entry of a config at its top level, unchecked; None where it has none.
+    """Return one top-level entry of a config without validating it, or None if it is missing.
 
     Raises:
         ConfigError: as `read_config`.
@@ -189,17 +189,18 @@ def read_config(name: str, overrides: list[str], cls: type[C]) -> C:
     """Read a config and apply overrides such as `seed=3`, `games.0.episodes=20`, `agents=[gpt2,ideal]`.
 
     Raises:
-        ConfigError: no such file, no YAML, an override that fits nowhere, an unknown key, a value of the wrong kind.
+        ConfigError: the file does not exist or is not valid YAML, an override has no matching entry, a key is unknown,
+            or a value has the wrong type.
     """
     path, data = _read(name, overrides)
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        told = "; ".join(
+        problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg'].removeprefix('Value error, ')}"
             for e in error.errors()
         )
-        raise ConfigError(f"{path}: {told}") from error
+        raise ConfigError(f"{path}: {problems}") from error
 
 
 def _read(name: str, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
@@ -207,9 +208,9 @@ def _read(name: str, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {type(data).__name__}, expected keys and values")
+        raise ConfigError(f"{path} contains a {type(data).__name__}, expected keys and values")
     for override in overrides:
         _apply(data, override)
     return path, data
@@ -218,25 +219,25 @@ def _read(name: str, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
 def _apply(data: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise ConfigError(f"{override!r} is no override: expected key=value, such as seed=3 or games.0.episodes=20")
+        raise ConfigError(f"{override!r} is not an override: expected key=value, such as seed=3 or games.0.episodes=20")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML ({error})") from error
+        raise ConfigError(f"{override!r}: the value is not valid YAML ({error})") from error
     at: Any = data
     *parents, last = key.split(".")
     for part in parents:
         at = _enter(at, part, override)
     if not (isinstance(at, dict) and last not in at):
-        _enter(at, last, override)  # checks that there is such a place
+        _enter(at, last, override)  # raises if the entry does not exist
     at[int(last) if isinstance(at, list) else last] = value
 
 
 def _enter(at: Any, part: str, override: str) -> Any:
     if isinstance(at, list):
         if not part.isdigit() or int(part) >= len(at):
-            raise ConfigError(f"{override!r}: {part!r} is no place in a list of {len(at)} (counted from 0)")
+            raise ConfigError(f"{override!r}: {part!r} is not an index of a list of {len(at)} (counted from 0)")
         return at[int(part)]
     if not isinstance(at, dict):
-        raise ConfigError(f"{override!r}: there is nothing to enter at {part!r}")
+        raise ConfigError(f"{override!r}: the value before {part!r} has no entries")
     return at.setdefault(part, {})

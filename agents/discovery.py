@@ -2,8 +2,8 @@
 
 Nothing is looked up by architecture. Blocks are the list of modules that a forward pass calls one after another with a
 residual stream of one width. In a block, `agents.tracing` says which modules' outputs add up to what the block adds
-to the stream, and which linear layer reads attention's heads side by side. What cannot be proved on a short forward
-pass is left out.
+to the stream, and which linear layer reads the concatenated heads of attention. Modules that cannot be verified in a
+short forward pass are left out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "num_head", "
 
 
 class SiteError(AgentError):
-    """A model has no such site, layer or head, or its modules are not what their names say."""
+    """A model has no such site, layer or head, or a named module does not have the expected role."""
 
 
 @dataclass(frozen=True)
 class ModuleMap:
-    """The names of a model's modules, for models in which they are not found by structure.
+    """The names of a model's modules, for models whose modules cannot be found automatically.
 
     Args:
         blocks: path of the list of decoder blocks in the model.
@@ -84,11 +84,11 @@ class LayerSites:
 
 
 def discover(model: Any, names: ModuleMap | None) -> tuple[tuple[LayerSites, ...], int]:
-    """Find and prove the sites of all layers; return them and the width of the residual stream.
+    """Find and verify the sites of all layers; return them and the width of the residual stream.
 
     Args:
         model: a causal Hugging Face model.
-        names: of its modules; found by structure if None.
+        names: names of its modules; found automatically if None.
 
     Raises:
         SiteError: no list of blocks is found, or a module that `names` gives fails a check.
@@ -124,10 +124,10 @@ def _blocks(model: Any) -> tuple[tuple[nn.Module, ...], list[BlockCall]]:
             size = sum(p.numel() for p in blocks.parameters())
             found.append((size, tuple(blocks), [call for _, call in own]))
     if not found:
-        told = "; ".join(reasons) or f"it has no list of {' or '.join(map(str, sorted(counts))) or 'its'} modules"
+        why = "; ".join(reasons) or f"it has no list of {' or '.join(map(str, sorted(counts))) or 'its'} modules"
         raise SiteError(
-            f"no decoder blocks found in {type(model).__name__} ({config.model_type}): {told}. If it has some, name "
-            'its modules: Sites.of(model, Names(blocks="model.layers", attention="self_attn", projection="o_proj", '
+            f"no decoder blocks found in {type(model).__name__} ({config.model_type}): {why}. If it has some, name "
+            'its modules: Sites.of(model, ModuleMap(blocks="model.layers", attention="self_attn", projection="o_proj", '
             'mlp="mlp"))'
         )
     _, chosen, of_chosen = max(found, key=lambda f: f[0])
@@ -281,7 +281,7 @@ def _named_heads(config: Any, names: ModuleMap, attention: Call, projection: Cal
 
 def _called(calls: Mapping[str, Call], path: str, where: str) -> Call:
     if path not in calls:
-        raise SiteError(f"{where}: {path!r} is not called just once in a forward pass; is the name wrong?")
+        raise SiteError(f"{where}: {path!r} is not called exactly once in a forward pass; check the name")
     return calls[path]
 
 

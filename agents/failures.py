@@ -1,4 +1,4 @@
-"""Turn whatever goes wrong inside a model into one line that says which, why and what to do."""
+"""Convert exceptions from models and libraries into errors with a one-line message."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 class Broken(AgentError):
-    """Something failed that nobody foresaw; the message is one line, `__cause__` the exception itself."""
+    """An unexpected failure. The message is one line; `__cause__` is the original exception."""
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, with its type where it is not one of our own.
+    """Return the first line of an exception's message, prefixed with the type unless nextstate defines it.
 
-    A line that ends with a colon only announces the next one, which is then said too.
+    If a line ends with a colon, the next line is included.
     """
     lines = [words for line in str(error).splitlines() if (words := " ".join(line.split()))]
     text = " ".join(lines[: next((i for i, line in enumerate(lines) if not line.endswith(":")), len(lines)) + 1])
@@ -29,22 +29,22 @@ def one_line(error: BaseException) -> str:
 
 def guarded(
     do: Callable[[], T],
-    told: Callable[[BaseException], str] = one_line,
+    describe: Callable[[BaseException], str] = one_line,
     passing: tuple[type[Exception], ...] = (AgentError, GameError),
 ) -> T:
-    """Call `do` and return what it returns; the one place where any exception is caught.
+    """Call `do` and return its result; the only place that catches every exception.
 
     Args:
-        do: runs code of a model, or of the libraries below it.
-        told: makes the message from an exception.
-        passing: exceptions that already say what is wrong; they go through as they are.
+        do: the function to call, which may run code of a model or of third-party libraries.
+        describe: returns the message for an exception.
+        passing: exception types that are re-raised unchanged, since their messages are already clear.
 
     Raises:
-        Broken: anything else was raised. What is no `Exception` goes through: Ctrl-C still stops a run.
+        Broken: `do` raised any other `Exception`. `KeyboardInterrupt` and `SystemExit` are not caught.
     """
     try:
         return do()
     except passing:
         raise
-    except Exception as error:  # one model must not take the others with it, whatever it raises
-        raise Broken(told(error)) from error
+    except Exception as error:  # a failure of one model must not stop the others
+        raise Broken(describe(error)) from error

@@ -1,14 +1,14 @@
-"""The one place where a language model is run: trees of tokens, read in one of four ways that give the same numbers.
+"""Forward passes of language models over trees of tokens, in one of four modes that give the same logits.
 
-A transcript and everything asked about it form a tree of tokens. Its logits can be computed along four roads:
+A transcript and its questions form a tree of tokens. Its logits can be computed in four modes:
 
 - tree: one forward pass over all nodes, with masks and positions of each token's own path (`nextstate.agents.masks`);
 - fork: the spine of the tree once; where branches leave it, they run as rows from a copy of the model's state;
 - step: the same, token by token, for models whose state cannot be continued by several tokens at once;
-- rows: one row a path, without a cache.
+- rows: one row for each path, without a cache.
 
 `nextstate.agents.certificate` measures which of them agree with plain forward passes of the model at hand, and the
-first that does is taken. Hooks see whatever is run: `Reading` says which node of which tree each token of a pass is.
+first one is used. Hooks are called in every pass; `ForwardContext` says which node of which tree each token is.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ T = TypeVar("T")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory ran out, on any device; torch has a class of its own for the GPU alone."""
+    """Return whether an exception means that memory ran out; torch has a specific class for GPU memory only."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
 
 
 def context_of(config: Any) -> int | None:
-    """Return the most tokens that a model reads; a layer's window is no limit, since nothing is cut to it."""
+    """Return the maximum number of tokens of a model; sliding windows of layers are not counted as a limit."""
     config = config.get_text_config()
     limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
     known = [int(n) for n in limits if isinstance(n, int) and n > 0]
@@ -58,7 +58,7 @@ def context_of(config: Any) -> int | None:
 
 
 class Want(NamedTuple):
-    """A node at which logits are read, and the tokens whose log-probabilities are wanted there."""
+    """A node at which logits are read, and the tokens whose log-probabilities are needed."""
 
     tree: int
     node: int
@@ -66,14 +66,14 @@ class Want(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model says at the wanted nodes, in their order."""
+    """The argmax and log-probabilities at the wanted nodes, in their order."""
 
     argmax: Int[np.ndarray, " node"]
     logprobs: list[Float[np.ndarray, " token"]]  # natural log, for each node those of the tokens asked about
 
 
 class State(NamedTuple):
-    """What a model carries on after it has read the first `tokens` tokens of a spine."""
+    """The cached state of a model after the first `tokens` tokens of a spine."""
 
     cache: Any
     tokens: int
@@ -81,7 +81,7 @@ class State(NamedTuple):
 
 @dataclass
 class Memory:
-    """What has been read of some trees in earlier calls, so that a live session pays for new tokens only."""
+    """Cached state of trees from earlier calls, so that a live session only computes new tokens."""
 
     road: Road
     columns: list[list[int]]  # tree: for each tree the cache column of each node that was read
@@ -92,18 +92,18 @@ class Memory:
 
     @classmethod
     def of(cls, road: Road, trees: int) -> Memory:
-        """Return the memory of trees of which nothing has been read."""
+        """Return the empty memory of trees that have not been read."""
         return cls(road, [[] for _ in range(trees)], [None] * trees, [0] * trees)
 
     def keep(self, trees: Sequence[int], nodes: Sequence[int]) -> None:
-        """Forget all trees but `trees`, and of each of them all but its first `nodes` nodes, which hold its spine."""
+        """Drop all trees except `trees`, and all but the first `nodes` nodes of each, which contain its spine."""
         if self.width and len(trees) < len(self.columns):
             self.cache.batch_select_indices(torch.tensor(trees))
         self.columns = [self.columns[tree][:n] for tree, n in zip(trees, nodes, strict=True)]
         self.states = [self.states[tree] for tree in trees]
         self.read = [min(self.read[tree], n) for tree, n in zip(trees, nodes, strict=True)]
         width = max((own[-1] + 1 for own in self.columns if own), default=0)
-        self.cache.crop(width - self.width)  # what is negative is cut off the end
+        self.cache.crop(width - self.width)  # a negative length removes columns from the end
         self.width = width
 
 
@@ -112,10 +112,10 @@ class Forward:
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        name: how errors call it.
-        certify: finds a road that agrees with plain forward passes (`nextstate.agents.certificate.certify`).
-        pad: the token that fills up shorter rows.
-        batch_tokens: most tokens in one forward pass of `fork` and `rows`.
+        name: the model's name in error messages.
+        certify: finds a mode that agrees with plain forward passes (`nextstate.agents.certificate.certify`).
+        pad: padding token.
+        batch_tokens: maximum number of tokens in one forward pass of `fork` and `rows`.
     """
 
     def __init__(self, model: Any, name: str, certify: Certify, pad: int = 0, batch_tokens: int = 8192) -> None:
@@ -135,17 +135,17 @@ class Forward:
         self._any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def not_finite(self) -> AgentError:
-        """Return the error of a model whose numbers overflow or are none."""
+        """Return the error for a model whose logits are NaN or infinite."""
         return AgentError(
             f"{self.name} gives logits that are not finite in {self.model.dtype} on {self.device}; "
             "load it with dtype=float32, or check its weights"
         )
 
     def require(self, depth: int, columns: int, live: bool = False) -> Road:
-        """Return the road for trees of up to `depth` tokens a path and `columns` nodes, proved at that size.
+        """Return the mode for trees with paths of up to `depth` tokens and `columns` nodes, verified at that size.
 
         Raises:
-            AgentError: no road gives what plain forward passes give.
+            AgentError: no mode agrees with plain forward passes.
         """
         known = self.certificates.get(live)
         if known is not None and known.attention != self.masks.attention:
@@ -177,15 +177,15 @@ class Forward:
         """Read trees and return the argmax and log-probabilities at the wanted nodes.
 
         Args:
-            road: how to run the model.
-            trees: what is read.
-            spines: for each tree the node that ends its spine; what is not on it is run as branches (fork, step).
-            wanted: where logits are read. The whole vocabulary is computed at these nodes alone.
-            reading: what hooks are told.
-            memory: what has been read before, and takes what is read now.
+            road: the mode in which the model is run.
+            trees: the trees to read.
+            spines: for each tree the last node of its spine; other nodes are run as branches (fork, step).
+            wanted: the nodes at which logits are read; full logits are computed at these nodes only.
+            reading: the context for hooks.
+            memory: cached state of earlier calls; updated in place.
 
         Raises:
-            AgentError: the model gives numbers that are not finite.
+            AgentError: the logits are not finite.
         """
         argmax = np.zeros(len(wanted), dtype=np.int64)
         logprobs: list[np.ndarray] = [np.zeros(0)] * len(wanted)
@@ -214,7 +214,7 @@ class Forward:
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
     ) -> Iterator[tuple[list[int], Float[Tensor, "node vocabulary"]]]:
-        """Yield logits as they are computed, with the places among `wanted` that they belong to; see `scores`."""
+        """Yield logits as they are computed, with the indices into `wanted` that they belong to; see `scores`."""
         self.reading, self.finished = reading, None
         try:
             if road == "tree":
@@ -263,7 +263,7 @@ class Forward:
     def in_tree(
         self, tokens: Int[Tensor, "row token"], places: Places, cache: Any = None
     ) -> Float[Tensor, "row token vocabulary"]:
-        """Run tokens that see each other as `places` says, and nothing else; the head gives what it is made to give."""
+        """Run tokens that attend to each other according to `places`; returns the output of the (patched) head."""
         ones = torch.ones(len(tokens), places.depths.shape[1], dtype=torch.long, device=tokens.device)
         given: dict[str, Any] = {"attention_mask": ones, "use_cache": cache is not None}
         if self._positions or self._any:
@@ -280,10 +280,10 @@ class Forward:
         ask: Sequence[int],
         only: Int[Tensor, "row token"] | None = None,
     ) -> Float[Tensor, "row asked vocabulary"]:
-        """Run rows of one length as the model runs them by itself: no cache, no masks or positions of ours.
+        """Run rows of equal length by the model's own forward pass: no cache, and no custom masks or positions.
 
         Args:
-            tokens: what is read.
+            tokens: the tokens to read.
             ask: positions at which logits are read.
             only: tokens of each row to compute the logits of; by default the whole vocabulary.
         """
@@ -292,7 +292,7 @@ class Forward:
         return found
 
     def state(self, tokens: Int[Tensor, "row token"], rows: Int[Tensor, " copy"]) -> Any:
-        """Read rows of one length and return what the model carries on, for each of `rows` a copy."""
+        """Read rows of equal length and return a copy of the model's state for each of `rows`."""
         with read_out(self.model, lambda x: x[:, :1]):
             return _rows_of(getattr(self.model(input_ids=tokens, use_cache=True), self._cache or "", None), rows)
 
@@ -470,7 +470,7 @@ class Forward:
 
     @contextmanager
     def _noted(self, layout: Layout) -> Iterator[None]:
-        """Tell hooks the layout of the pass that runs."""
+        """Set the layout of the running pass, for hooks."""
         before = self.reading
         if before is None:
             yield
@@ -485,7 +485,7 @@ class Forward:
 
     @contextmanager
     def _picked(self, picks: tuple[list[int], list[int]]) -> Iterator[None]:
-        rows, columns = picks if picks[0] else ([0], [0])  # no model is made to cope with nothing
+        rows, columns = picks if picks[0] else ([0], [0])  # at least one position, since models may fail on none
         with read_out(self.model, lambda x: x[rows, columns][None]):
             yield
 
@@ -497,12 +497,12 @@ class Forward:
 
 
 def _forked(cache: Any, rows: int) -> Any:
-    """Return a copy of a state of one row, so many times side by side."""
+    """Return the state of one row, repeated for `rows` rows."""
     return None if cache is None else _rows_of(copy.deepcopy(cache), torch.zeros(rows, dtype=torch.long))
 
 
 def _rows_of(cache: Any, rows: Int[Tensor, " row"]) -> Any:
-    """Return some rows of a state, which is given away."""
+    """Return some rows of a state; the state may be modified."""
     if isinstance(cache, list | tuple):
         return [x[rows.to(x.device)] for x in cache]
     if cache is None or not hasattr(cache, "reorder_cache"):
@@ -512,7 +512,7 @@ def _rows_of(cache: Any, rows: Int[Tensor, " row"]) -> Any:
 
 
 def _leaves(tree: Tree, nodes: Sequence[int]) -> list[int]:
-    """Return those of some nodes that are on the path of no other one, in their order."""
+    """Return those of the nodes that are not on the path of another one, in their order."""
     above: set[int] = set()
     for node in nodes:
         parent = tree.parents[node]
@@ -523,7 +523,7 @@ def _leaves(tree: Tree, nodes: Sequence[int]) -> list[int]:
 
 
 def _halving(work: Callable[[Sequence[Any]], T], items: Sequence[Any]) -> Iterator[T]:
-    """Do the work, and where memory runs out do it in halves."""
+    """Apply `work` to the items; if memory runs out, to each half of them."""
     try:
         found = [work(items)]
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -541,7 +541,7 @@ def _halving(work: Callable[[Sequence[Any]], T], items: Sequence[Any]) -> Iterat
 
 @contextmanager
 def instead(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let modules compute something else."""
+    """Replace the forward methods of modules until the context is closed."""
     kept = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
@@ -561,11 +561,11 @@ def read_out(
     pick: Callable[[Float[Tensor, "row token hidden"]], Float[Tensor, "row asked hidden"]],
     only: Int[Tensor, "row token"] | None = None,
 ) -> Iterator[None]:
-    """Let a model compute logits at some places alone, or of some tokens alone.
+    """Let a model compute logits at some positions or for some tokens only, until the context is closed.
 
     Args:
-        model: whose output embeddings are used.
-        pick: chooses the places from the stream that enters the output embeddings.
+        model: a causal language model with output embeddings.
+        pick: selects positions of the hidden states that enter the output embeddings.
         only: tokens of each row to compute the logits of.
     """
     head = model.get_output_embeddings()
@@ -597,7 +597,7 @@ def _logits(
 
 
 def skipping(blocks: Mapping[nn.Module, bool]) -> ExitStack:
-    """Let blocks hand on the stream as it is; a block that returns a tuple is given as True."""
+    """Replace blocks by the identity; the value is True for blocks that return a tuple."""
     stack = ExitStack()
     passes = {
         False: lambda hidden_states, *_, **__: hidden_states,

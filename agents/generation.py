@@ -1,4 +1,4 @@
-"""How well a trained model knows a grammar: whole strings it writes, how many different ones, how far its next tokens.
+"""How well a trained model knows a grammar: accuracy and diversity of its strings, and divergence of its next tokens.
 
 Measures of "Physics of Language Models: Part 1" (arXiv 2305.13673), Results 1 to 3: accuracy from nothing and from a
 prefix, entropy and distinct strings against the grammar's, Kullback-Leibler divergence per token.
@@ -24,7 +24,7 @@ Strings = Sequence[Sequence[int] | np.ndarray]
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Which tokens of a model stand for what.
+    """The tokens of a model that represent a grammar's terminals and the ends of strings.
 
     Args:
         begin: the token before every string.
@@ -45,7 +45,7 @@ class TokenMap:
         return [self.begin, *[self.terminals[t] for t in string]]
 
     def decode(self, tokens: Sequence[int]) -> np.ndarray | None:
-        """Return the terminals that come before the first end; None where there is no end, or another token before."""
+        """Return the terminals before the first end token; None if there is no end, or another token before it."""
         index = {token: t for t, token in enumerate(self.terminals)}
         whole = list(tokens[: tokens.index(self.end)]) if self.end in tokens else [self.begin]
         return None if any(t not in index for t in whole) else np.array([index[t] for t in whole], dtype=np.int64)
@@ -60,19 +60,19 @@ def write(
     temperature: float = 1.0,
     batch: int = 256,
 ) -> list[np.ndarray | None]:
-    """Let a causal model of transformers go on after each prefix until it closes the string.
+    """Generate strings with a causal model of transformers, one for each prefix.
 
     Args:
         model: in evaluation mode.
         codes: its tokens.
-        prefixes: terminals by index; empty ones for strings from nothing.
-        rng: where to draw from.
-        longest: terminals of a string at most.
-        temperature: of its distribution, which is cut nowhere else.
-        batch: strings written at once.
+        prefixes: indices of terminals; empty arrays to generate strings from scratch.
+        rng: the generator to draw from.
+        longest: maximum number of terminals of a string.
+        temperature: sampling temperature; the distribution is not truncated.
+        batch: number of strings generated at once.
 
     Returns:
-        for each prefix the string, prefix included; None where it has a token that is no terminal, or no end.
+        For each prefix the string including the prefix, or None if it has a token that is not a terminal, or no end.
     """
     require_whole("batch", batch, 1, 1_000_000)
     if not temperature > 0:
@@ -89,7 +89,7 @@ def write(
             ids = torch.tensor([codes.encode(prefixes[k]) for k in some], device=model.device)
             with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
                 torch.manual_seed(int(rng.integers(2**63)))  # generate draws from torch's own generator only
-                told = model.generate(
+                generated = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
                     do_sample=True,
@@ -100,7 +100,7 @@ def write(
                     eos_token_id=codes.end,
                     pad_token_id=codes.end,
                 )
-            for k, row in zip(some, told[:, 1:].tolist(), strict=True):
+            for k, row in zip(some, generated[:, 1:].tolist(), strict=True):
                 out[k] = codes.decode(row)
     return out
 
@@ -110,7 +110,7 @@ def next_logs(
 ) -> Iterator[Float[np.ndarray, "position choice"]]:
     """Yield for each string the model's log-probabilities (nats) after each prefix: of each terminal, then of the end.
 
-    They are shares of the whole vocabulary, so what the model gives to other tokens is missing from their sum.
+    They are normalised over the whole vocabulary, so their probabilities sum to less than 1.
     """
     kept = [*codes.terminals, codes.end]
     for low in range(0, len(strings), batch):
@@ -142,12 +142,12 @@ def divergences(
     if len(codes.terminals) != len(grammar.terminals):
         raise GameError(f"{codes} has {len(codes.terminals)} terminals: expected {len(grammar.terminals)}")
     exact = next_tokens(grammar, strings)
-    told = next_logs(model, codes, strings, batch)
-    return np.array([divergence(after.p, logs) for after, logs in zip(exact, told, strict=True)])
+    predicted = next_logs(model, codes, strings, batch)
+    return np.array([divergence(after.p, logs) for after, logs in zip(exact, predicted, strict=True)])
 
 
 class Diversity(NamedTuple):
-    """What a model writes from nothing, whether right or not."""
+    """The diversity of strings that a model generates from scratch, whether right or not."""
 
     strings: int  # written
     bits: Float[
@@ -158,9 +158,9 @@ class Diversity(NamedTuple):
 
 
 def diversity(model: Any, codes: TokenMap, written: Sequence[np.ndarray | None], batch: int = 64) -> Diversity:
-    """Measure how different the strings are that a model has written from nothing.
+    """Measure the diversity of strings that a model has generated from scratch.
 
-    By the birthday paradox n strings of which none are equal make it likely that it can write some n^2 / 2 others.
+    By the birthday paradox, n distinct strings suggest that the model can generate about n^2 / 2 strings.
     """
     ended = [x for x in written if x is not None]
     bits = [surprise(x, logs) for x, logs in zip(ended, next_logs(model, codes, ended, batch), strict=True)]
@@ -169,12 +169,12 @@ def diversity(model: Any, codes: TokenMap, written: Sequence[np.ndarray | None],
 
 
 def right(grammar: Grammar, written: Sequence[np.ndarray | None]) -> int:
-    """Return how many of the strings the grammar has; what has no end, or other tokens, counts as wrong."""
+    """Return how many of the strings belong to the grammar; strings without an end or with other tokens do not."""
     ended = [x for x in written if x is not None]
     return int(member(grammar, ended).sum()) if ended else 0
 
 
 def surprise(string: np.ndarray, logs: Float[np.ndarray, "position choice"]) -> float:
-    """Return the bits that a model's next tokens give to a whole string, its end included."""
+    """Return the surprisal in bits of a whole string, including its end, under a model's next-token distributions."""
     chosen = np.append(string, logs.shape[1] - 1)
     return float(-logs[np.arange(len(chosen)), chosen].sum() / np.log(2))

@@ -64,7 +64,7 @@ def make_tokenizer(grammar: Grammar) -> PreTrainedTokenizerFast:
 
 
 def token_map(grammar: Grammar) -> TokenMap:
-    """Return which tokens of `make_tokenizer` stand for what."""
+    """Return the `TokenMap` of the tokenizer from `make_tokenizer`."""
     return TokenMap(0, 1, tuple(range(len(SPECIAL), len(SPECIAL) + len(grammar.terminals))))
 
 
@@ -144,7 +144,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def quick_evaluation(model: Any, grammar: Grammar, rng: np.random.Generator, strings: int) -> dict[str, float]:
-    """Return how many of the strings that a model writes are right, and how far its next tokens are (nats a token)."""
+    """Return the accuracy of a model's strings, and the divergence of its next tokens in nats per token."""
     codes, longest = token_map(grammar), bounds(grammar)[0][1]
     written = write(model, codes, [np.zeros(0, dtype=np.int64)] * strings, rng, longest)
     kl = divergences(model, codes, grammar, [each.tokens for each in sample(grammar, rng, strings)])
@@ -166,16 +166,16 @@ def train(
     `weights`, the digest of the trained model's files.
 
     Args:
-        config: shape of the model, and how it is trained.
-        spec: its architecture and perturbation.
-        grammar: whose strings it is trained on.
-        out: folder of checkpoints and model.
-        seed: of weights and data.
-        mode: of W&B.
-        progress: is called with the number of steps done; the trainer's own bar is hidden then.
+        config: shape and optimisation settings.
+        spec: architecture and perturbation.
+        grammar: the grammar whose strings are the training data.
+        out: folder for checkpoints and the model.
+        seed: seed of weights and data.
+        mode: W&B mode.
+        progress: called with the number of completed steps; the trainer's own progress bar is then hidden.
 
     Raises:
-        ConfigError: `out` holds a run of another config or grammar, or a window is shorter than a string.
+        ConfigError: `out` contains a run of another config or grammar, or a window is shorter than a string.
     """
     check_training(config, grammar)
     first = os.environ.get("RANK", "0") == "0"
@@ -206,10 +206,10 @@ def train(
             return final
         found |= _history(trainer, watch, config, model)
     model = model.to("cpu", torch.float32)
-    model.config.use_cache = True  # the trainer turned it off
+    model.config.use_cache = True  # disabled by the trainer
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
-    write_json(history, found | {"weights": files_digest(str(final.resolve()))})  # last: it means that all is there
+    write_json(history, found | {"weights": files_digest(str(final.resolve()))})  # last: marks the run as complete
     return final
 
 

@@ -1,4 +1,4 @@
-"""A person as an agent and as a player: sees the story in the terminal, answers or gives commands."""
+"""A person as an agent or player, who reads the story in the terminal and answers questions or gives commands."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from nextstate.agents.play import Player, View
 from nextstate.envs.game import one_hot
 
 STOP = ("q", "quit", "exit")
-_NAMED = 5  # commands that a question lists; of more it says how many there are
+_NAMED = 5  # maximum number of commands listed when the input is ambiguous
 
 
 class GivenUp(Exception):
-    """A person wants to stop."""
+    """The person quits."""
 
 
 class Human(Agent):
-    """Asks a person, who may give a part of the answer that no other has; case does not count.
+    """Asks a person, who may type any part of an answer that no other answer contains; case is ignored.
 
-    An answer that is none of the choices is asked again; "q" and "quit" raise `GivenUp` unless they are a choice.
+    If the input matches no choice, the question is repeated; "q" and "quit" raise `GivenUp` unless they are choices.
     """
 
     name = kind = "human"
@@ -38,20 +38,20 @@ class Human(Agent):
         words = [c.strip() for c in question.choices]
         folded = [w.casefold() for w in words]
         while True:
-            said = self.ask(f"{question.stem.strip() or 'Next'} … ").strip()
-            meant = said.casefold()
+            typed = self.ask(f"{question.stem.strip() or 'Next'} … ").strip()
+            meant = typed.casefold()
             if meant in STOP and meant not in folded:
                 raise GivenUp
             found = [i for i, w in enumerate(folded) if w == meant] or [i for i, w in enumerate(folded) if meant in w]
             if len(found) == 1:
                 return from_belief(one_hot(len(words), found[0]), question, 0.0)
-            self.console.print(Text(f"{said!r} is none of: {', '.join(words)}", style="yellow"))
+            self.console.print(Text(f"{typed!r} is none of: {', '.join(words)}", style="yellow"))
 
 
 class HumanPlayer(Player):
-    """Asks a person for commands: in words, as the beginning of one command alone, or by number.
+    """Asks a person for commands: by text, by an unambiguous prefix, or by number.
 
-    "?" lists the commands, "q" and "quit" raise `GivenUp`. What is no command is asked again, and costs nothing.
+    "?" lists the commands; "q" and "quit" raise `GivenUp`. Unknown commands are asked again and do not count as steps.
     """
 
     name = "human"
@@ -64,31 +64,31 @@ class HumanPlayer(Player):
 
     def _command(self, commands: Sequence[str]) -> str:
         while True:
-            said = " ".join(self.ask("> ").split()).casefold()
-            if said in STOP and said not in map(str.casefold, commands):
+            typed = " ".join(self.ask("> ").split()).casefold()
+            if typed in STOP and typed not in map(str.casefold, commands):
                 raise GivenUp
-            found = meant(said, commands)
+            found = meant(typed, commands)
             if len(found) == 1:
                 return found[0]
-            if said == "?":
+            if typed == "?":
                 width = len(str(len(commands)))
                 for number, command in enumerate(commands, start=1):
                     self.console.print(Text(f"{number:>{width}}  {command}", style="cyan"))
-            elif found and said:
+            elif found and typed:
                 few = ", ".join(found[:_NAMED]) + (f" or {len(found) - _NAMED} others" if len(found) > _NAMED else "")
                 self.console.print(Text(f"Which one: {few}?", style="yellow"))
             else:
-                self.console.print(Text("That is no command here. ? lists what is, q quits.", style="yellow"))
+                self.console.print(Text("Unknown command. ? lists the commands, q quits.", style="yellow"))
 
 
-def meant(said: str, commands: Sequence[str]) -> list[str]:
-    """Return the commands that `said` may mean: that one, the one of that number (from 1), or all that begin so.
+def meant(typed: str, commands: Sequence[str]) -> list[str]:
+    """Return the commands that `typed` may mean: the same, the one of that number (from 1), or all with that prefix.
 
     >>> meant("take w", ["take whisk", "take fork", "go west"])
     ['take whisk']
     """
-    said = said.casefold()
-    exact = [c for c in commands if c.casefold() == said]
-    if not exact and said.isdecimal() and 0 < int(said) <= len(commands):
-        return [commands[int(said) - 1]]
-    return exact or [c for c in commands if c.casefold().startswith(said)]
+    typed = typed.casefold()
+    exact = [c for c in commands if c.casefold() == typed]
+    if not exact and typed.isdecimal() and 0 < int(typed) <= len(commands):
+        return [commands[int(typed) - 1]]
+    return exact or [c for c in commands if c.casefold().startswith(typed)]

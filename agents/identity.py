@@ -1,4 +1,4 @@
-"""What decides a language model's answers, as digests and names that can be compared; needs neither torch nor a GPU."""
+"""Digests and names that identify a language model and its device, to compare runs; needs neither torch nor a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def folder_of(name: str) -> Path | None:
-    """Return the folder that a model's name means, or None if it is a name on the hub."""
+    """Return the folder of a model given by name, or None if it is a name on the hub."""
     folder = BUILT_IN.get(name, Path(name).expanduser())
     local = name in BUILT_IN or folder.is_dir() or name.startswith((".", "/", "~"))
     return folder if local else None
@@ -50,19 +50,19 @@ def files_digest(name: str, revision: str | None = None) -> str | None:
 
 
 def model_identity(config: AgentConfig) -> dict[str, Any]:
-    """Return what decides the answers of a language model on a given device: its files and how they are loaded.
+    """Return what determines the answers of a language model on a given device: its files and how they are loaded.
 
-    Two configs with equal identities give the same answers, whatever the model is called. `files` is None for a model
-    on the hub that has not been downloaded; see `device_kind` for the device.
+    Two configs with equal identities give the same answers, whatever name they use. `files` is None for a model on the
+    hub that has not been downloaded; see `device_kind` for the device.
     """
     loading = config.model_dump(include={"revision", "dtype", "attn_implementation", "quantization", "bos"})
     return {"files": files_digest(config.name, config.revision), **loading}
 
 
 def device_kind(config: AgentConfig) -> str:
-    """Return what kind of device a model runs on, such as "NVIDIA A100-SXM4-40GB", "mps" or "cpu x86_64".
+    """Return the kind of device a model runs on, such as "NVIDIA A100-SXM4-40GB", "mps" or "cpu x86_64".
 
-    Numbers are comparable to the last digit only within one kind. A computer with different GPUs has all their names.
+    Results are only exactly reproducible on one kind of device. If a computer has different GPUs, all are named.
     """
     wanted = config.device.partition(":")[0] if config.device else None
     if wanted in (None, "cuda") and (gpus := _gpus()):
@@ -87,8 +87,8 @@ def _gpus() -> list[str]:
 
 def names_of_gpus(folder: Path) -> list[str]:
     """Return the model names in a folder of the NVIDIA driver, which has a subfolder for each GPU."""
-    told = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/information")))
-    return sorted(set(re.findall(r"^Model:\s*(.+?)\s*$", told, re.MULTILINE)))
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/information")))
+    return sorted(set(re.findall(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE)))
 
 
 def snapshot_of(name: str, revision: str | None) -> Path | None:

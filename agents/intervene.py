@@ -1,4 +1,4 @@
-"""Ablate heads while a model answers, live or replayed: what does it do without them?"""
+"""Ablate heads while a model answers, live or in replay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REFERENCE_SEED = 2 * 10**18  # beyond every seed that an experiment draws
 
 
 class _Setting(NamedTuple):
-    """What reference episodes are drawn for."""
+    """The game, settings and length for which reference episodes are drawn."""
 
     game: Rules
     steps: int
@@ -39,7 +39,7 @@ Reference = dict[int, Float[Tensor, "token head dim"]]  # by layer, the heads of
 
 @dataclass
 class _Puts:
-    """Puts an intervention's values into a model; keeps what it has learned of each setting."""
+    """Applies an intervention to a model; caches the reference values of each setting."""
 
     model: LanguageModel
     what: Intervention
@@ -100,7 +100,7 @@ class _Puts:
         return {layer: torch.cat([x for _, x in sorted(parts, key=lambda p: p[0])]) for layer, parts in seen.items()}
 
     def _ask(self, episodes: Sequence[Episode]) -> None:
-        """Ask the last question that the model has room for in all of the episodes."""
+        """Ask the last question that fits into the model's context in all episodes."""
         last = len(episodes[0].steps) - 1
         while True:
             try:
@@ -108,25 +108,25 @@ class _Puts:
                 return
             except ContextError as error:
                 if last == 0:
-                    raise AgentError(f"there is no room for reference episodes: {error}") from error
+                    raise AgentError(f"reference episodes do not fit into the context: {error}") from error
                 last -= max(1, last // 8)
 
 
 def drawn(episode: Episode, tokens: int, positions: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return which of so many reference tokens "resample" takes at each position of an episode."""
+    """Return the index (below `tokens`) of the reference token that "resample" uses at each position of an episode."""
     u = np.random.default_rng([_REFERENCE_SEED, episode.seed]).random(positions)
     return (u * tokens).astype(np.int64)
 
 
 class Intervened(Agent):
-    """A language model that answers without some of its heads; an agent with a name of its own.
+    """A language model with some heads ablated, as an agent with its own name.
 
     Args:
-        model: which also stays what it is: asked directly, it answers with all its heads.
-        intervention: what is done to it.
+        model: the model; it is not changed, and still answers with all its heads when used directly.
+        intervention: the heads and how they are ablated.
 
     Raises:
-        SiteError: the model has no such layer or head, or its architecture is not known.
+        SiteError: the model has no such layer or head, or its blocks cannot be found.
     """
 
     def __init__(self, model: LanguageModel, intervention: Intervention) -> None:

@@ -1,4 +1,4 @@
-"""What an intervention does to heads of a model; without torch, so that configs and names need none."""
+"""The description of an intervention on heads of a model; does not import torch, so that configs load fast."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ if TYPE_CHECKING:
 
 Mode = Literal["zero", "mean", "resample"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-_NAMED = 4  # heads that a name lists; of more it says how many there are
+_NAMED = 4  # maximum number of heads listed in a name
 
 
 class InterventionError(ValueError):
-    """An intervention cannot be what it is asked to be; the message names the argument and what is possible."""
+    """An argument of an intervention is not possible; the message names it and what is expected."""
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is put in place of what some heads hand to the output projection, at every token.
+    """An ablation of heads: their input to the output projection is replaced at every token.
 
     Heads of several layers are ablated together. Modes:
     - "zero": zeros.
-    - "mean": the head's mean over the tokens of reference episodes, one vector for each head.
-    - "resample": what the head gave at one token of the reference episodes; which one, is drawn for each episode and
-      position alike in every head, batch and on both roads.
+    - "mean": the mean of the head over the tokens of reference episodes, one vector for each head.
+    - "resample": the output of the head at a random token of the reference episodes, drawn for each episode and
+      position; the draw is the same for all heads and batches, live and in replay.
 
-    Reference episodes are of the same game, settings and length, of seeds that no experiment asks about; they are read
-    without intervention, up to their last question that fits into the model's context.
+    Reference episodes have the same game, settings and length, and seeds that no experiment uses; they are read
+    without intervention, up to the last question that fits into the model's context.
 
     Args:
         heads: (layer, head) of each, both from 0.
@@ -54,7 +54,7 @@ class Intervention:
         object.__setattr__(self, "heads", tuple(dict.fromkeys(pairs)))
 
     def check(self, sites: Sites) -> None:
-        """Raise `SiteError` where the model has no such layer or head."""
+        """Raise `SiteError` if the model does not have these layers and heads."""
         for layer, head in self.heads:
             sites.check("head", layer, head)
 
@@ -67,12 +67,12 @@ class Intervention:
         return out
 
     def named(self, model: str) -> str:
-        """Return how a model is called with it: "nextstate/tiny [without 3.1, 2.5]", and the mode if not zero."""
+        """Return the name of a model with this intervention, such as "nextstate/tiny [without 3.1, 2.5]"."""
         heads = ", ".join(f"{layer}.{head}" for layer, head in self.heads[:_NAMED])
         more = f" and {len(self.heads) - _NAMED} more" if len(self.heads) > _NAMED else ""
         return f"{model} [without {heads}{more}{'' if self.mode == 'zero' else f': {self.mode}'}]"
 
     def describe(self) -> dict[str, Any]:
-        """Return what `run.json` says of it."""
+        """Return the entry of `run.json`."""
         reference = {} if self.mode == "zero" else {"episodes": self.episodes}
         return {"heads": [list(head) for head in self.heads], "mode": self.mode, **reference}

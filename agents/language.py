@@ -1,4 +1,4 @@
-"""Any causal Hugging Face model as an agent: one forward pass scores every question of every step of an episode."""
+"""Causal Hugging Face models as agents: one forward pass scores all questions of all steps of an episode."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class LanguageModel(Agent):
 
     Args:
         name: a built-in model ("nextstate/tiny"), a folder written by `save_pretrained`, or a name on the hub.
-        device: "cpu", "cuda", "mps"; by default the best there is.
-        device_map: spreads a model over devices, "auto" or by module, as transformers takes it; instead of `device`.
-        dtype: "float32", "bfloat16", "float16"; by default float32 on the CPU, and what the checkpoint holds on a GPU.
+        device: "cpu", "cuda" or "mps"; by default the fastest that is available.
+        device_map: placement of the model on several devices, passed to transformers ("auto", or a device for each
+            module); cannot be combined with `device`.
+        dtype: "float32", "bfloat16" or "float16"; by default float32 on the CPU, and the checkpoint's dtype on a GPU.
         quantization: "4bit" or "8bit", with bitsandbytes on a GPU.
-        attn_implementation: "sdpa", "eager" or another that transformers has; by default sdpa where the model can.
+        attn_implementation: "sdpa", "eager" or another one of transformers; by default sdpa if the model supports it.
         revision: branch, tag or commit on the hub.
-        allow_incomplete: load a checkpoint that lacks tensors or has some too many; what it lacks is random.
-        bos: begin transcripts with the beginning-of-sequence token, or not; by default as the tokenizer does.
-        modules: names of its modules, as `nextstate.agents.sites.ModuleMap` has them; by default found by structure.
-        batch_size: most episodes in one forward pass.
-        batch_tokens: most tokens in one forward pass, padding included (one episode always goes). Batches halve
-            themselves when memory runs out.
+        allow_incomplete: load the checkpoint even if tensors are missing (these are random) or superfluous.
+        bos: whether transcripts begin with the beginning-of-sequence token; by default as the tokenizer does.
+        modules: names of the model's modules, see `nextstate.agents.sites.ModuleMap`; by default found automatically.
+        batch_size: maximum number of episodes in one forward pass.
+        batch_tokens: maximum number of tokens in one forward pass, including padding; a longer episode is read alone.
+            Batches are halved if memory runs out.
         loaded: a model and its tokenizer, instead of loading them by name.
 
     Raises:
-        AgentError: there is no such model, or it is not one that can be used; weights are read from safetensors only,
-            and code that comes with a model is never run.
-        SiteError: `modules` names what the model does not have, or what does not do what its name says.
+        AgentError: the model does not exist or cannot be used. Weights are read from safetensors only, and code that
+            comes with a model is never run.
+        SiteError: a module named in `modules` does not exist, or does not have the role it is named for.
     """
 
     kind = "model"
@@ -86,22 +87,22 @@ class LanguageModel(Agent):
         self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
         self.context = context_of(self.model.config)
         pad = int(self.tokenizer.pad_token_id or 0)
-        self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # any will do: nobody looks at it
+        self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # padding has no effect
         self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
         self._done: list[Callable[[ForwardContext], None]] = []
         if self._names is not None:
-            self.sites.check("resid_pre")  # names that are wrong are said now, not when heads are first read
+            self.sites.check("resid_pre")  # wrong names raise here, not at the first use
 
     @cached_property
     def traced(self) -> Any:
-        """The same model behind nnsight, to read and write activations with `with agent.traced.trace(...)`."""
+        """The model wrapped by nnsight, to read and write activations with `with agent.traced.trace(...)`."""
         from nnsight import TransformersModel
 
         return TransformersModel(self.model, tokenizer=self.tokenizer)
 
     @cached_property
     def sites(self) -> Sites:
-        """Where activations are read and written: found by structure, or by `modules`."""
+        """The places where activations can be read and written: found automatically, or given by `modules`."""
         return Sites.of(self.model, self._names)
 
     @cached_property
@@ -112,18 +113,18 @@ class LanguageModel(Agent):
     def hooks(
         self, *edits: tuple[Site, int, Edit], done: Callable[[ForwardContext], None] | None = None
     ) -> Iterator[Self]:
-        """Read and write activations while this agent answers, live or replayed; the numbers are the same.
+        """Read and write activations while this agent answers, live or in replay; both give the same numbers.
 
         Args:
-            edits: site, layer (from 0), and a function that gets the activation there in each forward pass, a
-                `Float[Tensor, "row token head dim"]`, and returns what goes on instead, or None to only look. Copy
-                before you write. `reading` says what rows and tokens are. An edit at a token reaches all that comes
-                after it, also later questions of the episode. Where a model cannot read a tree in one pass, a token of
-                the transcript is run in several rows or passes: treat it alike wherever it comes.
-            done: called after each forward pass that went well (one that runs out of memory is done again in parts).
+            edits: tuples of site, layer (from 0) and a function. In each forward pass the function gets the activation,
+                a `Float[Tensor, "row token head dim"]`, and returns its replacement, or None to leave it unchanged. It
+                must not change the activation in place. `reading` describes the rows and tokens. An edit at a token
+                affects everything after it, including later questions of the episode. If a model cannot read a tree in
+                one pass, a token of the transcript is computed in several rows or passes: treat all of them alike.
+            done: called after each successful forward pass (one that runs out of memory is repeated in parts).
 
         Raises:
-            SiteError: the model has no such site or layer, or its architecture is not known.
+            SiteError: the model has no such site or layer, or its blocks cannot be found.
         """
 
         def unless_proving(edit: Edit) -> Edit:
@@ -139,14 +140,14 @@ class LanguageModel(Agent):
 
     @property
     def reading(self) -> ForwardContext:
-        """What the forward pass that is running reads, for use in hooks; `AgentError` where none is running."""
+        """The context of the running forward pass, for use in hooks; raises `AgentError` if none is running."""
         if self.forward.reading is None:
-            raise AgentError(f"{self.name} reads nothing now: ask from within a hook, while it answers")
+            raise AgentError(f"{self.name} runs no forward pass now: use `reading` inside a hook only")
         return self.forward.reading
 
     @property
     def certificate(self) -> Certificate | None:
-        """What was proved of how this model is run, of replay where it was; None before its first answer."""
+        """The certificate of how this model is run (of replay, if there is one); None before the first answer."""
         found = self.forward.certificates
         return found.get(False) or found.get(True)
 
@@ -174,8 +175,8 @@ class LanguageModel(Agent):
         found = []
         if self.incomplete:
             found.append(
-                f"{self.name} was loaded from an incomplete checkpoint ({self.incomplete}); its numbers say nothing "
-                "about the model of that name"
+                f"{self.name} was loaded from an incomplete checkpoint ({self.incomplete}); its results do not "
+                "represent the model of that name"
             )
         if self.encoder.differs:
             found.append(f"{self.name} {self.encoder.differs}")
@@ -185,13 +186,13 @@ class LanguageModel(Agent):
         found = list(self.warnings())
         if not self.encoder.natural(segments(episode)):
             found.append(
-                f"{self.name} would split a whole transcript into other tokens than its pieces, which are what it was "
-                "given"
+                f"{self.name} tokenizes a transcript as a whole differently from its pieces; it was evaluated on the "
+                "tokens of the pieces"
             )
         return "\n".join(found)
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
-        if not all(p.asked.choices for p in prompts):  # to be written, a token a forward pass
+        if not all(p.asked.choices for p in prompts):  # free-form answers are generated token by token
             return self.live().predict(prompts)
         trunks, planted = self.add_question(prompts)
         road = self.forward.require(*size_of(trunks.values()))
@@ -201,14 +202,14 @@ class LanguageModel(Agent):
         return [p for p in out if p is not None]
 
     def live(self) -> Agent:
-        from nextstate.agents.session import Session  # it reads with this module
+        from nextstate.agents.session import Session  # `session` imports this module
 
         return Session(self)
 
     def add_question(
         self, prompts: Sequence[Prompt], trunks: dict[int, Trunk] | None = None
     ) -> tuple[dict[int, Trunk], dict[int, list[tuple[int, Branch]]]]:
-        """Grow one tree an episode (by its `id`) with all its prompts, given with their index."""
+        """Build one tree for each episode (keyed by its `id`) with all its prompts; prompts come with their index."""
         trunks = {} if trunks is None else trunks
         planted: dict[int, list[tuple[int, Branch]]] = {}
         for i, (episode, step, question) in enumerate(prompts):
@@ -241,7 +242,7 @@ class LanguageModel(Agent):
             )
 
     def _batches(self, trunks: dict[int, Trunk], road: Road) -> Iterator[list[int]]:
-        """Yield episodes of like length together, within the limits of a batch; only trees share a forward pass."""
+        """Yield batches of episodes of similar length, within the batch limits; only trees share a forward pass."""
         batch: list[int] = []
         for key in sorted(trunks, key=lambda k: len(trunks[k].tree), reverse=True):
             longest = len(trunks[batch[0]].tree) if batch else 0
@@ -289,16 +290,16 @@ class LanguageModel(Agent):
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
     ) -> Iterator[tuple[int, Prediction]]:
-        """Read transcripts and yield a prediction for each question asked, as (index of its prompt, prediction).
+        """Read transcripts and yield (index of the prompt, prediction) for each question.
 
         Args:
             road: how the model is run.
-            trunks: the transcripts with the questions planted on them.
-            asked: index of the transcript, index of the prompt, and where its question stands in the tree.
+            trunks: the transcripts with their questions as branches.
+            asked: index of the transcript, index of the prompt, and the question's branch in the tree.
             prompts: all prompts.
-            memory: what has been read before, and takes what is read now.
+            memory: cached state of earlier calls; updated in place.
         """
-        wanted: dict[tuple[int, int], dict[int, int]] = {}  # (tree, node) -> token -> place among the node's tokens
+        wanted: dict[tuple[int, int], dict[int, int]] = {}  # (tree, node) -> token -> index among the node's tokens
         for tree, _, question in asked:
             for choice in question.choices:
                 for node, token in zip(choice.nodes, choice.tokens, strict=True):
@@ -319,7 +320,7 @@ class LanguageModel(Agent):
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
     ) -> Scores:
-        """Read transcripts as `Forward.scores` does, while hooks are told what is read."""
+        """Read transcripts by `Forward.scores`, with the context set that hooks can query."""
         questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
         before = (0,) * len(trunks) if memory is None else tuple(memory.read)
         reading = ForwardContext(tuple(trunks), questions, before, memory is not None)
@@ -351,8 +352,8 @@ class LanguageModel(Agent):
             sums.append(total)
             per_token.append(total / len(choice.tokens))
             per_byte.append(total / len(text.encode()))
-            # Greedy decoding writes a choice exactly where each of its tokens is the likeliest; of two that begin alike
-            # it would go on to the longer one.
+            # Greedy decoding produces a choice if each of its tokens is the most likely one. If one such choice is a
+            # prefix of another, decoding continues to the longer one.
             if len(keys) > matched and all(
                 int(scores.argmax[index[key]]) == t for key, t in zip(keys, choice.tokens, strict=True)
             ):
@@ -369,4 +370,4 @@ def _encoder(name: str, tokenizer: Any, bos: bool | None) -> Encoder:
     try:
         return Encoder(tokenizer, bos)
     except TokenizerError as error:
-        raise AgentError(f"{name} cannot be asked: {error}") from error
+        raise AgentError(f"{name} cannot be used: {error}") from error

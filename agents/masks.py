@@ -27,9 +27,9 @@ _LOCK = threading.RLock()  # the mask functions of transformers are shared by al
 
 
 class Places(NamedTuple):
-    """Where the tokens of a forward pass stand. Columns are cached tokens first, then those of the pass.
+    """The visibility and positions of tokens in a forward pass; columns are cached tokens, then those of the pass.
 
-    Where all rows are alike, one row stands for all of them.
+    If all rows are equal, the tensors may have a single row.
     """
 
     seen: Bool[Tensor, "#row token column"]  # what each token may attend to, itself included
@@ -80,7 +80,7 @@ class PathMasks:
 
 
 def _is_triangle(bias: Tensor | None) -> bool:
-    """Tell whether a buffer is a causal mask of columns, [1, 1, column, column]."""
+    """Return whether a buffer is a causal mask of columns, [1, 1, column, column]."""
     return bias is not None and bias.ndim == 4 and bias.shape[:2] == (1, 1) and bias.shape[2] == bias.shape[3]
 
 
@@ -113,8 +113,8 @@ def _replace_buffer(module: nn.Module, places: Places, stack: ExitStack) -> None
     bias = module._buffers["bias"]
     assert bias is not None
     window = int(bias[0, 0, -1].sum())
-    apart = places.own[:, :, None] - places.depths[:, None, :]
-    seen = places.seen if window == bias.shape[-1] else places.seen & (apart < window)
+    distances = places.own[:, :, None] - places.depths[:, None, :]
+    seen = places.seen if window == bias.shape[-1] else places.seen & (distances < window)
     rows, tokens, columns = seen.shape
     whole = torch.zeros(rows, 1, columns, columns, dtype=bias.dtype, device=bias.device)
     whole[:, 0, columns - tokens :] = seen.to(bias.dtype)
@@ -123,7 +123,7 @@ def _replace_buffer(module: nn.Module, places: Places, stack: ExitStack) -> None
 
 
 def _replace_alibi(module: nn.Module, places: Places, stack: ExitStack) -> None:
-    """Let a model look its ALiBi up by position; softmax takes no notice of what all keys of a query have in common."""
+    """Compute a model's ALiBi from positions; a constant over all keys of a query does not change the softmax."""
     last = int(places.depths.max())
     if hasattr(module, "build_mpt_alibi_tensor"):
         builds: Any = module.build_mpt_alibi_tensor
@@ -131,7 +131,7 @@ def _replace_alibi(module: nn.Module, places: Places, stack: ExitStack) -> None:
         def one_layout(*args: Any, **kwargs: Any) -> Tensor:
             found = builds(*args, **kwargs)  # [head 1 position], for as many positions as the model reads
             if (places.depths != places.depths[:1]).any():
-                raise ValueError("rows of unlike positions cannot share the ALiBi of this model")
+                raise ValueError("this model's ALiBi needs equal positions in all rows of a batch")
             return torch.as_tensor(found[..., found.shape[-1] - 1 - last + places.depths[0]])
 
         vars(module)["build_mpt_alibi_tensor"] = one_layout

@@ -1,4 +1,4 @@
-"""Agents that act: players pick a command a turn, and episodes are played side by side until each has ended."""
+"""Agents that act: players choose one command per turn; episodes are played in parallel until each has ended."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nextstate.envs.aims import CUE, MAX_STATES, Aim, plan
 from nextstate.envs.environments import PlayEnv
 from nextstate.envs.game import Action, Episode, Game, GameError, Question, Step
 
-_STREAM = 7919  # keeps the draws of the random player apart from those of the games
+_STREAM = 7919  # random numbers of the random player are independent of those of the games
 
 
 class View(NamedTuple):
-    """What a player is shown: what was told so far, and what can be done now; `aim` is for players that know all."""
+    """What a player sees: the episode so far and the available commands; `aim` is for players that know the game."""
 
     episode: Episode
     commands: tuple[str, ...]
@@ -27,27 +27,27 @@ class View(NamedTuple):
 
 
 class Player(ABC):
-    """Picks commands. `name` is how a config and a table call it."""
+    """Chooses commands. `name` identifies it in configs and tables."""
 
     name: str
-    together: int = 64  # most episodes that it plays side by side
+    together: int = 64  # maximum number of episodes played in parallel
 
     @abstractmethod
     def choose(self, views: Sequence[View]) -> list[str]:
-        """Return what is typed in each of some episodes; it need not be one of the commands.
+        """Return the text to type in each episode; it need not be one of the available commands.
 
         Raises:
             ContextError: some transcripts are too long for this player.
-            AgentError: the player failed otherwise.
+            AgentError: the player failed for another reason.
         """
 
     def begin(self) -> Player:
-        """Return a player for episodes that begin now, who remembers no others; by default this one."""
+        """Return a player without memory of earlier episodes, for new episodes; by default this player itself."""
         return self
 
 
 class RandomPlayer(Player):
-    """Draws each command alike; what it draws depends on the episode's seed and the number of commands so far alone."""
+    """Draws commands uniformly; the draw depends only on the episode's seed and the number of commands so far."""
 
     name = "random"
 
@@ -60,10 +60,10 @@ class RandomPlayer(Player):
 
 
 class WalkthroughPlayer(Player):
-    """Knows the way: the game's own walkthrough where it gives one, else as few commands as there are.
+    """Follows the game's own walkthrough if it has one, else a shortest solution.
 
     Args:
-        max_states: states that it visits, at most, to find the way.
+        max_states: maximum number of states to visit in the search for a solution.
     """
 
     name = "walkthrough"
@@ -87,15 +87,15 @@ class WalkthroughPlayer(Player):
 
 
 class AgentPlayer(Player):
-    """An agent that plays: a language model, with or without all of its heads.
+    """A player that uses an agent: a language model, with or without ablated heads.
 
-    It is asked for the next command behind the transcript and a prompt as text adventures have it ("\\n\\n>"). Commands
-    end with a new line, so that one is not the likelier for being the beginning of another.
+    The agent predicts the next command after the transcript and the prompt of text adventures ("\\n\\n>"). Commands
+    end with a newline, so that a command that is a prefix of another has no advantage.
 
     Args:
-        agent: who is asked.
-        writes: it writes a line of its own instead of picking the likeliest (sum of log-probabilities) of the
-            commands; what it writes may be none of them.
+        agent: the agent to use.
+        writes: generate a line of text, which may be none of the commands, instead of choosing the most likely command
+            (by its summed log-probability).
     """
 
     def __init__(self, agent: Agent, writes: bool = False) -> None:
@@ -114,9 +114,9 @@ class AgentPlayer(Player):
 
 
 def asking(view: View, writes: bool = False) -> Episode:
-    """Return the episode so far, with a last step in which the next command is asked for; `choices` are the commands.
+    """Return the episode so far with one more step, whose question asks for the next command.
 
-    With `writes` there are no choices, so that the answer has to be written.
+    The question's choices are the available commands; with `writes` there are none, so the answer is generated.
     """
     now = view.episode
     state = now.steps[-1].next_state if now.steps else now.start
@@ -127,13 +127,13 @@ def asking(view: View, writes: bool = False) -> Episode:
 
 @dataclass
 class Playing:
-    """An episode that is being played."""
+    """An episode in progress."""
 
     env: PlayEnv
     seed: int
     info: dict[str, Any] = field(init=False)
     opening: str = field(init=False)
-    ended: str = ""  # "won", "lost" (no command is left), "steps" (no time is left), "context" (too long to read on)
+    ended: str = ""  # "won", "lost" (no command is left), "steps" (out of time), "context" (the transcript is too long)
     commands: list[str] = field(default_factory=list)
     legal: list[bool] = field(default_factory=list)
     observations: list[str] = field(default_factory=list)
@@ -143,12 +143,12 @@ class Playing:
 
     @property
     def view(self) -> View:
-        """What a player is shown now."""
+        """What a player sees now."""
         assert self.env.aim is not None
         return View(self.env.episode, tuple(self.info["admissible_commands"]), self.env.aim)
 
     def take(self, command: str) -> None:
-        """Type a command."""
+        """Execute a command and record the outcome."""
         shown, _, terminated, truncated, self.info = self.env.step(command)
         self.commands.append(command)
         self.legal.append(not self.info["illegal"])
@@ -157,7 +157,7 @@ class Playing:
             self.ended = "won" if self.info["won"] else "lost" if terminated else "steps"
 
     def row(self, optimum: int | None) -> dict[str, Any]:
-        """Return one line of the table of played episodes; columns: `nextstate.analysis.play.tables.PLAYS`."""
+        """Return one row of the table of played episodes; columns: `nextstate.analysis.play.tables.PLAYS`."""
         assert self.env.aim is not None
         won, steps = bool(self.info["won"]), len(self.commands)
         return {
@@ -180,14 +180,14 @@ class Playing:
 
 
 def play(player: Player, game: Game, seeds: Sequence[int], steps: int, optimum: Callable[[Aim], int | None]) -> Rollout:
-    """Play an episode a seed, all side by side; half of them at a time where memory runs out.
+    """Play one episode for each seed, in parallel; if memory runs out, in halves.
 
     Args:
-        player: who picks the commands.
-        game: what is played, one of the registry.
-        seeds: what decides each start and goal.
-        steps: commands in an episode, at most.
-        optimum: how many commands an aim takes at least, None where that is not known.
+        player: chooses the commands.
+        game: a game that `make_game` knows by name.
+        seeds: the seed of each episode, which determines its start and goal.
+        steps: maximum number of commands in an episode.
+        optimum: returns the smallest number of commands that reaches an aim, None if it is not known.
 
     Raises:
         AgentError: the player failed.
@@ -206,16 +206,16 @@ def _play(
     player: Player, game: Game, seeds: Sequence[int], steps: int, optimum: Callable[[Aim], int | None]
 ) -> Rollout:
     playing = [Playing(PlayEnv(game.name, steps, **game.settings), seed) for seed in seeds]
-    going, said = playing, ""
+    going, left_out = playing, ""
     while going:
         try:
             commands = player.choose([p.view for p in going])
         except ContextError as error:
-            said = said or f"played until the transcript was too long: {error}"
+            left_out = left_out or f"played until the transcript was too long: {error}"
             for i in error.prompts:
                 going[i].ended = "context"
         else:
             for p, command in zip(going, commands, strict=True):
                 p.take(command)
         going = [p for p in going if not p.ended]
-    return Rollout([p.row(optimum(p.view.aim)) for p in playing], said)
+    return Rollout([p.row(optimum(p.view.aim)) for p in playing], left_out)

@@ -1,4 +1,4 @@
-"""Agents to measure others against: the ideal reader, chance, and the shortcuts of each game."""
+"""Reference agents: the ideal reader, chance, and the shortcuts of each game."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from nextstate.envs.game import Distribution
 
 
 class Reference(Agent):
-    """Answers with the most probable choice according to one of a game's own readers.
+    """Answers with the most probable choice according to one of the game's readers.
 
-    Ties are broken by a hash of belief, seed, step and question: evenly, and the same in every batch and on every
-    computer.
+    Ties are broken uniformly by a hash of belief, seed, step and question, so that answers are reproducible.
 
     Args:
         belief: "ideal", "chance", or one of a game's `shortcuts`.

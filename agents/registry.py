@@ -1,12 +1,12 @@
-"""Every kind of agent, built in or from other packages, and how an entry of a config becomes an agent.
+"""All kinds of agents, built in or from other packages, and how an entry of a config becomes an agent.
 
 An entry of `agents` is a string or a mapping. A string is the name of a kind ("ideal", "chance", or one that an
 installed package registers as an entry point of the group `nextstate.agents`), "shortcut:NAME", "shortcuts" for all
 shortcuts of the run's games, `pkg.module:Name`, or else the name or folder of a language model. A mapping
 `{kind: ngram, n: 2}` gives a kind with its arguments; without `kind` it is a language model with its options.
 
-An agent from outside is a subclass of `nextstate.agents.agent.Agent`, or a function that returns one. Torch and other
-packages are imported when an agent that needs them is used, not before.
+A plugin agent is a subclass of `nextstate.agents.agent.Agent`, or a function that returns one. Torch and other
+packages are only imported when an agent that needs them is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Maker = Callable[..., Agent | Player]
 
 
 def shortcut(name: str) -> Agent:
-    """Return the agent that answers by a shortcut of a game."""
+    """Return the agent that answers with a shortcut of the game."""
     return Reference(name)
 
 
@@ -43,7 +43,7 @@ def load_model(entry: str | AgentConfig) -> LanguageModel:
     """Load the language model that a config names.
 
     Raises:
-        AgentError: it cannot be loaded, or its modules are not what the config says.
+        AgentError: the model cannot be loaded, or its modules do not match the config.
     """
     from nextstate.agents.language import LanguageModel  # torch and transformers take seconds to import
     from nextstate.agents.sites import SiteError
@@ -67,23 +67,23 @@ BUILT_IN: dict[str, Maker] = {
     "random": RandomPlayer,
     "walkthrough": WalkthroughPlayer,
 }
-HUMAN = "human"  # made by `nextstate.terminal`, which knows where to ask
-PLAYERS = ("random", "walkthrough")  # they give commands and answer no questions
+HUMAN = "human"  # made by `nextstate.terminal`, which has the console
+PLAYERS = ("random", "walkthrough")  # give commands only
 _RESERVED = (*BUILT_IN, HUMAN)
-REFERENCES = ("ideal", "chance", "shortcut")  # they answer questions and give no commands
+REFERENCES = ("ideal", "chance", "shortcut")  # answer questions only
 _SHORTCUT = "shortcut:"
-_WITH_ARGUMENTS = ("shortcut", "model")  # a name alone does not make one
+_WITH_ARGUMENTS = ("shortcut", "model")  # kinds that need arguments
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An agent or player of a config, checked but not made yet.
+    """The specification of an agent or player: validated, but not created yet.
 
     Args:
-        name: what it is called in tables.
+        name: its name in tables.
         kind: a key of `BUILT_IN`, the name of an entry point, or `pkg.module:Name`.
-        arguments: of that kind; those of a language model are the fields of its `AgentConfig`.
-        maker: called with the arguments, returns the agent or player.
+        arguments: keyword arguments of that kind; for a language model, the fields of its `AgentConfig`.
+        maker: function that takes the arguments and returns the agent or player.
     """
 
     name: str
@@ -92,13 +92,13 @@ class Spec:
     maker: Maker
 
     def make(self) -> Agent | Player:
-        """Return a new agent or player; a language model is loaded.
+        """Return a new agent or player; loads the model if it is a language model.
 
         Raises:
-            AgentError: it cannot be made; the message is one line.
+            AgentError: the agent cannot be created; the message is one line.
         """
         made = guarded(
-            lambda: self.maker(**self.arguments), lambda error: f"{self.name} cannot be made: {one_line(error)}"
+            lambda: self.maker(**self.arguments), lambda error: f"{self.name} cannot be created: {one_line(error)}"
         )
         if self.kind not in BUILT_IN:
             if not isinstance(made, Agent):
@@ -107,19 +107,19 @@ class Spec:
         return made
 
     def answers(self, game: Game) -> bool:
-        """Tell whether it can be asked about this game: a shortcut only where the game has it, a player never."""
+        """Return whether it can answer questions of this game; false for players, and for shortcuts of other games."""
         if self.kind == "shortcut":
             return self.arguments["name"] in game.shortcuts
         return self.kind not in PLAYERS
 
     @property
     def plays(self) -> bool:
-        """Whether it can give commands; references only answer questions."""
+        """Whether it can give commands; false for reference agents, which only answer questions."""
         return self.kind not in REFERENCES
 
 
 def kind_of(entry: AgentEntry) -> str:
-    """Return the kind of an entry of a config; no plugin is imported.
+    """Return the kind of an entry of a config, without importing plugins.
 
     Examples:
         >>> [kind_of(entry) for entry in ("ideal", "shortcut:stay", "shortcuts", "openai-community/gpt2")]
@@ -134,15 +134,15 @@ def kind_of(entry: AgentEntry) -> str:
 
 
 def spec_of(entry: AgentEntry, games: Sequence[Game] = ()) -> Spec:
-    """Return what an entry of a config means; of plugins, only the one that it names is imported.
+    """Return the specification for an entry of a config; imports only the plugin that the entry names.
 
     Args:
-        entry: any but "shortcuts", which means several agents.
-        games: what it will be asked about, if that is known: a shortcut must be one of theirs.
+        entry: any entry except "shortcuts", which stands for several agents.
+        games: the games of the run, if known; a shortcut must belong to one of them.
 
     Raises:
-        AgentError: there is no such kind, two packages provide it, its plugin cannot be imported or is no agent, an
-            argument is unknown or missing, or no game has the shortcut; the message is one line.
+        AgentError: the kind does not exist, two packages provide it, its plugin cannot be imported or is not an agent,
+            an argument is unknown or missing, or no game has the shortcut; the message is one line.
     """
     kind = kind_of(entry)
     if kind == "model":
@@ -158,14 +158,14 @@ def spec_of(entry: AgentEntry, games: Sequence[Game] = ()) -> Spec:
         spec = Spec(f"{_SHORTCUT}{arguments['name']}", kind, arguments, maker)
         if games and not any(spec.answers(game) for game in games):
             known = ", ".join(f"{_SHORTCUT}{name}" for name in _shortcuts(games))
-            raise AgentError(f"no game here has {spec.name!r}: expected one of {known}")
+            raise AgentError(f"no game of this run has {spec.name!r}: expected one of {known}")
         return spec
     given = ", ".join(f"{key}={value}" for key, value in arguments.items())
     return Spec(f"{kind}({given})" if given else kind, kind, arguments, maker)
 
 
 def specs_of(entries: Sequence[AgentEntry], games: Sequence[Game]) -> Iterator[Spec]:
-    """Yield what the entries of a config mean, in order; "shortcuts" becomes every shortcut of the games.
+    """Yield the specifications for the entries of a config, in order; "shortcuts" gives every shortcut of the games.
 
     Raises:
         AgentError: an entry cannot be used; see `spec_of`.
@@ -181,7 +181,7 @@ def _shortcuts(games: Sequence[Game]) -> list[str]:
 
 def _maker(kind: str) -> Maker:
     if kind == HUMAN:
-        raise AgentError("human answers in the terminal only: use `nextstate play`")
+        raise AgentError("human is available in the terminal only: use `nextstate play`")
     try:
         plugins.check_unique(GROUP, kind, _RESERVED)
         if kind in BUILT_IN:
@@ -191,18 +191,18 @@ def _maker(kind: str) -> Maker:
         raise AgentError(str(error)) from error
     missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
     if missing:
-        raise AgentError(f"{kind} is no agent yet: it does not define {missing}")
+        raise AgentError(f"{kind} is an incomplete agent: it does not define {missing}")
     if (isinstance(found, type) and not issubclass(found, Agent)) or not callable(found):
         what = f"the class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"
         raise AgentError(
-            f"{kind} is no agent: expected a subclass of nextstate.agents.agent.Agent or a function that returns one, "
+            f"{kind} is not an agent: expected a subclass of nextstate.agents.agent.Agent or a function returning one, "
             f"but it is {what}"
         )
     return found
 
 
 def _check_arguments(kind: str, maker: Maker, arguments: Mapping[str, Any]) -> None:
-    """Raise `AgentError` if `maker` does not take these arguments by name, or needs more."""
+    """Raise `AgentError` if `maker` does not accept these keyword arguments, or requires others."""
     try:
         parameters = inspect.signature(maker).parameters.values()
     except ValueError:  # some callables written in C have no signature

@@ -1,4 +1,4 @@
-"""Tell what mixes tokens in a block, and which modules' outputs the block adds to the residual stream."""
+"""Find out what mixes tokens in a block, and which modules' outputs it adds to the residual stream."""
 
 from __future__ import annotations
 

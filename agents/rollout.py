@@ -1,4 +1,4 @@
-"""Ask an agent about episodes, by replay (all at once) or live (step by step); each answer becomes a row."""
+"""Ask an agent about episodes, in replay (all at once) or live (step by step); each answer becomes a table row."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Grid = Literal["episodes", "cells"]
 
 
 class Rollout(NamedTuple):
-    """An agent's rows, and why some questions or episodes were left out ("" if none were)."""
+    """The rows of an agent, and the reason why questions or episodes were left out ("" if none were)."""
 
     rows: list[dict[str, Any]]
     left_out: str
 
 
 def seeds_for(seed: int, episodes: int, cell: int = 0) -> range:
-    """Return episode seeds; other seeds, and other cells below 1,000, share none, up to a million episodes each."""
+    """Return episode seeds, distinct for each `seed` and `cell` (below 1,000) for up to a million episodes each."""
     start = seed * 10**9 + cell * 10**6
     return range(start, start + episodes)
 
 
 def prompts_of(episode: Episode, grid: Grid = "episodes") -> list[Prompt]:
-    """Return the prompts of an episode: of every step, or with `grid="cells"` of the last one alone."""
+    """Return the prompts of an episode: of every step, or with `grid="cells"` of the last step only."""
     first = len(episode.steps) - 1 if grid == "cells" else 0
     return [
         Prompt(episode, t, q) for t in range(first, len(episode.steps)) for q in range(len(episode.steps[t].questions))
@@ -38,7 +38,7 @@ def prompts_of(episode: Episode, grid: Grid = "episodes") -> list[Prompt]:
 
 
 def questions(episodes: Iterable[Episode], grid: Grid = "episodes") -> Iterator[tuple[Prompt, dict[str, Any]]]:
-    """Yield every question that is asked in some episodes, with its row; see `question_row`."""
+    """Yield each question of the episodes with its table row; see `question_row`."""
     for episode in episodes:
         ideal = episode.beliefs("ideal")
         for prompt in prompts_of(episode, grid):
@@ -46,7 +46,7 @@ def questions(episodes: Iterable[Episode], grid: Grid = "episodes") -> Iterator[
 
 
 def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -> Rollout:
-    """Ask all questions at once; those whose prompt is too long for the agent are left out."""
+    """Ask all questions in one call; questions with a prompt that is too long for the agent are left out."""
     prompts = [p for e in episodes for p in prompts_of(e, grid)]
     left_out = ""
     try:
@@ -60,8 +60,8 @@ def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -
 
 
 def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
-    """Step through the vector environment; the agent's greedy answer is the action of each step."""
-    # Answers go in as choices: a greedy answer that is none of them exactly, " C" against "C" say, stays wrong.
+    """Step through a vector environment with the agent's greedy answers as actions."""
+    # Answers are given as choice indices, so that a greedy answer without an exact match ("C" for " C") stays wrong.
     envs = PredictionVectorEnv(game, num_envs=len(seeds), steps=steps, answer="choice")
     reader = agent.live()
     try:
@@ -86,14 +86,14 @@ def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
 
 
 def episodes_of(game: Game, seeds: Iterable[int], steps: int, ask: int | Literal["all"] = 1) -> list[Episode]:
-    """Unroll one episode a seed."""
+    """Unroll one episode for each seed."""
     return [unroll(game, seed, steps, ask) for seed in seeds]
 
 
 def determined_accuracy(agent: Agent, episodes: Sequence[Episode]) -> float:
-    """Return the share of right greedy answers among the questions whose answer the transcript determines.
+    """Return the accuracy of greedy answers on the questions whose answer is determined by the transcript.
 
-    NaN where there is no such question.
+    NaN if there are no such questions.
 
     Raises:
         ContextError: a prompt is too long for the agent.

@@ -1,4 +1,4 @@
-"""A language model that reads on: keys and values of what it has read stay, so that a step costs its own tokens."""
+"""Live sessions of a language model: keys and values are cached, so that each step only computes its new tokens."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class Session(Agent):
-    """A language model that reads episodes step by step and keeps keys and values between steps.
+    """A language model that reads episodes step by step and caches keys and values between steps.
 
-    The first call fixes the episodes; each later one goes on with some of them. Where what comes next depends on the
-    answers, an episode is given anew at each call, with the same seed and opening and with what has happened in place
-    of its last step. It then takes the place of the one that it continues; what was asked of that last step is
-    forgotten, and so are the episodes that are asked nothing any more.
+    The first call sets the episodes; later calls continue some of them. If the course of an episode depends on the
+    answers, each call gets a new episode object with the same seed and opening, in which the actual steps replace the
+    last step of the previous object. It replaces the previous episode; branches of the replaced step are dropped, and
+    so are episodes without prompts in the call.
 
-    A question without choices is answered by writing: greedily, up to the end of the line or 32 tokens.
+    Answers to questions without choices are generated greedily, up to the end of the line or 32 tokens.
 
     Raises:
-        AgentError: an episode that this session does not read, a question that it has answered already, or a forward
-            pass that failed.
-        OutOfMemory: the episodes need more memory than there is.
+        AgentError: an episode does not belong to this session, a question was already answered, or a forward pass
+            failed.
+        OutOfMemory: the episodes need more memory than is available.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -40,11 +40,11 @@ class Session(Agent):
         self._go_on([p.episode for p in prompts])
         unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
         if unknown and self.trunks:
-            raise AgentError(f"this session reads {len(self.trunks)} episodes; begin a new one for other episodes")
+            raise AgentError(f"this session reads {len(self.trunks)} episodes; start a new session for other episodes")
         self.trunks, planted = self.model.add_question(prompts, self.trunks)
         asked = [(r, i, q) for r, key in enumerate(self.trunks) for i, q in planted.get(key, [])]
         if self.memory is not None and any(q.node < self.memory.read[row] for row, _, q in asked):
-            raise AgentError("this session has answered that question already; give it the episode as it went on")
+            raise AgentError("this session has already answered that question; pass the episode with its next step")
         with self._guarded():
             if all(p.asked.choices for p in prompts):
                 trunks, (road, memory) = list(self.trunks.values()), self._road()
@@ -53,7 +53,7 @@ class Session(Agent):
             return self._write(asked, prompts)
 
     def _road(self) -> tuple[Road, Memory]:
-        """Return how the model is run, proved for what is read now, and what has been read."""
+        """Return how the model is run, verified for the current size of the trees, and the cache."""
         road = self.model.forward.require(*size_of(self.trunks.values()), live=True)
         if self.memory is None or self.memory.road != road:  # a longer text may need another road: read it anew
             self.memory = Memory.of(road, len(self.trunks))
@@ -80,7 +80,7 @@ class Session(Agent):
         return [Prediction(answer, -1, -1, -1, -1, (), lengths[i]) for i, answer in enumerate(answers)]
 
     def _go_on(self, episodes: Sequence[Episode]) -> None:
-        """Let episodes that have gone on take the places of those that they continue."""
+        """Replace episodes by the episodes that continue them."""
         known = {(t.episode.seed, t.episode.opening): key for key, t in self.trunks.items()}
         new = {known.get((e.seed, e.opening)): e for e in episodes if id(e) not in self.trunks}
         new = {key: e for key, e in new.items() if key is not None and self.trunks[key].leads_to(e)}
@@ -100,14 +100,14 @@ class Session(Agent):
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
-        """Turn what torch raises in a forward pass into an `AgentError`."""
+        """Convert exceptions of a forward pass to `AgentError`."""
         try:
             yield
         except AgentError:
             raise
         except (RuntimeError, MemoryError) as error:
             most = max((len(t.tree) for t in self.trunks.values()), default=0)
-            where = f"on {self.model.device}, with {len(self.trunks)} episodes side by side of {most:,} tokens"
+            where = f"on {self.model.device}, with {len(self.trunks)} parallel episodes of {most:,} tokens"
             if out_of_memory(error):
                 raise OutOfMemory(f"{self.name} runs out of memory {where}") from error
             raise AgentError(f"{self.name} failed {where}: {error}") from error

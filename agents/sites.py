@@ -3,12 +3,12 @@
 Four sites, the same for all architectures:
 
 - `resid_pre`: the residual stream as it enters a block.
-- `head`: what each attention head hands to the output projection, so the *input* of that projection, cut into heads.
-  (The projection's output is a sum over heads; slicing it gives nothing.) With grouped queries these are query heads.
-- `attn_out`, `mlp_out`: what attention and MLP add to the residual stream. Where a block normalises their output before
-  adding it (Gemma-2), these are the normalised outputs; where it multiplies them (Granite), they are not yet
-  multiplied. In a parallel block (GPT-NeoX) both are computed from `resid_pre`; elsewhere the MLP also reads what
-  attention has added. In a layer that mixes tokens by other means (Mamba, convolution), `attn_out` is what those add.
+- `head`: the output of each attention head before the output projection, that is, the *input* of the projection, split
+  into heads. (The projection's output is a sum over heads and cannot be split.) With grouped queries: query heads.
+- `attn_out`, `mlp_out`: what attention and MLP add to the residual stream. If a block normalises their output before
+  the addition (Gemma-2), these are the normalised outputs; if it multiplies them (Granite), they are taken before the
+  multiplication. In a parallel block (GPT-NeoX) both are computed from `resid_pre`; in others the MLP also reads the
+  output of attention. In layers that mix tokens by other means (Mamba, convolution), `attn_out` is the output of those.
 
 Each layer has its own sites: a layer without attention has no heads, and a site that cannot be proved is left out.
 """
@@ -32,7 +32,7 @@ __all__ = ["ATTENTIONS", "SITES", "Activation", "Edit", "LayerSites", "ModuleMap
 Site = Literal["resid_pre", "head", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = get_args(Site)
 Activation = Float[Tensor, "row token head dim"]  # one head as wide as the model, at all sites but `head`
-Edit = Callable[[Activation], Activation | None]  # returns what goes on instead, or None to leave it as it is
+Edit = Callable[[Activation], Activation | None]  # returns the replacement, or None to leave it unchanged
 
 # Attention functions that take any mask, which is what branches need, by the names that transformers knows them by; and
 # how many tensors as large as all attention weights they hold at once.
@@ -57,14 +57,14 @@ class Sites:
 
     @classmethod
     def of(cls, model: Any, names: ModuleMap | None = None) -> Sites:
-        """Find the sites of a causal Hugging Face model, and prove them on a short forward pass.
+        """Find the sites of a causal Hugging Face model, and verify them with a short forward pass.
 
         Args:
-            model: the model itself.
-            names: of its modules, to use instead of what their structure says.
+            model: the model.
+            names: names of its modules; by default modules are found automatically.
 
         Raises:
-            SiteError: no decoder blocks are found, or modules given by name do not do what their names say.
+            SiteError: no decoder blocks are found, or a named module does not have the role it is named for.
         """
         per_layer, hidden = discover(model, names)
         return cls(str(model.config.get_text_config().model_type), hidden, per_layer, names)
@@ -76,7 +76,7 @@ class Sites:
 
     @property
     def heads(self) -> int:
-        """Return the number of query heads of the layer that has most; 0 if none has any."""
+        """Return the largest number of query heads in a layer; 0 if no layer has heads."""
         return max(layer.heads for layer in self.per_layer)
 
     @property
@@ -102,7 +102,7 @@ class Sites:
         what = "heads" if site == "head" else site
         if not known:
             kinds = ", ".join(dict.fromkeys(layer.kind for layer in self.per_layer))
-            raise SiteError(f"{name} has no {what} that could be proved in any of its layers (of kind {kinds})")
+            raise SiteError(f"{name} has no verified {what} in any of its layers (of kind {kinds})")
         if layer is not None and not 0 <= layer < self.layers:
             raise SiteError(f"layer={layer} is not possible: {name} has layers 0 to {self.layers - 1}")
         if layer is not None and layer not in known:
@@ -140,12 +140,12 @@ class Sites:
         return next(iter(shapes.values()))
 
     def hook(self, site: Site, layer: int, edit: Edit) -> ExitStack:
-        """Call `edit` with the activation whenever the model gets there, until the returned context is closed.
+        """Call `edit` with the activation in each forward pass, until the returned context is closed.
 
         Args:
             site: one of `SITES`.
             layer: from 0.
-            edit: gets a `Float[Tensor, "row token head dim"]`, and returns what goes on instead, or None to only look.
+            edit: takes a `Float[Tensor, "row token head dim"]`; returns its replacement, or None to leave it unchanged.
 
         Raises:
             SiteError: the model has no such site or layer.

@@ -1,4 +1,4 @@
-"""Text to tokens, piece by piece, so that a transcript always has the same tokens however far it has got."""
+"""Tokenization by segments, so that the tokens of a transcript do not change when text is appended."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _ANCHORS = ("a", ".", "1", "\n", "A b")
 
 
 class TokenizerError(ValueError):
-    """A tokenizer cannot be used as asked; the message says for which text."""
+    """A tokenizer cannot encode a text as required; the message names the text."""
 
 
 def before_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the special tokens that a tokenizer puts before a text by itself, as `tokenizer(text)` does.
+    """Return the special tokens that a tokenizer puts before a text by default, as `tokenizer(text)` does.
 
-    GPT-2's puts none, though it has a BOS; Llama's puts its BOS. What stands behind a text is left out.
+    GPT-2's adds none, though it has a BOS; Llama's adds its BOS. Tokens after the text are left out.
     """
     for text in _ANCHORS:
         whole, bare = tuple(tokenizer.encode(text)), tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -33,7 +33,7 @@ def before_text(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def begins_with(token: str, number: int) -> processors.TemplateProcessing:
-    """Return what makes a tokenizer put a token before each text."""
+    """Return a post-processor that puts a token before each text."""
     return processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
     )
@@ -46,23 +46,23 @@ def _id(token: Any) -> int | None:
 class Encoder:
     """Encodes an opening, and pieces that continue a text.
 
-    A piece is encoded behind a short anchor whose tokens are then cut off, which asks the tokenizer how it writes the
-    piece in the middle of a text (leading spaces, SentencePiece markers) instead of assuming it. Pieces never merge
-    with their neighbours, so that live and replayed transcripts, and all choices of one question, have the same tokens.
+    A piece is encoded after a short anchor whose tokens are then removed, so that the tokenizer itself determines how
+    the piece is encoded in the middle of a text (leading spaces, SentencePiece markers). Pieces never merge with their
+    neighbours, so that live and replayed transcripts, and all choices of a question, have the same tokens.
 
     Args:
-        tokenizer: any of transformers.
-        bos: begin with BOS, or with nothing; by default as the tokenizer does by itself.
+        tokenizer: a tokenizer of transformers.
+        bos: whether transcripts begin with BOS; by default as the tokenizer does.
 
     Raises:
-        TokenizerError: `bos` is asked for where there is none.
+        TokenizerError: `bos` is true, but the tokenizer has no BOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: bool | None = None) -> None:
         self.tokenizer = tokenizer
         natural = before_text(tokenizer)
-        self.bos: tuple[int, ...] = natural  # what stands before each transcript
-        self.differs = ""  # how that is not what the tokenizer puts there by itself
+        self.bos: tuple[int, ...] = natural  # special tokens before each transcript
+        self.differs = ""  # a warning if these are not the tokenizer's default
         if bos is not None:
             begin = _id(tokenizer.bos_token_id)
             if bos and begin is None:
@@ -79,9 +79,9 @@ class Encoder:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def opening(self, text: str) -> tuple[int, ...]:
-        """Return the tokens a transcript begins with: the special tokens that the tokenizer puts there, then `text`.
+        """Return the first tokens of a transcript: the special tokens before a text, then `text`.
 
-        Where that is nothing at all, it is BOS, or else EOS, as something has to be read from.
+        If there are none, returns BOS, or else EOS, since a model needs at least one token.
         """
         tokens = self.bos + self._raw(text)
         if not tokens:
@@ -89,7 +89,7 @@ class Encoder:
             tokens = tuple(i for i in first if i is not None)[:1]
         if not tokens:
             raise TokenizerError(
-                f"the opening {text!r} has no tokens and the tokenizer has no BOS or EOS: nothing to read from"
+                f"the opening {text!r} has no tokens and the tokenizer has no BOS or EOS: the input would be empty"
             )
         return tokens
 
@@ -104,7 +104,7 @@ class Encoder:
         return whole[head:]
 
     def _anchored(self, text: str) -> tuple[str, int, tuple[int, ...]]:
-        """Return an anchor that stays apart from `text`, how many tokens it has, and the tokens of both."""
+        """Return an anchor that does not merge with `text`, its number of tokens, and the tokens of both."""
         for anchor, head in self._anchors:
             whole = self._raw(anchor + text)
             if whole[: len(head)] == head and len(whole) > len(head):
@@ -119,15 +119,14 @@ class Encoder:
             span: characters of one of them.
 
         Raises:
-            TokenizerError: the span is not within its piece, or the tokenizer does not tell which characters a token
-                stands for (a slow one).
+            TokenizerError: the span is not within its piece, or the tokenizer has no offsets (slow tokenizers).
         """
         number, start, end = span
         if not (0 <= number < len(pieces) and 0 <= start < end <= len(pieces[number])):
             lengths = [len(p) for p in pieces]
             raise TokenizerError(f"{span} is not in the prompt: expected characters of pieces of lengths {lengths}")
         if not self.tokenizer.is_fast:
-            raise TokenizerError(f"{type(self.tokenizer).__name__} does not tell where its tokens are; use a fast one")
+            raise TokenizerError(f"{type(self.tokenizer).__name__} has no token offsets; use a fast tokenizer")
         text = pieces[number]
         if number == 0:
             anchor, head, before = "", 0, len(self.bos)
@@ -139,6 +138,6 @@ class Encoder:
         return before + max(i for i, (a, b) in enumerate(places) if a < end and b > start)
 
     def natural(self, pieces: tuple[str, ...]) -> bool:
-        """Tell whether encoding the pieces one by one gives the tokens of the whole text."""
+        """Return whether encoding the pieces separately gives the tokens of the whole text."""
         one_by_one = self.opening(pieces[0]) + tuple(t for p in pieces[1:] for t in self.piece(p))
         return one_by_one == self.opening("".join(pieces))

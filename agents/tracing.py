@@ -84,7 +84,7 @@ def with_stream(
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Switch off dropout and gradients for a while."""
+    """Disable dropout and gradients until the context is closed."""
     training = [m for m in model.modules() if m.training]
     for module in training:
         module.training = False
@@ -263,7 +263,7 @@ class _Silence(TorchFunctionMode):
 
 
 def measured_heads(attention: Call, projection: Call) -> int | None:
-    """Return how many heads lie side by side in what an attention module's projection reads.
+    """Return the number of heads that are concatenated in the input of an attention module's projection.
 
     The attention module is repeated with some of its heads silenced: just their part of the input must become zero.
 
@@ -288,7 +288,7 @@ def measured_heads(attention: Call, projection: Call) -> int | None:
         return 0
     owner, used = torch.arange(width, device=plain.device) // (width // heads), plain.ne(0).any(0)
     for bit in range(max(1, (heads - 1).bit_length())):
-        for value in (0, 1):  # so that a column that two heads share is told apart
+        for value in (0, 1):  # so that a column shared by two heads is detected
             silent = (torch.arange(heads, device=plain.device) >> bit) % 2 == value
             zero = projected(silent)[0].eq(0).all(0)
             if not torch.equal(zero[used], silent[owner][used]):

@@ -1,4 +1,4 @@
-"""What all training here has in common: `transformers.Trainer` on data that is a function of config and row number.
+"""Shared training code: `transformers.Trainer` on data that is a function of config and row number.
 
 It resumes from its last checkpoint, logs to W&B (offline by default), and runs on several GPUs under
 torchrun, where the rows of a step are shared out.
@@ -26,15 +26,15 @@ _log = logging.getLogger(__name__)
 
 
 def init_train_dir(decides: Mapping[str, Any], out: Path) -> None:
-    """Make `out` the folder of a training run; `decides` is all that the model depends on, in JSON types.
+    """Initialise `out` as the folder of a training run; `decides` is the full configuration, in JSON types.
 
     Raises:
-        ConfigError: it holds another run.
+        ConfigError: `out` contains a run with another configuration.
     """
     out.mkdir(parents=True, exist_ok=True)
     record = out / "train.json"
     if record.exists() and json.loads(record.read_text()) != decides:
-        raise ConfigError(f"{out} holds a training run of another config ({record}); give another --out, or remove it")
+        raise ConfigError(f"{out} contains a run of another config ({record}); give another --out, or remove it")
     record.write_text(json.dumps(decides, indent=2))
 
 
@@ -52,21 +52,21 @@ def fit(
     """Train, from the last checkpoint in `out` if there is one.
 
     Args:
-        make: `transformers.Trainer`, or a kind of it.
-        settings: how.
-        out: folder of the run; checkpoints go below.
-        name: of the W&B run.
-        seed: of what the trainer itself draws.
-        callbacks: of the trainer; the attribute `trainer` of those that have one is set to it.
-        mode: of W&B; where it is not disabled and the variable WANDB_MODE is set, that counts.
+        make: `transformers.Trainer`, or a subclass.
+        settings: optimisation settings.
+        out: folder of the run, which will contain the checkpoints.
+        name: name of the W&B run.
+        seed: seed of the trainer's own random numbers.
+        callbacks: trainer callbacks; if one has an attribute `trainer`, it is set to the trainer.
+        mode: W&B mode; unless it is "disabled", the environment variable WANDB_MODE overrides it.
         quiet: print nothing.
-        given: what the trainer is made with besides: model, train_dataset, data_collator.
+        given: further arguments of the trainer: model, train_dataset, data_collator.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.rows % processes:
-        raise ConfigError(f"rows={settings.rows} cannot be shared out among {processes} processes: expected a multiple")
+        raise ConfigError(f"rows={settings.rows} cannot be divided among {processes} processes: expected a multiple")
     mirrored = None if int(os.environ.get("RANK", "0")) else _mirror(out, name, mode, quiet)
     gpu = torch.cuda.is_available()
     trainer = make(
@@ -121,7 +121,7 @@ class _Logger(TrainerCallback):  # type: ignore[misc]
 
 
 def _mirror(out: Path, name: str, mode: str, quiet: bool) -> Any:
-    """Open a W&B run, which the trainer then writes to; None where there is to be none, or cannot be one."""
+    """Start a W&B run for the trainer's logs; None if W&B is disabled or cannot start."""
     wanted: Any = mode if mode == "disabled" else os.environ.get("WANDB_MODE", mode)
     if wanted == "disabled":
         return None

@@ -42,7 +42,7 @@ EVALUATION_STEPS = 16
 
 
 class ModelConfig(Strict):
-    """Shape of the model to train."""
+    """Dimensions of the model to train."""
 
     hidden_size: int = 128
     layers: int = 4
@@ -54,7 +54,7 @@ class ModelConfig(Strict):
 
 
 class Weights(Strict):
-    """Weight of a token in the loss, by what it is."""
+    """Weights of tokens in the loss, by the role of the token."""
 
     determined: float = 1.0
     undetermined: float = 0.05
@@ -62,27 +62,27 @@ class Weights(Strict):
 
 
 class Curriculum(Strict):
-    """The largest number of states (boxes, people) at a step: `start`, one more every `every` steps, at last `most`."""
+    """The maximum game size (states, boxes, people) by step: `start`, plus one every `every` steps, up to `most`."""
 
     start: int = 2
     every: int = 500
     most: int = 8
 
     def level(self, step: int) -> int:
-        """Return the largest number of states at an optimiser step."""
+        """Return the maximum game size at an optimiser step."""
         return min(self.most, self.start + step // self.every)
 
 
 class Stage(Strict):
-    """What rows are made of until an optimiser step (exclusive).
+    """The training data up to an optimiser step (exclusive).
 
     Args:
         until: the step at which the next stage begins; None for the last stage.
         mixture: share of episodes of each game, given by name or as "package.module:Class".
-        largest: the largest size of a game, where it is to be smaller than the curriculum's.
+        largest: the maximum size of a game, if it should be smaller than the curriculum's.
         options: for each game, keyword arguments of its `sample` method.
-        resist: shortcuts; determined questions that any of them gets wrong (if the game has it) weigh `resist_weight`
-            times as much. A model that has settled on such a shortcut learns little from all others.
+        resist: names of shortcuts. Determined questions that one of them answers wrongly are weighted by
+            `resist_weight`, since a model that relies on a shortcut learns little from other questions.
     """
 
     until: int | None = None
@@ -94,13 +94,11 @@ class Stage(Strict):
 
 
 class TrainConfig(Optimisation):
-    """Everything that decides a training run."""
+    """The complete configuration of a training run."""
 
     name: str = "tiny"
     seed: int = 0
-    start: str = Field(
-        "", description="a model of the same shape to go on from; tokens that both know keep their place"
-    )
+    start: str = Field("", description="a model of the same shape to start from; known tokens keep their embeddings")
     model: ModelConfig = ModelConfig()
     row_tokens: int = Field(256, ge=16)
     weights: Weights = Weights()
@@ -113,7 +111,7 @@ class TrainConfig(Optimisation):
         for stage in self.stages:
             for name, options in stage.options.items():
                 if name not in stage.mixture:
-                    raise ValueError(f"options of {name!r}, which is not in the mixture: {', '.join(stage.mixture)}")
+                    raise ValueError(f"options for {name!r}, which is not in the mixture: {', '.join(stage.mixture)}")
                 known = [*signature(game_class(name).sample).parameters][3:]
                 unknown = [key for key in options if key not in known]
                 if unknown:
@@ -122,7 +120,7 @@ class TrainConfig(Optimisation):
         return self
 
     def stage(self, step: int) -> Stage:
-        """Return what rows are made of at an optimiser step."""
+        """Return the stage at an optimiser step."""
         return next((s for s in self.stages if s.until is None or step < s.until), self.stages[-1])
 
 
@@ -130,7 +128,7 @@ def draw_sample(stage: Stage, level: int, rng: np.random.Generator) -> Sample:
     """Draw the game of one training episode, its length, and the questions per step, at a curriculum level.
 
     Raises:
-        ConfigError: the mixture names a game that there is not, or `options` an option that its game does not have.
+        ConfigError: the mixture names a game that does not exist, or `options` an option that the game does not have.
     """
     names = list(stage.mixture)
     shares = np.array([stage.mixture[n] for n in names])
@@ -144,7 +142,7 @@ def draw_sample(stage: Stage, level: int, rng: np.random.Generator) -> Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """A packed row and what is to be predicted from it: from node `context[k]` the token `target[k]`."""
+    """A packed row and its prediction targets: token `target[k]` is predicted from node `context[k]`."""
 
     tree: Tree
     context: list[int]
@@ -155,7 +153,7 @@ class Row:
 def plant_episode(
     row: Row, encoder: Encoder, episode: Episode, weights: Weights, stage: Stage, rng: np.random.Generator
 ) -> None:
-    """Grow a whole episode in a row, with the loss on each accepted answer; several accepted ones are drawn from."""
+    """Add an episode to a row, with the loss on an accepted answer (drawn if there are several) of each question."""
     trunk = Trunk(encoder, episode, row.tree)
     beliefs = episode.beliefs("ideal")
     tempting = [episode.beliefs(name) for name in stage.resist if name in episode.game.shortcuts]
@@ -177,7 +175,7 @@ def plant_episode(
 
 
 def finish(row: Row, limit: int, weights: Weights) -> Row:
-    """Cut a row to `limit` tokens and add the small loss on the story itself."""
+    """Cut a row to `limit` tokens, and add the loss on the tokens of the story."""
     tree = row.tree
     del tree.tokens[limit:], tree.parents[limit:], tree.depths[limit:]
     keep = [k for k, node in enumerate(row.context) if node < len(tree)]
@@ -192,7 +190,7 @@ def finish(row: Row, limit: int, weights: Weights) -> Row:
 
 
 class FreshRows(torch.utils.data.Dataset[Row]):
-    """Row `i` is a function of the config and `i` alone, so that a resumed run sees what it would have seen."""
+    """Training rows. Row `i` depends only on the config and `i`, so that a resumed run sees the same data."""
 
     def __init__(self, config: TrainConfig, encoder: Encoder) -> None:
         self.config, self.encoder = config, encoder
@@ -213,7 +211,7 @@ class FreshRows(torch.utils.data.Dataset[Row]):
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Return tensors for `predict_targets`: what is read and where it stands, by row and node, and flat targets."""
+    """Return tensors for `predict_targets`: tokens and positions by row and node, and the flattened targets."""
     batch = pack([r.tree for r in rows])
     where = [(i, node) for i, r in enumerate(rows) for node in r.context]
     out = {
@@ -231,7 +229,7 @@ def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
 def predict_targets(
     model: Any, inputs: dict[str, Tensor], masks: PathMasks | None = None
 ) -> Float[Tensor, "target vocabulary"]:
-    """Return the logits at the nodes from which targets are predicted; `masks` are the model's, made if not given."""
+    """Return the logits at the nodes from which targets are predicted; `masks` is created if it is not given."""
     masks = masks or PathMasks(model)
     depths = inputs["depths"]
     given = {"input_ids": inputs["input_ids"], "position_ids": depths, "attention_mask": torch.ones_like(depths)}
@@ -242,7 +240,7 @@ def predict_targets(
 
 
 class EpisodeTrainer(Trainer):  # type: ignore[misc]
-    """`transformers.Trainer` whose loss is weighted by what a token is."""
+    """A `transformers.Trainer` with a loss weighted by the role of each token."""
 
     masks: PathMasks | None = None
 
@@ -258,7 +256,7 @@ class EpisodeTrainer(Trainer):  # type: ignore[misc]
 
 
 class CellAccuracy(TrainerCallback):  # type: ignore[misc]
-    """Every so many steps logs the greedy accuracy on determined questions of unseen episodes, by cell."""
+    """Logs the greedy accuracy on determined questions of unseen episodes by cell, at regular step intervals."""
 
     def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> None:
         self.every, self.tokenizer, self.cells = config.evaluate_every, tokenizer, evaluation_cells(config)
@@ -275,7 +273,7 @@ class CellAccuracy(TrainerCallback):  # type: ignore[misc]
 
 
 def evaluation_cells(config: TrainConfig) -> dict[str, list[Episode]]:
-    """Return unseen episodes of each game in the mixtures, by size, from seeds that training never draws."""
+    """Return evaluation episodes of each game in the mixtures, by size, with seeds that training never uses."""
     seeds = seeds_for(config.seed, config.evaluation_episodes, cell=999)
     cells: dict[str, list[Episode]] = {}
     for name in dict.fromkeys(name for stage in config.stages for name in stage.mixture):
@@ -297,9 +295,9 @@ def corpus(config: TrainConfig, episodes: int = 4000) -> Iterator[str]:
 
 
 def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer, which takes any text, with the games' words as single tokens.
+    """Return a byte-level tokenizer, which encodes any text, with the words of the games as single tokens.
 
-    It puts BOS before a text by itself, as the models that are trained with it see it.
+    It prepends BOS to each text, as in training.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -323,11 +321,11 @@ def train_tokenizer(config: TrainConfig) -> PreTrainedTokenizerFast:
 
 
 def start_from(start: str, config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return a model with the weights of another one; tokens that it does not have begin untrained.
+    """Return a model with the weights of `start`; embeddings of tokens that `start` does not have are untrained.
 
     Raises:
-        ConfigError: the other one has another shape.
-        AgentError: there is no such model.
+        ConfigError: `start` has another shape.
+        AgentError: the model does not exist or cannot be loaded.
     """
     other = LanguageModel(start, device="cpu", dtype="float32")
     model = new_model(config, len(tokenizer))
@@ -367,7 +365,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     """Train, resuming from the last checkpoint in `out`; return the folder of the finished model.
 
     Raises:
-        ConfigError: `out` holds a training run of another config.
+        ConfigError: `out` contains a training run with another config.
     """
     init_train_dir(config.model_dump(mode="json"), out)
     set_seed(config.seed)
@@ -386,7 +384,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     )
     final = out / "model"
     model = trainer.accelerator.unwrap_model(trainer.model).to(torch.float32)
-    model.config.use_cache = True  # the trainer turned it off
+    model.config.use_cache = True  # disabled by the trainer
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
     return final

@@ -1,4 +1,4 @@
-"""What a training is asked for: optimisation, shape and variant of a model. Importing this does not import torch."""
+"""Configuration of training: optimisation, shape and variant of a model. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEGIN, END, PAD, MASK = SPECIAL = ("<begin>", "<end>", "<pad>", "<mask>")  # of 
 
 
 class Optimisation(Strict):
-    """How any model is trained: AdamW, with a learning rate that falls linearly to 0."""
+    """Optimisation settings: AdamW with a learning rate that decays linearly to 0."""
 
     rows: int = Field(default=16, ge=1, description="in each step, over all processes")
     steps: int = Field(default=9000, ge=1, description="optimiser steps")
@@ -29,7 +29,7 @@ class Optimisation(Strict):
 
 
 class GrammarTraining(Optimisation):
-    """Shape of the models that are trained on a grammar, and how they are trained; the defaults are the paper's."""
+    """Shape and optimisation of models trained on a grammar; the defaults are those of the paper."""
 
     hidden_size: int = Field(default=768, ge=1, description="width of the residual stream")
     layers: int = Field(default=12, ge=1, description="number of blocks")
@@ -80,7 +80,7 @@ class ModelSpec(Strict):
 
 
 def check_training(config: GrammarTraining, grammar: Grammar) -> None:
-    """Raise `ConfigError` where a window is shorter than a string, or a terminal has the name of a special token."""
+    """Raise `ConfigError` if a window is shorter than a string, or a terminal has the name of a special token."""
     if taken := sorted(set(SPECIAL) & set(grammar.terminals)):
         raise ConfigError(f"terminals {', '.join(taken)} have names of special tokens; give them other names")
     longest = bounds(grammar)[0][1]

@@ -1,4 +1,4 @@
-"""What is being tracked: games, their episodes, Gymnasium environments over them, and explicit automata."""
+"""Games, episodes, Gymnasium environments, and explicit automata."""
 
 from nextstate.envs.automaton import Automaton
 from nextstate.envs.environments import PlayEnv, PredictionEnv

@@ -1,4 +1,4 @@
-"""What a player is to reach, a drawn goal or the game's own objective; what leads there, and how it is told."""
+"""Aims of players: a drawn goal or the game's own objective; plans that reach them, and the text of a played step."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 from nextstate.envs.game import Action, Game, GameError, State, Step, require_whole
 
-CUE = "\n\n>"  # before a command, as text adventures have it
+CUE = "\n\n>"  # precedes a command, as in text adventures
 NOTHING = " Nothing happens."
-MAX_STATES = 20_000  # states that a search for a plan visits
+MAX_STATES = 20_000  # maximum number of states that a search for a plan visits
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What a player who starts in `start` is to reach.
+    """The aim of a player who starts in `start`.
 
     Args:
-        game: what is played.
-        start: where the episode starts.
-        goal: (variable, value) of a drawn goal; ("", objective) where the game has an aim of its own.
-        words: how the player is told.
+        game: the game.
+        start: the initial state of the episode.
+        goal: (variable, value) of a drawn goal; ("", objective) if the game has its own objective.
+        words: the text that states the aim.
     """
 
     game: Game
@@ -33,7 +33,7 @@ class Aim:
 
     @classmethod
     def draw(cls, game: Game, start: State, steps: int, rng: np.random.Generator) -> Aim:
-        """Return the game's own aim; where it has none draw one that a walk of `steps` steps reaches."""
+        """Return the game's own objective; if it has none, draw a goal that a walk of `steps` steps reaches."""
         objective = game.objective(start)
         if objective:
             return cls(game, start, ("", objective), objective)
@@ -42,54 +42,54 @@ class Aim:
 
     @property
     def own(self) -> bool:
-        """Whether it is the game's own."""
+        """Whether the aim is the game's own objective."""
         return not self.goal[0]
 
     @property
     def most(self) -> float:
-        """The score of a player who reaches all there is to reach."""
+        """The maximum score."""
         return float(self.game.most_points(self.start)) if self.own else 1.0
 
     def reached(self, state: State) -> bool:
-        """Tell whether a player who has come to `state` has won."""
+        """Return whether a player in `state` has reached the aim."""
         if self.own:
             return self.game.won(state)
         variable, value = self.goal
         return self.game.values(state).get(variable) == value
 
     def reward(self, state: State, after: State) -> float:
-        """Return what is scored on the way from `state` to `after`."""
+        """Return the reward of the transition from `state` to `after`."""
         if self.own:
             return float(self.game.points(after) - self.game.points(state))
         return float(self.reached(after))
 
 
 def take(game: Game, state: State, action: Action) -> Step:
-    """Return the step that a player takes, with the questions whose answers are told: all where feedback is inline."""
+    """Return the step of a player's action; with inline feedback it has all questions, otherwise none."""
     after = game.transition(state, action)
     asked = game.questions(state, action, after) if game.feedback == "inline" else ()
     return Step(state, action, after, game.narrate(state, action, after), asked, game.outcome(state, action, after))
 
 
 def refuse(state: State, typed: str) -> Step:
-    """Return the step of a player who has typed what is no command here: told, in vain."""
+    """Return the step of an illegal command: the state does not change."""
     return Step(state, None, state, f"{CUE} {typed}", (), NOTHING)
 
 
 def words(step: Step) -> str:
-    """Return all that a player reads of a step."""
+    """Return the complete text of a step."""
     return step.narration + "".join(q.stem + q.choices[q.truth] + q.closing for q in step.questions) + step.outcome
 
 
-def reply(command: str, told: str) -> str:
-    """Return what a player reads who has typed `command`: without the command, where the first line tells it again."""
-    said = told.strip().removeprefix(CUE.strip()).strip()
-    again, _, rest = said.partition("\n")
-    return rest.strip() if again.strip().casefold() == command.casefold() else said
+def reply(command: str, text: str) -> str:
+    """Return the text that answers `command`; a first line that only repeats the command is removed."""
+    text = text.strip().removeprefix(CUE.strip()).strip()
+    first, _, rest = text.partition("\n")
+    return rest.strip() if first.strip().casefold() == command.casefold() else text
 
 
 def shortest(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...] | None:
-    """Return as few actions as lead from the start to the aim, breadth first; None where none do.
+    """Return a shortest sequence of actions from the start to the aim, by breadth-first search; None if there is none.
 
     Raises:
         GameError: more than `max_states` states would have to be visited.
@@ -98,7 +98,7 @@ def shortest(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...] | Non
     game = aim.game
     came: dict[State, tuple[State, Action] | None] = {aim.start: None}
     queue = [aim.start]
-    for state in queue:  # grows as it is walked
+    for state in queue:  # the loop appends to the queue
         for action in game.actions(state):
             after = game.transition(state, action)
             if aim.reached(after):
@@ -107,7 +107,7 @@ def shortest(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...] | Non
                 continue
             if len(came) == max_states:
                 raise GameError(
-                    f"max_states={max_states} is not enough to find a way to {aim.words!r} in {game.name} "
+                    f"max_states={max_states} is too small to find a solution for {aim.words!r} in {game.name} "
                     f"{game.settings}: raise max_states, or make the game smaller"
                 )
             came[after] = (state, action)
@@ -116,10 +116,10 @@ def shortest(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...] | Non
 
 
 def plan(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...]:
-    """Return actions that lead to the aim: the game's own walkthrough where it gives one that does, else the fewest.
+    """Return actions that reach the aim: the game's own walkthrough if it does, else a shortest sequence.
 
     Raises:
-        GameError: no actions lead there, or more than `max_states` states would have to be visited to find some.
+        GameError: the aim cannot be reached, or more than `max_states` states would have to be visited.
     """
     given = aim.game.walkthrough(aim.start) if aim.own else ()
     found = given if leads(aim, given) else shortest(aim, max_states)
@@ -129,7 +129,7 @@ def plan(aim: Aim, max_states: int = MAX_STATES) -> tuple[Action, ...]:
 
 
 def leads(aim: Aim, actions: Sequence[Action]) -> bool:
-    """Tell whether some actions, all of them legal, lead from the start to the aim, and no fewer of them do."""
+    """Return whether all actions are legal, and the aim is reached with the last one and not before."""
     state = aim.start
     for k, action in enumerate(actions, start=1):
         if action not in aim.game.actions(state):
@@ -141,7 +141,7 @@ def leads(aim: Aim, actions: Sequence[Action]) -> bool:
 
 
 def draw_goal(game: Game, start: State, steps: int, rng: np.random.Generator) -> tuple[tuple[str, str], str]:
-    """Draw a (variable, value) that a walk from `start` reaches, and say it in the words of the game's own question."""
+    """Draw a (variable, value) that a walk from `start` reaches; return it with its text, a completed question."""
     walk = [start]
     for u in rng.random(steps).tolist():
         if not game.actions(walk[-1]):
@@ -158,12 +158,12 @@ def draw_goal(game: Game, start: State, steps: int, rng: np.random.Generator) ->
 
 @lru_cache(maxsize=4096)
 def positions(choices: tuple[str, ...]) -> dict[str, int]:
-    """Return the index of each choice by its words, without surrounding white space."""
+    """Return the index of each choice by its text, without surrounding white space."""
     return {choice.strip(): i for i, choice in enumerate(choices)}
 
 
 def _sentence(game: Game, start: State, goal: tuple[str, str]) -> str:
-    """Fill the blank of a question about the goal's variable; a game may ask it only after some of the first steps."""
+    """Complete a question about the goal's variable; some games ask about it only after some of the first steps."""
     variable, value = goal
     for action in game.actions(start):
         for question in game.questions(start, action, game.transition(start, action)):

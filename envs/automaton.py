@@ -1,4 +1,4 @@
-"""A game walked breadth-first into tables: exact sizes, diameter, minimal automaton, steps in constant time."""
+"""Games explored breadth-first into explicit automata: exact sizes, diameter, minimal automaton, fast steps."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy as np
 from nextstate.envs.game import Action, Feedback, Game, GameError, Question, Reader, State, require_whole
 from nextstate.envs.games import make_game
 
-SEEDS = 10_000  # looked through for the episode that starts where an automaton does
-CHUNK = 4_000_000  # distances held at once while the diameter is sought: 32 MB
+SEEDS = 10_000  # searched for an episode that starts in state 0 of an automaton
+CHUNK = 4_000_000  # distances held in memory while the diameter is computed: 32 MB
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Automaton(Game):
-    """The part of a game that can be reached from one state, as tables. It is itself a game.
+    """The part of a game that can be reached from one state, as tables. An automaton is itself a game.
 
-    Its states are whole numbers, in the order in which a breadth-first walk meets them, actions taken in the game's own
-    order. Actions and all words are the game's own. An episode starts where the game draws that it should, if that is
-    one of the states (so that an automaton of all of a game plays its episodes, seed for seed), and else at 0.
+    Its states are integers, in the order of a breadth-first search that takes actions in the game's order. Actions and
+    texts are those of the game. An episode starts in the state that the game draws, if the automaton has it, and else
+    in state 0; an automaton of a whole game therefore plays the same episodes for the same seeds.
 
-    Made by `Automaton.explore`; two automata are the same only where they are one object.
+    Created by `Automaton.explore`. Automata are compared by identity.
     """
 
     name: ClassVar[str] = "Automaton"
@@ -37,26 +37,26 @@ class Automaton(Game):
 
     game: Game | None = None
     states: tuple[State, ...] = ()
-    legal: tuple[tuple[Action, ...], ...] = ()  # for each state its actions
-    targets: tuple[tuple[int, ...], ...] = ()  # for each state where each of them leads
+    legal: tuple[tuple[Action, ...], ...] = ()  # the legal actions of each state
+    targets: tuple[tuple[int, ...], ...] = ()  # the next state of each of these actions
 
     def __post_init__(self) -> None:
-        # The words are the game's, so its ways of being told and asked hold here.
+        # The texts are those of the game, and so are its styles and feedbacks.
         for field in ("style", "feedback", "shortcuts", "feedbacks", "styles"):
             object.__setattr__(self, field, getattr(self._game, field))
 
     @classmethod
     def explore(cls, game: Game, max_states: int = 100_000, seed: int = 0, start: State | None = None) -> Automaton:
-        """Walk `game` from `start`, by default the state in which the episode of `seed` starts.
+        """Explore `game` from `start`, by default the initial state of the episode of `seed`.
 
         Raises:
-            GameError: where more than `max_states` states can be reached.
+            GameError: more than `max_states` states can be reached.
         """
         require_whole("max_states", max_states, 1, 100_000_000)
         first = game.initial(np.random.default_rng(seed)) if start is None else start
         index: dict[State, int] = {first: 0}
         queue, legal, targets = [first], list[tuple[Action, ...]](), list[tuple[int, ...]]()
-        for state in queue:  # grows as it is walked
+        for state in queue:  # the loop appends to the queue
             actions = tuple(game.actions(state))
             row = []
             for action in actions:
@@ -66,8 +66,8 @@ class Automaton(Game):
                     at = index[after] = len(queue)
                     if at == max_states:
                         raise GameError(
-                            f"max_states={max_states} is not enough for {game}: more states can be reached "
-                            f"(found after walking {len(legal)} of them). Raise max_states, or make the game smaller."
+                            f"max_states={max_states} is too small for {game}: more states can be reached "
+                            f"(found after exploring {len(legal)} of them). Raise max_states, or make the game smaller."
                         )
                     queue.append(after)
                 row.append(at)
@@ -76,10 +76,10 @@ class Automaton(Game):
         return cls(game=game, states=tuple(queue), legal=tuple(legal), targets=tuple(targets))
 
     def save(self, path: str | Path) -> None:
-        """Write the table as JSON: the game's name and settings, a seed whose episode starts at state 0, the targets.
+        """Write the automaton as JSON: the game's name and settings, a seed that starts in state 0, and the targets.
 
         Raises:
-            GameError: no episode of the first 10,000 seeds starts at state 0.
+            GameError: no episode of the first 10,000 seeds starts in state 0.
         """
         game, first = self._game, self.states[0]
         seeds = (seed for seed in range(SEEDS) if game.initial(np.random.default_rng(seed)) == first)
@@ -93,17 +93,17 @@ class Automaton(Game):
 
     @classmethod
     def load(cls, path: str | Path) -> Automaton:
-        """Read what `save` wrote, without exploring again; states are made by walking the table once.
+        """Read a file written by `save`; states are recovered by following the table, without exploring again.
 
         Raises:
-            GameError: there is no such file, or it does not fit its game.
+            GameError: the file does not exist, or does not match its game.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             game, rows = make_game(data["game"], **data["settings"]), data["targets"]
             states: dict[int, State] = {0: game.initial(np.random.default_rng(data["seed"]))}
             legal = []
-            for i, row in enumerate(rows):  # each state is a target of an earlier one
+            for i, row in enumerate(rows):  # each state is a target of an earlier state
                 actions = tuple(game.actions(states[i]))
                 legal.append(actions)
                 for action, target in zip(actions, row, strict=True):
@@ -111,13 +111,13 @@ class Automaton(Game):
                         states[target] = game.transition(states[i], action)
             ordered = tuple([states[i] for i in range(len(rows))])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise GameError(f"{path} is no automaton, or not one of this version: {error}; explore it again") from error
+            raise GameError(f"{path} is not an automaton of this version: {error}; explore it again") from error
         return cls(game=game, states=ordered, legal=tuple(legal), targets=tuple(tuple(row) for row in rows))
 
     @property
     def _game(self) -> Game:
         if self.game is None:
-            raise GameError("an automaton is made of a game: call Automaton.explore(game)")
+            raise GameError("this automaton has no game: create one with Automaton.explore(game)")
         return self.game
 
     @property
@@ -132,8 +132,8 @@ class Automaton(Game):
 
     @cached_property
     def diameter(self) -> int:
-        """The longest of all shortest walks from one state to another that it can reach; 0 where there is none."""
-        # Imported here, as no environment needs it.
+        """The largest distance from a state to another that it can reach; 0 if there are no such states."""
+        # Imported here, since environments do not need it.
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import shortest_path
 
@@ -151,10 +151,10 @@ class Automaton(Game):
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
-        """For each state its class; two are in one where they have the same commands and no future tells them apart.
+        """The equivalence class of each state; equivalent states have the same commands and cannot be distinguished.
 
-        A future is a sequence of commands, and it tells two states apart where what `values` shows after it differs.
-        Classes are numbered by their first state. Moore's partition refinement (Moore 1956, Gedanken-experiments).
+        A sequence of commands distinguishes two states if `values` differ after it. Classes are numbered in the order
+        of their first states. Computed by partition refinement (Moore 1956, Gedanken-experiments).
         """
         game = self._game
         commands = [[game.command(s, a) for a in actions] for s, actions in zip(self.states, self.legal, strict=True)]
@@ -172,7 +172,7 @@ class Automaton(Game):
             count = more
 
     def minimal(self) -> Automaton:
-        """Return the smallest automaton that shows the same: one state for each class, its first one."""
+        """Return the smallest equivalent automaton: one state for each class, the first of its states."""
         classes = self.classes
         firsts = [classes.index(c) for c in range(max(classes) + 1)]
         return Automaton(
@@ -184,7 +184,7 @@ class Automaton(Game):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of the game that was explored, and its name."""
+        """The settings of the explored game, and its name."""
         return {"game": self._game.name, **self._game.settings}
 
     @property
@@ -257,7 +257,7 @@ class Automaton(Game):
 
 
 def _number(keys: Sequence[object]) -> tuple[list[int], int]:
-    """Number equal keys alike, in order of first appearance; return the numbers and how many there are."""
+    """Number distinct keys in order of first appearance; return the number of each key, and the count."""
     seen: dict[object, int] = {}
     return [seen.setdefault(key, len(seen)) for key in keys], len(seen)
 

@@ -1,6 +1,6 @@
-"""Minimal pairs: two episodes that differ in one thing, so that what a model does differently has one cause.
+"""Minimal pairs: two episodes that differ in one respect, so that a difference in a model's behaviour has one cause.
 
-A game draws its pairs with `Game.contrast`. The types and what holds of a pair are here.
+Games draw pairs with `Game.contrast`. This module has the types, and the conditions that a pair must satisfy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TRIES = 2000
 
 
 class Span(NamedTuple):
-    """Characters `start` up to `end` of piece number `piece` of a prompt (see `segments`)."""
+    """Characters `start` up to `end` (exclusive) of segment number `piece` of a prompt (see `segments`)."""
 
     piece: int
     start: int
@@ -29,7 +29,7 @@ class Span(NamedTuple):
 
 
 class Role(NamedTuple):
-    """Where something is in the two prompts of a pair."""
+    """The spans of a role in the two prompts of a pair."""
 
     clean: Span
     corrupted: Span
@@ -37,18 +37,18 @@ class Role(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two episodes that differ in one thing. Each side's question is question 0 of its last step.
+    """Two episodes that differ in one respect. The question of each side is question 0 of its last step.
 
-    The kinds, and what differs (in the balanced design nothing else does):
-    - "state": the same last action in another state, so that the answer is another one;
-    - "action": another last action in the same state, so that the answer is another one;
-    - "name": one name, wherever it stands in the story, and so the answer;
-    - "noop": as "state", with steps in between that change nothing about the answer.
+    The kinds of pairs, by what differs (in the balanced design, nothing else does):
+    - "state": the same last action in another state, so that the answer changes;
+    - "action": another last action in the same state, so that the answer changes;
+    - "name": one name, at each of its occurrences, and therefore the answer;
+    - "noop": as "state", with steps in between that do not change the answer.
 
-    Roles, where a game has them: "state" (the last told value of what is asked about), "action" (what the last step
-    does), "match" (where the right answer stands in the transcript), "distractor" (where the other side's answer can
-    be read in the same way), "subject" (whom the question is about), "origin" (in noop pairs of the DFA: where the
-    state was told before the steps that change nothing), "last" (the end of the prompt).
+    The roles, as far as a game has them: "state" (the last mentioned value of the queried variable), "action" (the
+    effect of the last step), "match" (the right answer in the transcript), "distractor" (the same place for the other
+    side's answer), "subject" (what the question is about), "origin" (in noop pairs of the DFA: the mention of the state
+    before the steps that change nothing), "last" (the end of the prompt).
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Pair:
 
     @property
     def sides(self) -> tuple[Episode, Episode]:
-        """Clean, corrupted."""
+        """The two episodes: clean, corrupted."""
         return self.clean, self.corrupted
 
     @property
@@ -69,22 +69,22 @@ class Pair:
 
     @property
     def answers(self) -> tuple[str, str]:
-        """The right answer of each side, as it continues the prompt."""
+        """The right answer of each side, as a continuation of the prompt."""
         clean, corrupted = self.questions
         return clean.choices[clean.truth], corrupted.choices[corrupted.truth]
 
     def swapped(self) -> Pair:
-        """Return the same pair with its sides exchanged."""
+        """Return the pair with its two sides exchanged."""
         roles = {name: Role(role.corrupted, role.clean) for name, role in self.roles.items()}
         return Pair(self.kind, self.design, self.corrupted, self.clean, roles)
 
 
 def segments(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, ...]:
-    """Return the pieces whose concatenation is `episode.prompt(step, question)`, cut where an agent cuts them.
+    """Return the segments whose concatenation is `episode.prompt(step, question)`; agents tokenize each one separately.
 
-    They are the opening; for each earlier step its narration, where feedback is inline stem, answer and closing of each
-    question, and its outcome where it has one; then narration and earlier questions of the step itself, and at last
-    the stem. Some are empty.
+    The segments are the opening; for each earlier step its narration, with inline feedback the stem, answer and closing
+    of each question, and its outcome if it has one; then the narration and earlier questions of the step itself, and
+    finally the stem. Some segments are empty.
     """
     step = range(len(episode.steps))[step]
     inline = episode.game.feedback == "inline"
@@ -100,7 +100,7 @@ def segments(episode: Episode, step: int = -1, question: int = 0) -> tuple[str, 
 
 
 def piece_of(episode: Episode, step: int, part: Part) -> int:
-    """Return the number of the piece that tells `part` (of question 0) of `step` in the prompt of the last step."""
+    """Return the index of the segment with `part` (of question 0) of `step` in the prompt of the last step."""
     inline = episode.game.feedback == "inline"
     earlier = episode.steps[: range(len(episode.steps))[step]]
     before = sum(1 + 3 * len(s.questions) * inline + bool(s.outcome) for s in earlier)
@@ -108,34 +108,34 @@ def piece_of(episode: Episode, step: int, part: Part) -> int:
 
 
 def find_span(episode: Episode, piece: int, word: str) -> Span:
-    """Return the last place of `word` in that piece of the prompt of the last step; `GameError` where it is not."""
+    """Return the last occurrence of `word` in a segment of the last step's prompt; raises `GameError` if absent."""
     text = segments(episode)[piece]
     found = [*re.finditer(rf"(?<!\w){re.escape(word.strip())}(?!\w)", text)]
     if not found:
-        raise GameError(f"word={word!r} is not in piece {piece} of the prompt: expected a word of {text!r}")
+        raise GameError(f"word={word!r} is not in segment {piece} of the prompt: expected a word of {text!r}")
     return Span(piece, found[-1].start(), found[-1].end())
 
 
 def answered(episode: Episode, step: int) -> Span:
-    """Return where the answer to question 0 of `step` is told (inline feedback only)."""
+    """Return the span of the answer to question 0 of `step` (inline feedback only)."""
     return find_span(episode, piece_of(episode, step, "answer"), episode.steps[step].questions[0].answer)
 
 
 def last(episode: Episode) -> Span:
-    """Return the last character of the prompt of the last step."""
-    said = segments(episode)
-    piece = max(i for i, text in enumerate(said) if text)
-    return Span(piece, len(said[piece]) - 1, len(said[piece]))
+    """Return the span of the last character of the last step's prompt."""
+    texts = segments(episode)
+    piece = max(i for i, text in enumerate(texts) if text)
+    return Span(piece, len(texts[piece]) - 1, len(texts[piece]))
 
 
 def differences(pair: Pair) -> list[Role]:
-    """Return where the words of the two prompts differ; `GameError` where they are not the same sentences."""
+    """Return the spans of words that differ between the two prompts; raises `GameError` if sentences differ."""
     clean, corrupted = (segments(side) for side in pair.sides)
     out = []
     for i, texts in enumerate(zip(clean, corrupted, strict=False)):
         ours, theirs = (re.findall(r"\w+|\W", text) for text in texts)
         if len(ours) != len(theirs):
-            raise GameError(f"piece {i} of the prompts is not the same sentence: found {texts[0]!r} and {texts[1]!r}")
+            raise GameError(f"segment {i} of the prompts is not the same sentence: found {texts[0]!r} and {texts[1]!r}")
         at = [0, 0]
         for words in zip(ours, theirs, strict=True):
             spans = [Span(i, a, a + len(word)) for a, word in zip(at, words, strict=True)]
@@ -143,15 +143,15 @@ def differences(pair: Pair) -> list[Role]:
             if words[0] != words[1]:
                 out.append(Role(*spans))
     if len(clean) != len(corrupted):
-        raise GameError(f"the prompts have {len(clean)} and {len(corrupted)} pieces: expected as many")
+        raise GameError(f"the prompts have {len(clean)} and {len(corrupted)} segments: expected equal numbers")
     return out
 
 
 def problems(pair: Pair) -> tuple[str, ...]:
-    """Return what makes a pair unfit to measure with, in words; nothing where it is sound.
+    """Return descriptions of what makes a pair unusable for measurements; empty if the pair is sound.
 
-    A sound pair has sides with different answers, each a choice on the other side, each settled by the transcript, and
-    as many steps.
+    In a sound pair the sides have the same number of steps and different answers; each answer is determined by its
+    transcript, and is a choice on the other side.
     """
     found = []
     clean, corrupted = pair.answers
@@ -162,14 +162,14 @@ def problems(pair: Pair) -> tuple[str, ...]:
     names = ("clean", "corrupted")
     for name, side, question, other in zip(names, pair.sides, pair.questions, pair.answers[::-1], strict=True):
         if other not in question.choices:
-            found.append(f"{other.strip()} is no choice on the {name} side")
+            found.append(f"{other.strip()} is not a choice on the {name} side")
         if expected_accuracy(side.beliefs("ideal")[-1][0], question.accepted) < 1 or len(question.accepted) > 1:
-            found.append(f"the {name} transcript does not settle the answer")
+            found.append(f"the {name} transcript does not determine the answer")
     return tuple(found)
 
 
 def shortcuts(pair: Pair) -> dict[str, float]:
-    """Return what each of the game's shortcuts scores on the pair, the mean over its sides."""
+    """Return the accuracy of each of the game's shortcuts on the pair, averaged over its sides."""
     return {
         name: sum(
             expected_accuracy(side.beliefs(name)[-1][0], question.accepted)
@@ -181,25 +181,26 @@ def shortcuts(pair: Pair) -> dict[str, float]:
 
 
 def draw_balanced(draw: Callable[[], Pair | None], hopeless: tuple[str, ...] = ()) -> Pair:
-    """Draw until there is a sound pair on which no shortcut but the `hopeless` ones beats one half."""
+    """Draw until there is a sound pair on which no shortcut, except the `hopeless` ones, scores more than one half."""
     for _ in range(_TRIES):
         pair = draw()
         if pair is None or problems(pair):
             continue
         if all(value <= 0.5 for name, value in shortcuts(pair).items() if name not in hopeless):
             return pair
-    raise GameError(f"no pair that a shortcut does not solve was found in {_TRIES:,} draws: expected more steps")
+    raise GameError(f"all pairs found in {_TRIES:,} draws can be solved by a shortcut: expected more steps")
 
 
 def roles(clean: Mapping[str, Span], corrupted: Mapping[str, Span]) -> dict[str, Role]:
-    """Put the places of two sides together, where both sides have them."""
+    """Combine the spans of two sides into roles; roles that only one side has are left out."""
     return {name: Role(span, corrupted[name]) for name, span in clean.items() if name in corrupted}
 
 
 def build_episode(game: Rules, start: State, actions: Sequence[Action], variable: str = "", seed: int = 0) -> Episode:
     """Return the episode of these actions.
 
-    Where `variable` is given, the last step asks about it, and the steps before ask nothing; else each asks everything.
+    If `variable` is given, only the last step has a question, about this variable; otherwise each step has all
+    questions.
     """
     steps: list[Step] = []
     state = start

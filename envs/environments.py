@@ -1,4 +1,4 @@
-"""Gymnasium environments over games: one class for predicting every game's states, one for playing every game."""
+"""Gymnasium environments for all games: `PredictionEnv` for predicting states, `PlayEnv` for playing."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MAX_ANSWER = 256  # characters
 
 
 def set_up(game: str | Game, steps: int | None, render_mode: str | None, settings: dict[str, Any]) -> tuple[Game, int]:
-    """Return the game and the length of its episodes; `GameError` names any argument that is not possible.
+    """Return the game and the length of its episodes; raises `GameError` if an argument is not possible.
 
-    If `steps` is None, an episode has 10 steps, or as many as the game has if those are fewer.
+    If `steps` is None, an episode has 10 steps, or the game's maximum if that is smaller.
     """
     if isinstance(game, Game):
-        require(not settings, "settings", settings, f"none, since the game {game.name} is made already")
+        require(not settings, "settings", settings, f"none, since {game.name} was passed as a game object")
         made = game
     else:
         made = make_game(game, **settings)
@@ -47,15 +47,15 @@ def set_up(game: str | Game, steps: int | None, render_mode: str | None, setting
 
 
 def text_space(steps: int) -> gym.spaces.Text:
-    """Return the space of transcripts of `steps` steps; its bound is generous, since Gymnasium asks for one.
+    """Return the space of transcripts of `steps` steps; Gymnasium requires a maximum length, which is set generously.
 
-    Gymnasium's asynchronous vectors fill texts up to that bound, unless made with `shared_memory=False`.
+    Asynchronous vector environments pad texts to this length unless they are created with `shared_memory=False`.
     """
     return gym.spaces.Text(16_384 + 1_024 * steps, min_length=0, charset=PRINTABLE | {"\n"})
 
 
 def answer_space(game: Game, answer: str) -> gym.Space[Any]:
-    """Return the space of answers: words, or the index of a choice."""
+    """Return the space of answers: text, or the index of a choice."""
     require(answer in ANSWERS, "answer", answer, f"one of {', '.join(ANSWERS)}")
     if answer == "choice":
         return gym.spaces.Discrete(game.max_choices)
@@ -63,7 +63,7 @@ def answer_space(game: Game, answer: str) -> gym.Space[Any]:
 
 
 def ceilings(episode: Episode) -> list[float]:
-    """Return what the ideal reader is expected to score on the first question of each step."""
+    """Return the ideal reader's expected accuracy on the first question of each step."""
     beliefs = episode.beliefs("ideal")
     return [
         expected_accuracy(row[0], step.questions[0].accepted) for row, step in zip(beliefs, episode.steps, strict=True)
@@ -71,27 +71,28 @@ def ceilings(episode: Episode) -> list[float]:
 
 
 class PredictionEnv(gym.Env[str, Any]):
-    """Predict the next state of a game that plays itself.
+    """Predict the next state of a game whose actions are drawn by its own policy.
 
-    The whole episode is drawn at reset, by `unroll(game, seed, steps)`; answers do not change it.
+    The whole episode is drawn at reset, by `unroll(game, seed, steps)`; answers do not affect it.
 
-    Observation: the transcript up to a question's blank (`Episode.prompt`); after the last question the transcript.
-    Action: the answer, as text (surrounding white space does not count) or, with `answer="choice"`, as an index into
-    `info["choices"]`. An answer that is none of the choices scores 0 and is marked `info["illegal"]`.
-    Reward: 1 where the answer is accepted, else 0.
+    Observation: the transcript up to the answer of a question (`Episode.prompt`); after the last question, the complete
+    transcript.
+    Action: the answer, as text (surrounding white space is ignored) or, with `answer="choice"`, as an index into
+    `info["choices"]`. An answer that is none of the choices scores 0 and sets `info["illegal"]`.
+    Reward: 1 if the answer is accepted, else 0.
     End: terminated after `steps` questions.
-    Info: `step` and `choices` of the question shown; after a step also, of the question just answered, `answer` (the
-    truth), `accepted` (indices of all right choices), `state` (the value of each variable), `ceiling` (what the ideal
-    reader is expected to score), `determined` (that is 1), `chance`, `correct` and `illegal`.
+    Info: `step` and `choices` of the question shown. After a step also, for the question just answered: `answer` (the
+    truth), `accepted` (indices of all right choices), `state` (the value of each variable), `ceiling` (the ideal
+    reader's expected accuracy), `determined` (whether `ceiling` is 1), `chance`, `correct` and `illegal`.
 
-    A reset without a seed draws one from `np_random`, so that `episode.seed` always names the episode.
+    A reset without a seed draws one from `np_random`, so that `episode.seed` always identifies the episode.
 
     Args:
-        game: its name, as `nextstate.envs.make_game` takes it; or a game, made already.
-        steps: questions in an episode; by default 10, or as many as the game has.
+        game: the name of a game, see `nextstate.envs.make_game`; or a game object.
+        steps: questions in an episode; by default 10, or the game's maximum if that is smaller.
         answer: "text" or "choice".
         render_mode: None or "ansi", which renders the observation.
-        settings: the game's own.
+        settings: keyword arguments of the game.
     """
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
@@ -112,23 +113,23 @@ class PredictionEnv(gym.Env[str, Any]):
         self._shown = ""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Draw a new episode and show its first question; options are not used."""
+        """Draw a new episode and return its first question; `options` is ignored."""
         super().reset(seed=seed)
         if seed is None:
             self.episode = unroll(self.game, int(self.np_random.integers(2**31)), self.steps)
         else:
             self.episode = unroll(self.game, seed, self.steps, rng=self.np_random)
-        self._told, self._ceilings = self.episode.texts, ceilings(self.episode)
+        self._texts, self._ceilings = self.episode.texts, ceilings(self.episode)
         self._head, self._at = self.episode.opening, 0
         info: dict[str, Any] = {}
         self._show(info)
         return self._shown, info
 
     def step(self, action: Any) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Answer the question shown, and show the next one; raises `ResetNeeded` where none is open."""
+        """Answer the current question and return the next one; raises `ResetNeeded` if there is no current question."""
         at = self._at if self.episode is not None else self.steps
         if self.episode is None or at == self.steps:
-            raise ResetNeeded(f"no question is open (step {at} of {self.steps}): call reset()")
+            raise ResetNeeded(f"there is no question to answer (step {at} of {self.steps}): call reset()")
         now = self.episode.steps[at]
         question = now.questions[0]
         index = self._index(action, question)
@@ -144,17 +145,17 @@ class PredictionEnv(gym.Env[str, Any]):
             "correct": correct,
             "illegal": index < 0,
         }
-        self._head += self._told[at]
+        self._head += self._texts[at]
         self._at = at + 1
         self._show(info)
         return self._shown, float(correct), self._at == self.steps, False, info
 
     def render(self) -> str | None:
-        """Return the text now shown where `render_mode="ansi"`, else None."""
+        """Return the current observation if `render_mode="ansi"`, else None."""
         return self._shown if self.render_mode == "ansi" else None
 
     def _index(self, action: Any, question: Question) -> int:
-        """Return which choice `action` means, -1 where it means none."""
+        """Return the index of the choice that `action` gives, -1 if it is none of them."""
         if self.answer == "text":
             return positions(question.choices).get(action.strip(), -1) if isinstance(action, str) else -1
         return int(action) if self.action_space.contains(action) and action < len(question.choices) else -1
@@ -171,27 +172,27 @@ class PredictionEnv(gym.Env[str, Any]):
 
 
 class PlayEnv(gym.Env[str, str]):
-    """Play a game in words, towards an aim that is told at the start.
+    """Play a game by text commands, towards an aim that is stated at the start.
 
-    Observation: at reset the aim, an empty line, and the game's opening; after a command the words it adds to the
-    transcript, with each question and its answer where feedback is inline (" Nothing happens." where it is illegal).
-    Action: one of `info["admissible_commands"]`; case and extra white space do not count. Anything else leaves the
-    state as it is, is marked `info["illegal"]`, and counts as a step.
-    Aim: the game's own objective, where it has one. Else a goal is drawn: a walk of `steps` steps by the game's own
-    policy is drawn and hidden; the goal is a random one of the values that differ from the start's at its end, or,
-    where none does, at the last of its states where one does. (Where nothing differs on the whole walk it is the
-    present value of a random variable, reached by the first command.)
-    Reward: with the game's own objective the points that the command brings; else 1 where the goal is reached, else 0.
+    Observation: at reset the aim, an empty line, and the game's opening; after a command the text it adds to the
+    transcript, with all questions and answers if feedback is inline (" Nothing happens." after an illegal command).
+    Action: one of `info["admissible_commands"]`; case and extra white space are ignored. Any other text leaves the
+    state unchanged, sets `info["illegal"]`, and counts as a step.
+    Aim: the game's own objective, if it has one. Otherwise a goal is drawn: a hidden walk of `steps` steps follows the
+    game's policy, and the goal is a random variable and value among those that differ from the start at the end of the
+    walk, or, if none does, at the last of its states where one differs. (If nothing differs on the whole walk, the goal
+    is the initial value of a random variable, which the first command reaches.)
+    Reward: with the game's own objective, the points gained by the command; otherwise 1 if the goal is reached, else 0.
     End: terminated when the aim is reached or no command is left; truncated after `steps` commands.
-    Info: `admissible_commands`, `state` (the value of each variable), `goal` ((variable, value); ("", objective) where
-    it is the game's own), `illegal`, `score` (the sum of all rewards so far), `max_score` (the most there is; 1 where
-    a goal is drawn), `won` (the aim is reached).
+    Info: `admissible_commands`, `state` (the value of each variable), `goal` ((variable, value), or ("", objective) for
+    the game's own objective), `illegal`, `score` (the sum of all rewards so far), `max_score` (the maximum score; 1 for
+    drawn goals), `won` (whether the aim is reached).
 
     Args:
-        game: its name, as `nextstate.envs.make_game` takes it; or a game, made already.
-        steps: commands in an episode; by default 10, or as many as the game has.
+        game: the name of a game, see `nextstate.envs.make_game`; or a game object.
+        steps: commands in an episode; by default 10, or the game's maximum if that is smaller.
         render_mode: None or "ansi", which renders the observation.
-        settings: the game's own.
+        settings: keyword arguments of the game.
     """
 
     metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 1}
@@ -209,48 +210,48 @@ class PlayEnv(gym.Env[str, str]):
 
     @property
     def episode(self) -> Episode:
-        """What has been told so far: an opening with the aim, and a step for each command, with no question to come.
+        """The episode so far: an opening with the aim, and one step for each command.
 
-        `seed` is that of the last reset, or -1 where it was given none.
+        `seed` is the seed of the last reset, or -1 if it was given none.
         """
         if self.aim is None:
-            raise ResetNeeded("no episode has begun: call reset()")
-        return Episode(self.game, self._seed, self.aim.start, self._opening, tuple(self._told))
+            raise ResetNeeded("no episode has started: call reset()")
+        return Episode(self.game, self._seed, self.aim.start, self._opening, tuple(self._steps))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Draw a start, and a goal where the game has no objective, and tell both; options are not used."""
+        """Draw an initial state, and a goal if the game has no objective; return their text. Ignores `options`."""
         super().reset(seed=seed)
         self.state = self.game.initial(self.np_random)
         self.aim = Aim.draw(self.game, self.state, self.steps, self.np_random)
         self._seed = -1 if seed is None else seed
-        self._told: list[Step] = []
+        self._steps: list[Step] = []
         self._open, self._score = True, 0.0
         self._shown = self._opening = f"{self.aim.words}\n\n{self.game.opening(self.state)}"
         return self._shown, self._info(self.aim, illegal=False, won=False)
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Take a command; raises `ResetNeeded` where no episode is open."""
+        """Execute a command; raises `ResetNeeded` if no episode is in progress."""
         if not self._open or self.aim is None:
-            raise ResetNeeded("no episode is open: call reset()")
+            raise ResetNeeded("no episode is in progress: call reset()")
         chosen = self._commands.get(_plain(action)) if isinstance(action, str) else None
         reward, won = 0.0, False
         if chosen is None:
-            self._told.append(refuse(self.state, " ".join(str(action)[:MAX_ANSWER].split())))
+            self._steps.append(refuse(self.state, " ".join(str(action)[:MAX_ANSWER].split())))
             self._shown = NOTHING
         else:
             now = take(self.game, self.state, chosen)
             reward, won = self.aim.reward(self.state, now.next_state), self.aim.reached(now.next_state)
-            self._told.append(now)
+            self._steps.append(now)
             self.state, self._shown = now.next_state, words(now)
         self._score += reward
         info = self._info(self.aim, illegal=chosen is None, won=won)
         terminated = won or not info["admissible_commands"]
-        truncated = not terminated and len(self._told) >= self.steps
+        truncated = not terminated and len(self._steps) >= self.steps
         self._open = not (terminated or truncated)
         return self._shown, reward, terminated, truncated, info
 
     def render(self) -> str | None:
-        """Return the text last shown where `render_mode="ansi"`, else None."""
+        """Return the last observation if `render_mode="ansi"`, else None."""
         return self._shown if self.render_mode == "ansi" else None
 
     def _info(self, aim: Aim, illegal: bool, won: bool) -> dict[str, Any]:

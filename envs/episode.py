@@ -1,4 +1,4 @@
-"""Episodes: a game played from a start, and the texts that a player or a reader sees of it."""
+"""Episodes: the steps of a game from an initial state, and the texts that players and readers see."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nextstate.envs.rules import Distribution, Rules, State, Step, require_whole
 
 @dataclass(frozen=True)
 class Episode:
-    """An opening and its steps: the typed record between whatever plays and whatever measures."""
+    """An opening and a sequence of steps. Environments produce episodes; agents and analyses read them."""
 
     game: Rules
     seed: int
@@ -25,23 +25,23 @@ class Episode:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The words each step adds to the transcript for good: narration, inline questions with answers, outcome."""
+        """The text that each step adds to the transcript: narration, inline questions with answers, outcome."""
         if self.game.feedback == "branch":
             return tuple([s.narration + s.outcome for s in self.steps])
-        told = []
+        texts = []
         for _, _, _, words, asked, outcome in self.steps:
             for _, stem, choices, truth, _, closing in asked:
                 words = f"{words}{stem}{choices[truth]}{closing}"
-            told.append(words + outcome)
-        return tuple(told)
+            texts.append(words + outcome)
+        return tuple(texts)
 
     @property
     def transcripts(self) -> tuple[str, ...]:
-        """The transcript before each step, and at last the whole one; T + 1 strings."""
+        """The transcript before each step, followed by the complete transcript; T + 1 strings."""
         return tuple(accumulate(self.texts, initial=self.opening))
 
     def prompt(self, step: int, question: int = 0) -> str:
-        """Return the text that ends where the answer to that question belongs (both counted from 0)."""
+        """Return the text up to the answer of a question; `step` and `question` are counted from 0."""
         now = self.steps[step]
         asked = now.questions[: question + 1]
         head = self.opening + "".join(self.texts[:step]) + now.narration
@@ -50,9 +50,9 @@ class Episode:
         return head + asked[-1].stem
 
     def beliefs(self, name: str) -> list[list[Distribution]]:
-        """Return what `name` ("ideal", "chance" or a shortcut) believes, for each step and question.
+        """Return the distributions of `name` ("ideal", "chance" or a shortcut), indexed by step and question.
 
-        Each reader reads the episode once; later calls return the same lists.
+        The results are cached for each name.
         """
         if name not in self._beliefs:
             self._beliefs[name] = self._read(name)
@@ -79,21 +79,21 @@ class Episode:
 
 
 def check_steps(game: Rules, steps: int) -> None:
-    """Raise `GameError` where an episode of `steps` steps cannot be."""
+    """Raise `GameError` if episodes of `steps` steps are not possible."""
     require_whole("steps", steps, 1, game.max_steps or 1_000_000)
 
 
 def unroll(
     game: Rules, seed: int, steps: int, ask: int | Literal["all"] = 1, rng: np.random.Generator | None = None
 ) -> Episode:
-    """Play one whole episode by the game's own policy.
+    """Play one episode by the game's policy.
 
     Args:
-        game: what is played.
-        seed: decides everything, on every machine; kept as the episode's name.
+        game: the game to play.
+        seed: determines the episode on every computer; stored in the episode.
         steps: number of transitions.
-        ask: questions after each step, drawn evenly without replacement from `game.questions`, or "all" of them.
-        rng: where to draw from; by default a fresh generator of `seed`, the one `gym.Env.reset(seed=seed)` makes.
+        ask: number of questions after each step, drawn without replacement from `game.questions`, or "all".
+        rng: the generator to draw from; by default the one that `gym.Env.reset(seed=seed)` creates.
     """
     check_steps(game, steps)
     if rng is None:

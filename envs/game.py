@@ -1,4 +1,4 @@
-"""What a game is made of. An author of a game needs no other module than this one."""
+"""The base class of games. Authors of new games need only this module."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ __all__ = [
 
 
 class Sample(NamedTuple):
-    """What one training episode is made of: a game, the number of steps, and of questions after each step."""
+    """A training episode to draw: the game, the number of steps, and the number of questions after each step."""
 
     game: Game
     steps: int
@@ -68,48 +68,48 @@ class Game(Rules):
     """A deterministic finite-state system with a text that describes it.
 
     A game is a frozen dataclass derived from this class. Its dataclass fields are the settings of the game; the "Args"
-    of its docstring say what they mean, which `nextstate list games` shows. A state holds everything: what the episode
-    drew once (such as an automaton) and what changes.
+    section of its docstring explains them and is shown by `nextstate list games`. A state contains both what is drawn
+    once per episode (such as an automaton) and what changes.
 
-    A new game must give:
-        name: letters, digits and underscores, starting with a letter; file names are made of it.
-        size: the setting that says how large the state space is.
+    A new game must define:
+        name: letters, digits and underscores, starting with a letter; used in file names.
+        size: the name of the setting that controls the size of the state space.
         max_choices: the largest number of choices of any question.
-        initial, actions, transition: the dynamics. States and actions are hashable, and can be pickled.
+        initial, actions, transition: the dynamics. States and actions must be hashable and picklable.
         values: the value of each variable that can change.
         opening, narrate, questions: the text.
 
     Everything else has a default:
-        sizes: the values of `size` that are tested and trained on; 2 to 8.
-        style, feedback, styles, feedbacks: one style, and questions that leave no trace in the text.
-        max_steps: no end.
+        sizes: the values of `size` used in tests and training; 2 to 8.
+        style, feedback, styles, feedbacks: one style, and questions that do not appear in the transcript.
+        max_steps: no limit.
         policy: each legal action is equally likely.
         outcome: no text after the questions.
-        command: what a player types is the narration.
-        reader, shortcuts: a reader who knows every state, and no shortcuts. Right only where the opening and the
-            narrations say everything; other games give a `Reader` of their own.
+        command: the text that a player types is the narration.
+        reader, shortcuts: a reader that knows the state, and no shortcuts. This is right only if the opening and the
+            narrations determine the state; other games must define their own `Reader`.
         contrasts, draw_pair: minimal pairs found by search (`nextstate.envs.pairs.search`).
         sample: training episodes.
-        size_of, objective, points, most_points, won, walkthrough: an unknown number of states, and no aim.
+        size_of, objective, points, most_points, won, walkthrough: an unknown number of states, and no objective.
 
-    `nextstate.envs.laws.check_game` checks that a game keeps its promises.
+    `nextstate.envs.laws.check_game` tests whether a game meets these requirements.
 
     Args:
         style: the wording of the text.
-        feedback: what happens to a question: "branch" (it leaves no trace in the text), or "inline" (it stays in the
-            text together with its answer).
+        feedback: "branch" (questions do not appear in the transcript) or "inline" (questions and their answers stay in
+            the transcript).
     """
 
     contrasts: ClassVar[Mapping[str, tuple[str, ...]]] = dict.fromkeys(pairs.KINDS, ("balanced",))
 
     @classmethod
     def sample(cls, rng: np.random.Generator, size: int, level: int) -> Sample:
-        """Draw a training episode's game and length. Overrides may take further keyword arguments, as options.
+        """Draw the game and length of a training episode. Overrides may add keyword arguments as options.
 
         Args:
             rng: the generator to draw from.
-            size: a size drawn uniformly from 2 to `level`; this default uses the nearest one in `sizes`.
-            level: the difficulty of the curriculum: the largest size that is drawn now.
+            size: a size drawn uniformly from 2 to `level`; this default uses the nearest value in `sizes`.
+            level: the current maximum size of the training curriculum.
         """
         settings: dict[str, Any] = {cls.size: min(max(size, cls.sizes[0]), cls.sizes[-1])}
         game = cls(**settings)
@@ -123,24 +123,25 @@ class Game(Rules):
         steps: int | None = None,
         distance: int | None = None,
     ) -> Pair:
-        """Draw a minimal pair: two episodes that differ in one thing (`nextstate.envs.contrast.Pair` says in which).
+        """Draw a minimal pair: two episodes that differ in one respect (see `nextstate.envs.contrast.Pair`).
 
         Args:
             rng: the generator to draw from.
-            kind: "state", "action", "name" or "noop"; `contrasts` lists those that the game has.
-            design: "balanced" (answers always differ and are determined, and where possible no shortcut is right on
-                both sides) or "paper" (the published ones, including their weaknesses).
-            steps: length of both episodes, the last and queried step included; by default what suits the game.
-            distance: for a noop pair, the number of steps in between that do not change the answer; by default 5, or
-                as many as fit.
+            kind: "state", "action", "name" or "noop"; `contrasts` lists those that the game supports.
+            design: "balanced" (answers differ and are determined by the transcript, and if possible no shortcut is
+                right on both sides) or "paper" (the published design, including its weaknesses).
+            steps: length of both episodes, including the last step, whose question is asked; the default depends on
+                the game.
+            distance: for noop pairs, the number of steps in between that do not change the answer; by default 5, or as
+                many as fit.
 
         Raises:
-            GameError: there are no such pairs; the message names the argument, its value and what is possible.
+            GameError: such a pair is not possible; the message names the argument, its value and what is possible.
         """
         if kind not in self.contrasts:
             possible = ", ".join(self.contrasts) or "nothing"
             raise GameError(
-                f"kind={kind!r} is not possible: {self.name} has no contrast of kind {kind}; has {possible}"
+                f"kind={kind!r} is not possible: {self.name} has no contrast of kind {kind}; expected {possible}"
             )
         require(design in self.contrasts[kind], "design", design, f"{' or '.join(self.contrasts[kind])} of kind {kind}")
         if kind == "noop":
@@ -151,5 +152,5 @@ class Game(Rules):
         return self.draw_pair(rng, kind, design, steps, distance or 0)
 
     def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
-        """Draw a pair of one of the game's `contrasts`; `contrast` has checked the arguments."""
+        """Draw a pair; called by `contrast` with validated arguments."""
         return pairs.search(self, rng, kind, steps)

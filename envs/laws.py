@@ -1,4 +1,4 @@
-"""What every game must keep to, checked by playing it: `check_game` is the test that an author gives a new game."""
+"""The laws that every game must satisfy. `check_game` tests them by playing; authors of games should call it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from nextstate.envs.games import game_class
 from nextstate.envs.rules import Rules
 
 TOLERANCE = 1e-9
-SIGMA = 4.0  # standard errors by which an average may be off
-EXCESS = 0.02  # by how much a shortcut may be better on average than a reader that leaves out small clues
-MOST_ACTIONS = 32  # looked at in one state
+SIGMA = 4.0  # tolerance of averages, in standard errors
+EXCESS = 0.02  # by how much a shortcut may beat a reader that ignores small clues, on average
+MOST_ACTIONS = 32  # tested in one state
 UNITS = (0.0, 0.123, 0.5, 0.987, math.nextafter(1.0, 0.0))
 
 
 class LawError(AssertionError):
-    """A game breaks a law; the message names the law, the game's settings, the seed, and what was expected."""
+    """A game violates a law; the message names the law, the game's settings, the seed, and what was expected."""
 
 
 class Case(NamedTuple):
-    """What a law is checked on: a game, the seeds and length of its episodes, and how many states are visited."""
+    """The input of a law: a game, the seeds and length of its episodes, and the number of states to visit."""
 
     game: Game
     seeds: Sequence[int]
@@ -39,16 +39,16 @@ class Case(NamedTuple):
 
     @property
     def episodes(self) -> list[Episode]:
-        """The episodes, with every question asked."""
+        """The episodes, with all questions asked."""
         return [unroll(self.game, seed, self.steps, ask="all") for seed in self.seeds]
 
     @property
     def visited(self) -> list[State]:
-        """States of the episodes, and those that are reached breadth first from their starts."""
+        """The states of the episodes, and further ones that a breadth-first search from the first start reaches."""
         walked = [s for e in self.episodes for s in (e.start, *(step.next_state for step in e.steps))]
         seen = dict.fromkeys(walked)
         queue = [walked[0]]
-        for state in queue:  # grows as it is walked
+        for state in queue:  # the loop appends to the queue
             for action in self.actions(state) if len(queue) < self.states else ():
                 after = self.game.transition(state, action)
                 if after not in seen and len(queue) < self.states:
@@ -57,12 +57,12 @@ class Case(NamedTuple):
         return list(seen)
 
     def actions(self, state: State) -> Sequence[Action]:
-        """Return the legal actions of a state, or some of them, evenly spaced, where there are very many."""
+        """Return the legal actions of a state; if there are very many, an evenly spaced selection."""
         legal = self.game.actions(state)
         return legal[:: -(-len(legal) // MOST_ACTIONS) or 1]
 
 
-Law = Callable[[Case], Iterator[str]]  # yields what is wrong
+Law = Callable[[Case], Iterator[str]]  # yields descriptions of violations
 
 
 def check_game(
@@ -74,22 +74,22 @@ def check_game(
     states: int = 50,
     **settings: Any,
 ) -> None:
-    """Check that a game keeps all laws; nothing happens if it does.
+    """Check that a game satisfies all laws; returns None if it does.
 
-    A game given by name or class is made in every style and kind of feedback, and in several sizes. A game that is made
-    already is checked as it is.
+    A game given by name or class is tested in all styles and feedbacks, and in several sizes. A game object is tested
+    as it is.
 
     Args:
-        game: a name (see `nextstate.envs.make_game`), a class, or a game.
-        seeds: of the episodes to play. Laws about averages see more with more of them.
-        steps: length of the episodes; shorter if the game is.
+        game: a name (see `nextstate.envs.make_game`), a class, or a game object.
+        seeds: seeds of the episodes to play. Laws about averages are more sensitive with more seeds.
+        steps: length of the episodes; capped at the game's maximum.
         sizes: values of the size setting; by default the smallest, the middle and the largest of `Game.sizes`.
-        states: the number of states to visit from the first start, beside those of the episodes.
-        settings: other settings to make the game with.
+        states: the number of states to visit from the first start, in addition to those of the episodes.
+        settings: further settings of the game.
 
     Raises:
-        LawError: a law is broken. The message names the law, the settings, the seed, and what was expected.
-        GameError: there is no such game, or it does not have these settings.
+        LawError: a law is violated. The message names the law, the settings, the seed, and what was expected.
+        GameError: the game does not exist, or does not have these settings.
     """
     for made in _variants(game, sizes, settings):
         length = min(steps, made.max_steps or steps)
@@ -122,7 +122,7 @@ def _apply(law: Law, case: Case) -> None:
 
 
 def states_are_values(case: Case) -> Iterator[str]:
-    """States and actions are hashable; a pickled copy is equal to the original and has the same hash."""
+    """States and actions are hashable; a pickled copy equals the original and has the same hash."""
     for state in case.visited:
         for thing in (state, *case.actions(state)):
             copy = pickle.loads(pickle.dumps(thing))
@@ -131,7 +131,7 @@ def states_are_values(case: Case) -> Iterator[str]:
 
 
 def actions_are_legal(case: Case) -> Iterator[str]:
-    """Actions come in a fixed order and once each; the policy draws legal ones; only games that end have none."""
+    """Legal actions are distinct and in a fixed order; the policy draws legal ones; only games that end have none."""
     game = case.game
     for state in case.visited:
         legal = tuple(game.actions(state))
@@ -148,7 +148,7 @@ def actions_are_legal(case: Case) -> Iterator[str]:
 
 
 def transitions_are_pure(case: Case) -> Iterator[str]:
-    """A transition depends on state and action alone, and changes neither."""
+    """A transition depends only on state and action, and modifies neither."""
     game = case.game
     for state in case.visited:
         before = pickle.dumps(state)
@@ -157,11 +157,11 @@ def transitions_are_pure(case: Case) -> Iterator[str]:
             if game.transition(state, action) != after or game.transition(pickle.loads(before), action) != after:
                 yield f"expected action {action!r} to lead from {state!r} to one state, found several"
         if pickle.loads(before) != state:
-            yield f"expected a transition to leave its state as it is, found {state!r}"
+            yield f"expected a transition not to modify its state, found {state!r}"
 
 
 def commands_are_distinct(case: Case) -> Iterator[str]:
-    """Each legal action has a command of its own, on one line and with single spaces; case does not count."""
+    """Each legal action has a distinct command (ignoring case), on one line and with single spaces."""
     for state in case.visited:
         commands = [case.game.command(state, action) for action in case.game.actions(state)]
         if len({c.casefold() for c in commands}) < len(commands):
@@ -186,7 +186,7 @@ def variables_stay_the_same(case: Case) -> Iterator[str]:
 
 
 def questions_can_be_answered(case: Case) -> Iterator[str]:
-    """A step has questions; each has distinct choices, of which the true one is accepted."""
+    """Each step has questions; each question has distinct choices, and the true one is accepted."""
     for step in (step for episode in case.episodes for step in episode.steps):
         if not step.questions:
             yield f"expected a question after each step, found none after {step.action!r}"
@@ -204,7 +204,7 @@ def questions_can_be_answered(case: Case) -> Iterator[str]:
 
 
 def text_is_exact(case: Case) -> Iterator[str]:
-    """Prompts are made of their pieces, begin with the transcript so far, and are printable ASCII."""
+    """Prompts are concatenations of their segments, begin with the transcript so far, and are printable ASCII."""
     game = case.game
     for episode in case.episodes:
         transcripts = episode.transcripts
@@ -216,7 +216,7 @@ def text_is_exact(case: Case) -> Iterator[str]:
             for i, question in enumerate(step.questions):
                 prompt = episode.prompt(t, i)
                 if prompt != "".join(segments(episode, t, i)) or not prompt.endswith(question.stem):
-                    yield f"expected a prompt that is made of its pieces and ends with its stem, found {prompt!r}"
+                    yield f"expected a prompt that joins its segments and ends with its stem, found {prompt!r}"
                 if not prompt.startswith(transcripts[t] + step.narration):
                     yield f"expected a prompt that begins with the transcript and narration, found {prompt!r}"
                 answered = prompt + question.choices[question.truth]
@@ -225,7 +225,7 @@ def text_is_exact(case: Case) -> Iterator[str]:
 
 
 def seeds_decide(case: Case) -> Iterator[str]:
-    """The seed decides an episode, and a longer episode begins as a shorter one does."""
+    """The seed determines an episode, and a shorter episode is a prefix of a longer one."""
     game, seed, steps = case.game, case.seeds[0], case.steps
     episode, again = unroll(game, seed, steps), unroll(type(game)(**_arguments(game)), seed, steps)
     if episode != unroll(game, seed, steps) or episode.transcripts != again.transcripts:
@@ -239,7 +239,7 @@ def seeds_decide(case: Case) -> Iterator[str]:
 
 
 def steps_are_the_common_ones(case: Case) -> Iterator[str]:
-    """A game that overrides `step` takes the same steps as one that does not."""
+    """A game that overrides `step` returns the same steps as the default implementation."""
     game = case.game
     draws = np.random.default_rng(case.seeds[0]).random((case.steps, 2)).tolist()
     for ask in (1, 2, 10**6):
@@ -254,7 +254,7 @@ def steps_are_the_common_ones(case: Case) -> Iterator[str]:
 
 
 def beliefs_are_distributions(case: Case) -> Iterator[str]:
-    """What readers believe is a distribution over the choices; the ideal one gives what is right a chance."""
+    """Beliefs are distributions over the choices; the ideal reader's has a positive probability for right answers."""
     game = case.game
     for episode, name in product(case.episodes, ("ideal", "chance", *game.shortcuts)):
         for step, row in zip(episode.steps, episode.beliefs(name), strict=True):
@@ -269,7 +269,7 @@ def beliefs_are_distributions(case: Case) -> Iterator[str]:
 
 
 def the_ideal_reader_knows_only_the_text(case: Case) -> Iterator[str]:
-    """Where two prompts are the same text, the ideal reader believes the same."""
+    """For equal prompts the ideal reader has equal beliefs."""
     known: dict[tuple[str, tuple[str, ...]], Distribution] = {}
     for episode in case.episodes:
         for t, row in enumerate(episode.beliefs("ideal")):
@@ -281,33 +281,33 @@ def the_ideal_reader_knows_only_the_text(case: Case) -> Iterator[str]:
 
 
 def the_ideal_reader_scores_what_it_expects(case: Case) -> Iterator[str]:
-    """Where one answer is accepted, the one that the ideal reader names is right as often as its beliefs say."""
+    """On questions with one accepted answer, the ideal reader is right as often as its beliefs predict."""
     rng = np.random.default_rng(0)
-    off, variance, most = 0.0, 0.0, 0
+    error, variance, most = 0.0, 0.0, 0
     for episode in case.episodes:
         spread, unsure = 0.0, 0
         for step, row in zip(episode.steps, episode.beliefs("ideal"), strict=True):
             for question, belief in zip(step.questions, row, strict=True):
-                # Noise far below any real difference breaks ties.
+                # Ties are broken by noise far below any real difference.
                 named = int(np.argmax(np.array(belief) + TOLERANCE * rng.random(len(belief))))
                 if len(question.accepted) == 1:
                     p = min(1.0, max(belief))
-                    off += (named in question.accepted) - p
+                    error += (named in question.accepted) - p
                     spread += math.sqrt(p * (1 - p))
                     unsure += p < 1 - TOLERANCE
-        variance += spread**2  # as if all questions of an episode were right or wrong together, which is the most
+        variance += spread**2  # an upper bound: all questions of an episode right or wrong together
         most = max(most, unsure)
-    # Bernstein's inequality: beyond these bounds once in some 1,500 games that keep the law.
+    # Bernstein's inequality: about 1 in 1,500 games that satisfy the law exceeds these bounds.
     bound = SIGMA * math.sqrt(variance) + SIGMA**2 / 6 * most + 1e-6
-    if abs(off) > bound:
+    if abs(error) > bound:
         yield (
             f"expected the ideal reader to be right as often as it believes, within {bound:.3g} answers, "
-            f"found {off:+.3g} answers"
+            f"found {error:+.3g} answers"
         )
 
 
 def no_shortcut_beats_the_ideal_reader(case: Case) -> Iterator[str]:
-    """On average no shortcut scores more than the ideal reader, beyond chance and a small tolerance."""
+    """On average no shortcut scores more than the ideal reader, up to sampling error and a small tolerance."""
     rows = defaultdict[str, list[list[float]]](list)
     names = ("chance", *case.game.shortcuts)
     for episode in case.episodes:
@@ -328,10 +328,10 @@ def no_shortcut_beats_the_ideal_reader(case: Case) -> Iterator[str]:
 
 
 def environments_pass_the_checker(case: Case) -> Iterator[str]:
-    """Gymnasium's `check_env` finds nothing to warn of."""
-    from gymnasium.utils.env_checker import check_env  # which no environment needs
+    """Gymnasium's `check_env` gives no warnings."""
+    from gymnasium.utils.env_checker import check_env  # not needed to use environments
 
-    if case.game.max_steps == 1:  # which the checker does not allow
+    if case.game.max_steps == 1:  # `check_env` needs two steps
         return
     for env in (PredictionEnv(case.game), PredictionEnv(case.game, answer="choice"), PlayEnv(case.game)):
         with warnings.catch_warnings():
@@ -341,18 +341,18 @@ def environments_pass_the_checker(case: Case) -> Iterator[str]:
 
 
 def pairs_are_sound(case: Case) -> Iterator[str]:
-    """Minimal pairs are two episodes of the game with determined answers that differ; the seed decides them."""
+    """Minimal pairs are two episodes of the game with determined, different answers; the seed determines them."""
     game = case.game
     for kind in (kind for kind, designs in game.contrasts.items() if "balanced" in designs):
         for seed in case.seeds[:3]:
             try:
                 pair, again = (game.contrast(np.random.default_rng(seed), kind) for _ in range(2))
-            except GameError:  # such a game may be too small for it
+            except GameError:  # the game may be too small for this kind
                 break
             if pair != again:
                 yield f"expected the same {kind} pair from the same seed {seed}, found another"
             for problem in problems(pair):
-                yield f"expected a {kind} pair to measure with, found that {problem} (seed {seed})"
+                yield f"expected a sound {kind} pair, found that {problem} (seed {seed})"
             for side, episode in enumerate(pair.sides):
                 yield from _side_problems(game, episode, f"{kind} pair of seed {seed}")
                 texts = segments(episode)
@@ -376,20 +376,20 @@ def _side_problems(game: Game, episode: Episode, where: str) -> Iterator[str]:
 
 
 def samples_can_be_played(case: Case) -> Iterator[str]:
-    """Training episodes can be drawn at each level, and played."""
+    """Training episodes can be drawn and played at each level."""
     cls = type(case.game)
     for size, seed in product((cls.sizes[0], cls.sizes[-1]), case.seeds[:3]):
         sample = cls.sample(np.random.default_rng(seed), size, max(2, size))
         if not isinstance(sample.game, cls):
             yield f"expected a {cls.name} from sample, found {sample.game!r}"
         elif not 1 <= sample.steps <= (sample.game.max_steps or sample.steps) or sample.questions < 1:
-            yield f"expected a length that can be played and a question at least, found {sample!r}"
+            yield f"expected a possible length and at least one question, found {sample!r}"
         else:
             unroll(sample.game, seed, sample.steps, ask=sample.questions)
 
 
 def _arguments(game: Game) -> dict[str, Any]:
-    """Return a game's settings, as they come back from JSON and YAML files."""
+    """Return the settings of a game, after a round trip through JSON."""
     import json
 
     settings: dict[str, Any] = json.loads(json.dumps(game.settings))

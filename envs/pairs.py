@@ -1,4 +1,4 @@
-"""Minimal pairs for any game, found by search: two episodes that differ in one earlier action, or in the last one."""
+"""Minimal pairs for any game, found by search: two episodes that differ in an earlier action or in the last one."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from nextstate.envs.episode import Episode
 from nextstate.envs.rules import Action, GameError, Rules, State, require, require_whole
 
 KINDS = ("state", "action")
-MOST_IN_OPENING = 2  # words of the opening that may differ; more would be another story
+MOST_IN_OPENING = 2  # maximum number of words of the opening that may differ
 
 
 def search(
     game: Rules, rng: np.random.Generator, kind: str, steps: int | None = None, hopeless: tuple[str, ...] = ()
 ) -> Pair:
-    """Draw episodes until two of them make a minimal pair.
+    """Draw episodes until two of them form a minimal pair.
 
     The answers of both sides differ and are determined by the text, and no shortcut is right on both sides. The texts
-    are the same sentences with other words.
+    have the same sentences up to a few words.
 
-    - "state": one earlier action differs, or (where the game offers no other action) the start; the last action is the
-      same.
-    - "action": the last action differs, and nothing else.
+    - "state": one earlier action differs, or (if the game offers no other action) the initial state; the last action is
+      the same.
+    - "action": only the last action differs.
 
     Args:
         game: the game to draw from.
         rng: the generator to draw from.
         kind: "state" or "action".
-        steps: length of both episodes; by default 6, or as many as the game has.
-        hopeless: shortcuts that are right on both sides of every pair of this game, and are therefore not looked at.
+        steps: length of both episodes; by default 6, or the game's maximum if that is smaller.
+        hopeless: shortcuts that are right on both sides of every pair of this game, which are therefore ignored.
 
     Raises:
         GameError: no pair was found.
@@ -56,7 +56,7 @@ def search(
 
 
 def _draw(game: Rules, rng: np.random.Generator, kind: str, steps: int) -> Pair | None:
-    """Draw a walk and a twin of it, and a question that has another answer in the twin; None where there is none."""
+    """Draw a walk, a variant of it, and a question whose answer differs between the two; None if there is none."""
     start = game.initial(rng)
     walk, states = list[Action](), [start]
     for u in rng.random(steps).tolist():
@@ -78,13 +78,13 @@ def _draw(game: Rules, rng: np.random.Generator, kind: str, steps: int) -> Pair 
         return None
     variable, seed = variables[int(rng.integers(len(variables)))], int(rng.integers(2**31))
     sides = [_episode(game, start, walk, variable, seed), _episode(game, twin_start, twin, variable, seed)]
-    if rng.random() < 0.5:  # so that neither side is more often the one that the game's own policy draws
+    if rng.random() < 0.5:  # either side may be the walk that the policy drew
         sides.reverse()
     return _pair(kind, *sides)
 
 
 def _last_questions(game: Rules, state: State, actions: Sequence[Action]) -> dict[str, str]:
-    """Return the answer of each question after the last action; nothing where an action is not legal."""
+    """Return the answer of each question after the last action; empty if an action is not legal."""
     before, action = state, actions[0]
     for action in actions:
         if action not in game.actions(state):
@@ -98,7 +98,7 @@ def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 
 def _episode(game: Rules, start: State, actions: Sequence[Action], variable: str, seed: int) -> Episode:
-    """Return the episode of these actions, whose last step asks about `variable` alone."""
+    """Return the episode of these actions; its last step asks only about `variable`."""
     if game.feedback == "branch":
         return build_episode(game, start, actions, variable, seed)
     full = build_episode(game, start, actions, seed=seed)
@@ -108,11 +108,11 @@ def _episode(game: Rules, start: State, actions: Sequence[Action], variable: str
 
 
 def _pair(kind: str, clean: Episode, corrupted: Episode) -> Pair | None:
-    """Return the pair with its roles; None where its texts differ in more than the kind allows, or not at all."""
+    """Return the pair with its roles; None if its texts are equal or differ in more than the kind allows."""
     pair = Pair(kind, "balanced", clean, corrupted, {})
     try:
         found = differences(pair)
-    except GameError:  # the texts are not the same sentences
+    except GameError:  # the texts do not have the same sentences
         return None
     narration = piece_of(clean, -1, "narration")
     earlier = [role for role in found if role.clean.piece < narration]
@@ -127,7 +127,7 @@ def _pair(kind: str, clean: Episode, corrupted: Episode) -> Pair | None:
 
 
 def _spans(pair: Pair, side: int) -> dict[str, Span]:
-    """Return where the roles are that both kinds of pairs have."""
+    """Return the spans of the roles that both kinds of pairs have."""
     episode, answers = pair.sides[side], pair.answers
     texts = segments(episode)
     narration = piece_of(episode, -1, "narration")

@@ -13,23 +13,23 @@ from nextstate.envs.files import file_digest
 
 
 class PluginError(ValueError):
-    """A name means no plugin, or more than one, or its plugin cannot be imported; the message is one line."""
+    """A plugin does not exist, is ambiguous, or cannot be imported; the message is one line."""
 
 
 def names(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name, sorted by name; nothing is imported.
+    """Return the entry points of a group, sorted by name, without importing them.
 
-    Where several installed packages use one name, the first of them is listed; `load` raises for such a name.
+    If several installed packages use the same name, one of them is listed; `load` raises for such a name.
     """
     found = sorted(entry_points(group=group), key=lambda entry: (entry.name, _origin(entry)), reverse=True)
     return {entry.name: entry for entry in reversed({e.name: e for e in found}.values())}
 
 
 def check_unique(group: str, name: str, built_in: Collection[str] = ()) -> None:
-    """Check that at most one thing has this name: a built-in or the entry point of one installed package.
+    """Check that a name is used only once among the built-in names and the entry points of installed packages.
 
     Raises:
-        PluginError: several have it; the message names them.
+        PluginError: the name is used several times; the message lists where.
     """
     rivals = ["nextstate itself"] if name in built_in else []
     rivals += sorted(_origin(entry) for entry in entry_points(group=group, name=name))
@@ -40,19 +40,19 @@ def check_unique(group: str, name: str, built_in: Collection[str] = ()) -> None:
 
 
 def load(group: str, name: str, built_in: Collection[str] = ()) -> object:
-    """Import and return what a name means: an entry point, or for `pkg.module:Name` an attribute of a module.
+    """Import and return an entry point by its name, or a module attribute by `pkg.module:Name`.
 
     Args:
         group: entry-point group, such as `nextstate.agents`.
-        name: a name of the group, or `pkg.module:Name`.
-        built_in: names that do not come from plugins; they are suggested for a misspelt name, and may not be reused.
+        name: a name in the group, or `pkg.module:Name`.
+        built_in: names that are not plugins; suggested for misspelt names, and not available to plugins.
 
     Raises:
-        PluginError: there is no such name, several packages use it, or its module or attribute cannot be imported.
+        PluginError: the name does not exist, several packages use it, or its module or attribute cannot be imported.
     """
     if ":" in name:
         if not EntryPoint.pattern.fullmatch(name) or not all(name.split(":")):
-            raise PluginError(f"{name!r} is no {_noun(group)}: expected a known name or pkg.module:Name")
+            raise PluginError(f"{name!r} is not the name of a {_noun(group)}: expected a known name or pkg.module:Name")
         return _import(EntryPoint(name, name, group))
     check_unique(group, name, built_in)
     known = names(group)
@@ -77,7 +77,7 @@ def source_digest(found: Callable[..., Any]) -> str | None:
 
 
 def unknown(group: str, name: str, known: Collection[str]) -> str:
-    """Return the message for a name that nothing has, with the nearest known name or all of them."""
+    """Return the error message for an unknown name, with the nearest known name or all known names."""
     close = get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(sorted(known))}, or pkg.module:Name"
     return f"there is no {_noun(group)} {name!r}; {hint}"
@@ -88,14 +88,14 @@ def _import(entry: EntryPoint) -> object:
     failed = f"the {_noun(entry.group)} {given} cannot be imported"
     try:
         return entry.load()
-    except (Exception, SystemExit) as error:  # code of others may raise anything
+    except (Exception, SystemExit) as error:  # plugin code may raise anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
         hint = "; install its package, or add its folder to PYTHONPATH" if _not_found(entry, error) else ""
         raise PluginError(f"{failed}: {why}{hint}") from error
 
 
 def _not_found(entry: EntryPoint, error: BaseException) -> bool:
-    """Tell whether the plugin's own module or a package around it is missing, rather than something it imports."""
+    """Return whether the plugin's own module or a parent package is missing, rather than something it imports."""
     return isinstance(error, ModuleNotFoundError) and f"{entry.module}.".startswith(f"{error.name}.")
 
 

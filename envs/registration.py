@@ -1,4 +1,4 @@
-"""Gymnasium ids for every game."""
+"""Registration of all games as Gymnasium environments."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from nextstate.envs.games import game_names
 
 
 def register_environments() -> None:
-    """Register `nextstate/{game}-v0` (prediction) and `nextstate/{game}Play-v0` for every game, unless they are.
+    """Register `nextstate/{game}-v0` (prediction) and `nextstate/{game}Play-v0` for every game not yet registered.
 
-    Games of other packages are imported when an environment of theirs is made.
+    Games of other packages are imported when one of their environments is created.
     """
     for name in game_names():
         predict, play = f"nextstate/{name}-v0", f"nextstate/{name}Play-v0"

@@ -1,4 +1,4 @@
-"""The rules of a game: states, actions and transitions, the text that describes them, and what its reader can know."""
+"""The rules of a game: states, actions, transitions, the text that describes them, and the reader of that text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Distribution = tuple[float, ...]
 
 
 class GameError(ValueError):
-    """A game was asked for something that it cannot be; the message names argument, value and legal range."""
+    """A setting or argument is not possible; the message names the argument, its value and the legal range."""
 
 
 def require(legal: bool, name: str, value: object, expected: str) -> None:
@@ -32,24 +32,24 @@ def require(legal: bool, name: str, value: object, expected: str) -> None:
 
 
 def require_whole(name: str, value: object, low: int, high: int) -> None:
-    """Raise `GameError` unless `value` is an int (no bool, no float) within `low` and `high`, both included."""
+    """Raise `GameError` unless `value` is an int (not a bool or float) with low <= value <= high."""
     ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
     require(ok, name, value, f"a whole number from {low} to {high}")
 
 
 def split_uniform(u: float, n: int) -> tuple[int, float]:
-    """Cut a uniform draw `u` in [0, 1) into a uniform index below `n` and what is left of `u`, again uniform.
+    """Split a uniform draw `u` in [0, 1) into a uniform index below `n` and a remainder that is uniform in [0, 1).
 
-    One float a step thus decides everything about the step, so that single, vector and replayed episodes draw alike.
+    One float per step therefore determines the whole step, so that single, vector and replayed episodes are identical.
     """
-    scaled = u * n  # less than n also when rounded: n * 2**-53 is more than half of what lies between floats there
+    scaled = u * n  # below n even after rounding: n * 2**-53 exceeds half the spacing of floats there
     index = int(scaled)
     return index, scaled - index
 
 
 @lru_cache(maxsize=4096)
 def one_hot(n: int, index: int) -> Distribution:
-    """Return the distribution over `n` choices that is certain of `index`."""
+    """Return the distribution over `n` choices with probability 1 at `index`."""
     return tuple(float(i == index) for i in range(n))
 
 
@@ -61,13 +61,13 @@ def uniform(n: int, support: tuple[int, ...] | None = None) -> Distribution:
 
 
 class Question(NamedTuple):
-    """A cloze about one variable of the next state: transcript + stem is the prompt, a choice is the answer."""
+    """A cloze question about one variable of the next state: transcript + stem is the prompt, a choice the answer."""
 
     variable: str
     stem: str
-    choices: tuple[str, ...]  # as they continue the stem, so with their leading space
-    truth: int  # index of what really happened
-    accepted: tuple[int, ...]  # indices of all right answers
+    choices: tuple[str, ...]  # continuations of the stem, including the leading space
+    truth: int  # index of the true answer
+    accepted: tuple[int, ...]  # indices of all answers that count as right
     closing: str = "."  # what follows the answer in a transcript that keeps it
 
     @property
@@ -77,16 +77,16 @@ class Question(NamedTuple):
 
     @property
     def chance(self) -> float:
-        """What a uniform guess among the choices scores."""
+        """The expected accuracy of a uniform guess among the choices."""
         return len(self.accepted) / len(self.choices)
 
     def accepts(self, answer: str) -> bool:
-        """Tell whether `answer` is right; surrounding white space does not count."""
+        """Return whether `answer` is right; surrounding white space is ignored."""
         return any(answer.strip() == self.choices[i].strip() for i in self.accepted)
 
 
 class Step(NamedTuple):
-    """One transition, its words, and the questions asked about it, after the narration and before the outcome."""
+    """One transition with its text and questions; questions are asked after the narration, before the outcome."""
 
     state: State
     action: Action
@@ -98,39 +98,39 @@ class Step(NamedTuple):
 
 @lru_cache(maxsize=65536)
 def expected_accuracy(belief: Distribution, accepted: tuple[int, ...]) -> float:
-    """Return the expected accuracy of answering with the likeliest choice, ties broken evenly."""
+    """Return the expected accuracy of answering with the most probable choice, with ties broken uniformly."""
     top = max(belief)
     best = [i for i, p in enumerate(belief) if p >= top - 1e-12]
     return sum(i in accepted for i in best) / len(best)
 
 
 class Reader(ABC):
-    """What a reader who knows the game's rules can conclude from the text alone, and what shortcuts would answer.
+    """The beliefs of a reader that knows the rules of the game and sees the transcript only, and those of shortcuts.
 
-    The reader is given only what the text says: `observe` is called with each action that is narrated, and
-    `observe_answer` with each answer that stays in the text.
+    The reader gets only what the text contains: `observe` is called with each narrated action, and `observe_answer`
+    with each answer that stays in the transcript.
     """
 
     @abstractmethod
     def observe(self, action: Action) -> None:
-        """Take in the outcome of the previous step, if it has one, and the narration of `action`."""
+        """Update the beliefs by the outcome of the previous step, if it has one, and by the narration of `action`."""
 
-    def observe_answer(self, answer: int) -> None:  # noqa: B027 - many readers have nothing to learn from answers
-        """Take in that choice `answer` was the last question's answer (inline feedback only)."""
+    def observe_answer(self, answer: int) -> None:  # noqa: B027 - many readers learn nothing from answers
+        """Update the beliefs by the index of the last question's answer (inline feedback only)."""
 
     @abstractmethod
     def guess(self, name: str, question: Question) -> Distribution:
-        """Return the belief of `name` ("ideal" or one of the game's shortcuts) over the question's choices."""
+        """Return the distribution over the question's choices of `name`, "ideal" or one of the game's shortcuts."""
 
 
 @dataclass(frozen=True)
 class Rules(ABC):
-    """The dynamics of a game, its text and its reader. Games derive from `nextstate.envs.game.Game`, which adds to it.
+    """The dynamics, text and reader of a game. Games derive from its subclass `nextstate.envs.game.Game`.
 
     Args:
         style: the wording of the text.
-        feedback: what happens to a question: "branch" (it leaves no trace in the text), or "inline" (it stays in the
-            text together with its answer).
+        feedback: "branch" (questions do not appear in the transcript) or "inline" (questions and their answers stay in
+            the transcript).
     """
 
     name: ClassVar[str]
@@ -151,12 +151,12 @@ class Rules(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that make this game again; JSON types only."""
+        """The arguments that recreate this game, as JSON types."""
         return asdict(self)
 
     @property
     def max_steps(self) -> int | None:
-        """The longest episode that can be, None where there is no end."""
+        """The maximum number of steps in an episode, None if there is no limit."""
         return None
 
     @property
@@ -166,18 +166,18 @@ class Rules(ABC):
 
     @abstractmethod
     def initial(self, rng: np.random.Generator) -> State:
-        """Draw the state an episode starts in."""
+        """Draw the initial state of an episode."""
 
     @abstractmethod
     def actions(self, state: State) -> Sequence[Action]:
-        """Return the legal actions, in a fixed order; empty only where the game has ended."""
+        """Return the legal actions in a fixed order; empty only if the game has ended."""
 
     @abstractmethod
     def transition(self, state: State, action: Action) -> State:
-        """Return the state after `action`; pure."""
+        """Return the state after `action`. Must be a pure function."""
 
     def policy(self, state: State, u: float) -> Action:
-        """Turn a uniform draw `u` in [0, 1) into the game's own next action; by default each legal one alike."""
+        """Map a uniform draw `u` in [0, 1) to the next action; by default all legal actions are equally likely."""
         legal = self.actions(state)
         return legal[split_uniform(u, len(legal))[0]]
 
@@ -187,69 +187,69 @@ class Rules(ABC):
 
     @abstractmethod
     def opening(self, state: State) -> str:
-        """Return the words an episode from `state` begins with."""
+        """Return the text with which an episode from `state` begins."""
 
     @abstractmethod
     def narrate(self, state: State, action: Action, next_state: State) -> str:
-        """Return the words added when `action` is taken, before any question; never ones that give a question away."""
+        """Return the text of `action`, which precedes the questions and must not reveal their answers."""
 
     def outcome(self, state: State, action: Action, next_state: State) -> str:
-        """Return the words added after the questions of a step; "" where the narration has said it all."""
+        """Return the text that follows the questions of a step; "" if the narration is all."""
         return ""
 
     @abstractmethod
     def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
-        """Return every question that can be asked after the step, in a fixed order."""
+        """Return all questions that can be asked about the step, in a fixed order."""
 
     def command(self, state: State, action: Action) -> str:
-        """Return what a player types for `action`, different for each legal action; by default the narration."""
+        """Return the text that a player types for `action`, distinct for each legal action; default: the narration."""
         return self.narrate(state, action, self.transition(state, action)).strip().rstrip(".")
 
     def step(self, state: State, u: float, v: float, ask: int) -> Step:
-        """Take a step of its own: `u` draws the action, `v` the `ask` questions. Overrides may only be faster."""
+        """Take a step by the policy: `u` draws the action, `v` the `ask` questions. Overrides must return the same."""
         action = self.policy(state, u)
         after = self.transition(state, action)
         asked = self.questions(state, action, after)
         if len(asked) > ask:
             asked = (asked[int(v * len(asked))],) if ask == 1 else _draw(asked, ask, v)
-        # Half the price of Step(...), and this line runs once for every step of every experiment.
+        # Twice as fast as Step(...), and this line runs once for each step of each experiment.
         words = self.narrate(state, action, after)
         return tuple.__new__(Step, (state, action, after, words, asked, self.outcome(state, action, after)))
 
     def size_of(self, state: State) -> int | None:
-        """Return |Q|, how many states an episode that starts in `state` can come to; None where it is not known."""
+        """Return |Q|, the number of states reachable from `state`; None if it is not known."""
         return None
 
     def objective(self, state: State) -> str:
-        """Return what a player who starts in `state` is told to do; "" where the game has no aim of its own."""
+        """Return the objective of a player who starts in `state`; "" if the game does not define one."""
         return ""
 
     def points(self, state: State) -> int:
-        """Return the score of a player who has come to `state`, where the game has an aim."""
+        """Return the score of a player who has reached `state`, for games with an objective."""
         return 0
 
     def most_points(self, state: State) -> int:
-        """Return the score of a player who reaches all there is to reach, where the game has an aim."""
+        """Return the maximum score of a player who starts in `state`, for games with an objective."""
         return 0
 
     def won(self, state: State) -> bool:
-        """Tell whether the game's own aim is reached."""
+        """Return whether the game's objective is reached."""
         return False
 
     def walkthrough(self, state: State) -> tuple[Action, ...]:
-        """Return actions that lead from a start to the game's own aim; () where it has none, or gives none."""
+        """Return actions that lead from `state` to the game's objective; () if the game has or provides none."""
         return ()
 
     def reader(self, state: State) -> Reader:
-        """Return a reader of an episode that starts in `state`, who knows of `state` only what the opening says.
+        """Return a reader for an episode that starts in `state`; it may use only what the opening says about `state`.
 
-        The default knows all of `state`, which is right where openings and narrations say everything.
+        The default reader uses `state` itself, which is right if openings and narrations determine the state.
         """
         return FullReader(self, state)
 
 
 class FullReader(Reader):
-    """The reader of a game whose opening and narrations say everything: it always knows the state."""
+    """The reader for games whose opening and narrations determine the state: it always knows the state."""
 
     def __init__(self, rules: Rules, state: State) -> None:
         self.rules, self.next_state = rules, state

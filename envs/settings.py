@@ -1,4 +1,4 @@
-"""What the settings of a game are: type, default, what is legal and what it means, from the game's own code."""
+"""The settings of a game with type, default, legal values and meaning, extracted from its code."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 
 from nextstate.envs.game import Game, GameError
 
-IMPOSSIBLE: Any = "?"  # no setting takes it, but for paths
+IMPOSSIBLE: Any = "?"  # rejected by all settings except paths
 _ENTRY = re.compile(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
 class Setting(NamedTuple):
-    """One argument of a game."""
+    """One setting of a game."""
 
     name: str
     type: str
-    default: Any  # None where there is none
-    legal: str  # with all others at their defaults; "" where everything is, or where it cannot be told so
+    default: Any  # None if there is none
+    legal: str  # legal values while the other settings are at their defaults; "" if unrestricted or unknown
     meaning: str
 
 
 def listed(cls: type[Game]) -> tuple[Setting, ...]:
     """Return the settings of a game.
 
-    Types come from the signature, defaults from a game made without arguments, what is legal from the game's own
-    refusal of what is not, and the meaning from the docstring.
+    Types come from the signature, defaults from an instance created without arguments, legal values from the error for
+    an impossible value, and meanings from the docstring.
     """
     made, meanings = cls(), _meanings(Game.__doc__) | _meanings(cls.__doc__)
     out = []
@@ -47,14 +47,14 @@ def _legal(cls: type[Game], name: str) -> str:
         expected = str(error).partition(" is not possible: expected ")[2]
         if not expected.startswith("None with "):
             return expected.removeprefix("a whole number from ").removeprefix("one of ")
-    except (TypeError, ValueError):  # a game that does not check this setting's type
+    except (TypeError, ValueError):  # the game does not validate this setting
         pass
     return ""
 
 
 def _meanings(doc: str | None) -> dict[str, str]:
-    """Return the first sentence of what the "Args" of the docstring say of each."""
-    told = (doc or "").partition("    Args:\n")[2]
-    entries = _ENTRY.findall("\n".join(line.removeprefix("    ") for line in told.splitlines()))
+    """Return the first sentence of each entry in the "Args" section of a docstring."""
+    section = (doc or "").partition("    Args:\n")[2]
+    entries = _ENTRY.findall("\n".join(line.removeprefix("    ") for line in section.splitlines()))
     plain = {name: " ".join(words.replace("`", "").split()) for name, words in entries}
     return {name: re.split(r"\. (?=[A-Z])", words)[0].rstrip(".") for name, words in plain.items()}

@@ -1,4 +1,4 @@
-"""The command line: one command for each study, and `report | verify | play | train | list`."""
+"""The command line: one command for each study, and `report`, `verify`, `play`, `train` and `list`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Overrides = Annotated[
 
 @dataclass
 class Options:
-    """What is given before the command."""
+    """The options that stand before the command name."""
 
     debug: bool = False
 
@@ -71,14 +71,14 @@ def before(
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of whatever goes wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
 ) -> None:
-    """Does a language model know what state a system is in? Games, agents, and one report page."""
+    """Measure whether language models track the state of a system: games, agents, and a report page for each run."""
     options.debug = debug
 
 
 class RichProgress(Progress):
-    """Progress as a bar with the time left."""
+    """Shows progress as a bar with the estimated time left."""
 
     def __init__(self, bar: Bar) -> None:
         self.bar, self.task = bar, bar.add_task("start")
@@ -101,7 +101,7 @@ class RichProgress(Progress):
 
 
 def _add_study(name: str, help_: str, example: str) -> None:
-    """Add the command of a study."""
+    """Register the command that runs a study."""
 
     def command(
         config: Annotated[
@@ -111,10 +111,10 @@ def _add_study(name: str, help_: str, example: str) -> None:
         out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME.")] = None,
         accept_mixed: Annotated[
             bool,
-            typer.Option("--accept-mixed", help="Use finished tables that another model, version or device made."),
+            typer.Option("--accept-mixed", help="Reuse finished tables of another model, version or device."),
         ] = False,
         wait: Annotated[
-            bool, typer.Option("--wait", help="Wait for another process that works in the same folder.")
+            bool, typer.Option("--wait", help="If another process is using the folder, wait until it is done.")
         ] = False,
     ) -> None:
         _run_study(name, config, overrides or [], out, accept_mixed, wait)
@@ -124,10 +124,10 @@ def _add_study(name: str, help_: str, example: str) -> None:
 
 def _add_studies() -> None:
     for name, listed in STUDIES.items():
-        _add_study(name, f"{listed.help} The same command again resumes it.", listed.example)
+        _add_study(name, f"{listed.help} Run the same command again to resume.", listed.example)
     for name, entry in plugins.names(GROUP).items():
         if name not in STUDIES:
-            _add_study(name, f"A study of the package {entry.dist.name if entry.dist else entry.value}.", "")
+            _add_study(name, f"A study from the package {entry.dist.name if entry.dist else entry.value}.", "")
 
 
 _add_studies()
@@ -143,7 +143,7 @@ def _run_study(name: str, config: str, overrides: list[str], out: Path | None, a
     study = find_study(given)
     read = read_config(config, overrides, study.config)
     folder = out or Path("runs") / read.name
-    if int(os.environ.get("RANK", "0")):  # started by torchrun beside the process that does everything else
+    if int(os.environ.get("RANK", "0")):  # a torchrun worker: only rank 0 writes tables and the report
         study.worker(read, folder)
         return
     columns = (
@@ -155,11 +155,11 @@ def _run_study(name: str, config: str, overrides: list[str], out: Path | None, a
         run = go(study, read, folder, progress=RichProgress(bar), command=command, accept_mixed=accept_mixed, wait=wait)
     _show(study.headline(run))
     console.print(f"Report: [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
-    _tell_left_out(run.record)
+    _report_left_out(run.record)
 
 
-def _tell_left_out(record: dict[str, Any]) -> None:
-    """Say what was left out; exit with 1 where a model failed."""
+def _report_left_out(record: dict[str, Any]) -> None:
+    """Print what was left out of the run; exit with code 1 if a model failed."""
     left_out = record["left_out"]
     if left_out:
         errors.print(
@@ -210,7 +210,7 @@ def _cell(frame: pl.DataFrame, name: str, row: dict[str, Any]) -> str:
 
 
 def _number(value: Any, small: bool) -> str:
-    """Return a cell of a table of the terminal; `small` if all numbers of its column are below a hundredth."""
+    """Format a number for a table; `small` means that all numbers in its column are below 0.01."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -220,7 +220,7 @@ def _number(value: Any, small: bool) -> str:
 
 @app.command(epilog="Example:  nextstate report runs/quickstart")
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
-    """Write the report page and the figures of a run again, from its summary."""
+    """Rebuild the report page and the figures of a run from its summary."""
     from nextstate.analysis.study import open_run, write_page
 
     write_page(*open_run(folder))
@@ -230,13 +230,14 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a run.", metav
 @app.command(epilog="Example:  nextstate verify runs/quickstart --jobs 20 --seed 1")
 def verify(
     folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
-    jobs: Annotated[int, typer.Option(help="How many tables to make again, at most.", min=1)] = 8,
-    seed: Annotated[int, typer.Option(help="Which tables: other seeds draw others.", min=0)] = 0,
+    jobs: Annotated[int, typer.Option(help="Maximum number of tables to recompute.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Random seed that selects the tables.", min=0)] = 0,
     tolerance: Annotated[
-        float, typer.Option(help="Numbers may differ by this share of the largest in their column (at least 1).", min=0)
+        float,
+        typer.Option(help="Allowed difference, relative to the largest number in the column (at least 1).", min=0),
     ] = 1e-4,
 ) -> None:
-    """Make a random sample of a run's tables again, and compare. Changes nothing; exit code 1 where one differs."""
+    """Recompute a random sample of a run's tables and compare; changes nothing. Exit code 1 if a table differs."""
     from nextstate.analysis.study import verify as check
 
     columns = (
@@ -256,7 +257,7 @@ def verify(
         if x.made:
             console.print(Text(f"    {x.made}", style="yellow"), soft_wrap=True)
     wrong = sum(bool(x.found) for x in found)
-    console.print(f"{len(found) - wrong} of {len(found)} tables are equal to those made again.")
+    console.print(f"{len(found) - wrong} of {len(found)} tables equal the recomputed ones.")
     if wrong:
         raise typer.Exit(1)
 
@@ -267,26 +268,28 @@ def verify(
 )
 def play(
     game: Annotated[str, typer.Argument(help="A game (see `nextstate list games`).")],
-    settings: Annotated[list[str] | None, typer.Argument(help="Its settings.", metavar="[KEY=VALUE]...")] = None,
+    settings: Annotated[list[str] | None, typer.Argument(help="Game arguments.", metavar="[KEY=VALUE]...")] = None,
     agent: Annotated[
         str,
         typer.Option(
-            help="human or a language model; predicting also ideal, chance, shortcut:NAME; commanding also random, "
+            help="human or a language model; predictions: also ideal, chance, shortcut:NAME; commands: also random, "
             "walkthrough."
         ),
     ] = "human",
-    steps: Annotated[int | None, typer.Option(help="Number of questions, or of commands at most.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which episode; by default a new one each time.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of questions, or maximum number of commands.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the episode; random by default.")] = None,
     commands: Annotated[
         bool | None,
         typer.Option(
             "--commands/--predictions",
-            help="Give the commands, or predict what comes next; by default commands where the game has an objective.",
+            help="Give commands, or predict what comes next. Default: commands if the game has an objective.",
         ),
     ] = None,
-    questions: Annotated[bool, typer.Option("--questions", help="Give commands; be asked what they lead to.")] = False,
+    questions: Annotated[
+        bool, typer.Option("--questions", help="Give commands, and answer a question about the effect of each.")
+    ] = False,
 ) -> None:
-    """Play a game: predict what comes next, or give the commands; or watch an agent do so."""
+    """Play a game in the terminal, by predicting what comes next or by giving commands; or watch an agent play."""
     import secrets
 
     import yaml
@@ -299,7 +302,7 @@ def play(
     made = make_game(game, **{k: yaml.safe_load(v) for k, v in given.items()})
     chosen = secrets.randbelow(10**6) if seed is None else seed
     if questions and commands is False:
-        raise typer.BadParameter("--questions are asked beside commands; leave out --predictions")
+        raise typer.BadParameter("--questions and --predictions cannot be combined; leave one out")
     if commands is None:
         commands = questions or agent in PLAYERS or terminal.has_objective(made, chosen)
     here = terminal.Terminal(console)
@@ -308,35 +311,35 @@ def play(
             length = terminal.command(here, made, agent, steps, chosen, questions)
         else:
             length = terminal.predict(here, made, agent, steps, chosen)
-    except KeyboardInterrupt:  # before the game began
+    except KeyboardInterrupt:  # interrupted before the game started
         console.print("\nStopped.")
         raise typer.Exit(130) from None
     how = (["--commands"] if commands else []) + (["--questions"] if questions else [])
     again = " ".join(["nextstate play", game, *(settings or []), *how, f"--steps {length} --seed {chosen}"])
-    here.say(f"The same episode again: {again}")
+    here.say(f"To play this episode again: {again}")
 
 
 @app.command(epilog="Example:  nextstate train configs/train/tiny.yaml --out checkpoints/tiny")
 def train(
-    config: Annotated[str, typer.Argument(help="A training config.")],
+    config: Annotated[str, typer.Argument(help="A YAML file, or a packaged training config.")],
     overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints and the model; by default checkpoints/NAME.")
     ] = None,
 ) -> None:
-    """Train a small model on fresh episodes of the games; the same command again goes on from the last checkpoint."""
+    """Train a small model on fresh episodes of the games. Run the same command again to resume from a checkpoint."""
     from nextstate.agents.config import read_config
     from nextstate.agents.training import TrainConfig
     from nextstate.agents.training import train as run_training
 
     read = read_config(config, overrides or [], TrainConfig)
     final = run_training(read, out or Path("checkpoints") / read.name)
-    console.print(f"Model: [bold]{escape(str(final))}[/] (use it as an agent by this path)", soft_wrap=True)
+    console.print(f"Model: [bold]{escape(str(final))}[/] (to use it as an agent, give this path)", soft_wrap=True)
 
 
 @app.command("list", epilog="Example:  nextstate list games")
 def list_(what: Annotated[str, typer.Argument(help="games, models, studies or configs")]) -> None:
-    """List what there is."""
+    """List the available games, models, studies or configs."""
     if what == "games":
         _games()
     elif what == "models":
@@ -344,7 +347,7 @@ def list_(what: Annotated[str, typer.Argument(help="games, models, studies or co
 
         for name, folder in BUILT_IN.items():
             console.print(f"[bold]{name}[/]  built in, {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")
-        console.print("Also: any causal language model by its name on the hub or its folder, ideal, chance, shortcuts.")
+        console.print("Also: any causal language model by its hub name or folder; ideal, chance and shortcuts.")
     elif what == "studies":
         for name, listed in STUDIES.items():
             console.print(f"[bold]{name}[/]  {escape(listed.help)}", soft_wrap=True)
@@ -376,10 +379,10 @@ def _games() -> None:
         table.add_column()
         for x in listed(cls):
             default = "" if x.default is None else f" = {json.dumps(x.default)}"
-            told = Text.assemble((f"{x.legal}: " if x.legal else "", "cyan"), x.meaning)
-            table.add_row(Text(x.name, style="bold"), Text(x.type + default), told)
+            description = Text.assemble((f"{x.legal}: " if x.legal else "", "cyan"), x.meaning)
+            table.add_row(Text(x.name, style="bold"), Text(x.type + default), description)
         console.print(Padding(table, (0, 0, 1, 4), expand=False))
-    console.print("After each setting: type = default, what is legal while the others are at their defaults, meaning.")
+    console.print("Each setting: name, type = default, legal values (while the others are at their defaults), meaning.")
     for problem in problems.values():
         errors.print(Text(f"cannot be used: {problem}", style="yellow"), soft_wrap=True)
 
@@ -389,7 +392,7 @@ def _traceback(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Run the command line; errors are one message, not a traceback, unless `--debug` is given."""
+    """Run the command line. Errors are printed as one line, with a traceback only if `--debug` is given."""
     from nextstate.agents.agent import AgentError
     from nextstate.agents.config import ConfigError
     from nextstate.agents.failures import Broken, guarded, one_line
@@ -409,7 +412,9 @@ def main() -> None:
 
     try:
         guarded(
-            paths_named, lambda error: f"{one_line(error)} (unforeseen; `nextstate --debug ...` shows where)", known
+            paths_named,
+            lambda error: f"{one_line(error)} (unexpected; run `nextstate --debug ...` to see the traceback)",
+            known,
         )
     except known as error:
         if options.debug:

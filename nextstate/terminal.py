@@ -1,4 +1,4 @@
-"""Games in the terminal: predicting what comes next, or giving the commands; oneself, or watching an agent."""
+"""Games in the terminal: a person, or an agent that is watched, answers questions or gives commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nextstate.envs.aims import Aim, reply, shortest
 from nextstate.envs.environments import DEFAULT_STEPS, PlayEnv
 from nextstate.envs.game import Episode, Game, GameError, Reader, expected_accuracy, unroll
 
-LONG = 100  # commands that somebody has, at most, in a game with an objective
+LONG = 100  # default maximum number of commands in a game with an objective
 ENDS = {
     "won": "Won",
     "lost": "Lost: no command is left",
@@ -28,12 +28,12 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Terminal:
-    """Where somebody plays: what is written to, and how a line is asked for."""
+    """The console that is written to, and the function that asks for a line of input."""
 
     console: Console
 
     def ask(self, prompt: str) -> str:
-        """Ask for a line; raises `GivenUp` where Ctrl-D or Ctrl-C is given instead."""
+        """Ask for a line of input; raises `GivenUp` on Ctrl-D or Ctrl-C."""
         try:
             return self.console.input(Text(prompt, style="bold"))
         except (EOFError, KeyboardInterrupt):
@@ -41,24 +41,24 @@ class Terminal:
             raise GivenUp from None
 
     def say(self, text: str, style: str = "") -> None:
-        """Write what is no markup, whatever it holds."""
+        """Print plain text; square brackets are not read as markup."""
         self.console.print(Text(text, style=style), soft_wrap=not style)
 
 
 def head(terminal: Terminal, game: Game, how: str) -> None:
-    """Say which game it is, with its settings, and how to go on and to quit."""
+    """Print the name and settings of the game, and the instructions `how`."""
     settings = ", ".join(f"{k}={v}" for k, v in game.settings.items() if v not in (None, ""))
     terminal.console.print(Text.assemble((game.name, "bold"), f"  {settings}"), soft_wrap=True)
     terminal.say(f"{how}\n", "dim")
 
 
 def has_objective(game: Game, seed: int) -> bool:
-    """Tell whether the game of this seed has an aim of its own."""
+    """Return whether the episode of this seed has an objective defined by the game itself."""
     return bool(game.objective(game.initial(np.random.default_rng(seed))))
 
 
 def agent_named(name: str, game: Game, terminal: Terminal) -> Agent | Player:
-    """Return who answers questions or gives commands: "human", or an agent that `nextstate.agents.registry` knows.
+    """Return the agent or player of this name: "human", or a name that `nextstate.agents.registry` knows.
 
     Raises:
         AgentError: there is no such agent, or the game has no such shortcut.
@@ -67,10 +67,10 @@ def agent_named(name: str, game: Game, terminal: Terminal) -> Agent | Player:
 
 
 def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed: int) -> int:
-    """Play a game of predictions: read the story, answer, be told the truth, get a score; return the questions."""
+    """Ask `agent` the questions of one episode, show the right answers and the score; return the episode's length."""
     reader = agent_named(agent, game, terminal)
     if isinstance(reader, Player):
-        raise AgentError(f"{agent} gives commands and answers no questions: play with --commands")
+        raise AgentError(f"{agent} gives commands but cannot answer questions: play with --commands")
     reader = reader.live()
     length = steps if steps is not None else min(DEFAULT_STEPS, game.max_steps or DEFAULT_STEPS)
     episode = unroll(game, seed, length)
@@ -79,7 +79,7 @@ def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
     if agent == HUMAN:
         answers = {choice.strip().casefold() for step in episode.steps for choice in step.questions[0].choices}
         stop = next(word for word in STOP if word not in answers)
-        how = f"Answer what comes next; a part that no other answer has will do.\n{stop} or Ctrl-D quits."
+        how = f"Answer what comes next; an unambiguous part of the answer is enough.\n{stop} or Ctrl-D quits."
     else:
         how = f"{agent} answers what comes next.\nCtrl-C quits."
     head(terminal, game, how)
@@ -101,7 +101,7 @@ def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
 
 @dataclass
 class Tally:
-    """How many questions were asked and answered right, and what the ideal reader expects."""
+    """The number of questions asked, the number answered right, and the ideal reader's expected number."""
 
     asked: int = 0
     right: int = 0
@@ -109,7 +109,7 @@ class Tally:
 
 
 def answered(terminal: Terminal, reader: Agent, episode: Episode, t: int, tally: Tally, ceiling: float) -> None:
-    """Ask the first question of step `t`, tell the truth, and count."""
+    """Ask the first question of step `t`, show the right answer, and update the tally."""
     question = episode.steps[t].questions[0]
     answer = reader.predict([Prompt(episode, t)])[0]
     ok = answer.greedy in question.accepted
@@ -121,13 +121,13 @@ def answered(terminal: Terminal, reader: Agent, episode: Episode, t: int, tally:
 
 
 class Examiner:
-    """Asks a question after each command, before the game tells what came of it, and knows what could be known.
+    """Asks a question after each command, before its outcome is shown, and computes the ideal reader's accuracy.
 
     Args:
-        terminal: where it asks.
-        reader: who answers.
-        playing: the episode, from its beginning.
-        rng: draws which of a step's questions is asked.
+        terminal: where the questions are shown.
+        reader: the agent that answers.
+        playing: the episode, before its first command.
+        rng: draws one of the questions of each step.
     """
 
     def __init__(self, terminal: Terminal, reader: Agent, playing: Playing, rng: np.random.Generator) -> None:
@@ -136,13 +136,13 @@ class Examiner:
         self.ideal: Reader = self.game.reader(playing.view.aim.start)
 
     def ask(self, episode: Episode) -> None:
-        """Ask about the last step of what was played so far."""
+        """Ask about the last step played."""
         step, game = episode.steps[-1], self.game
         self.ideal.observe(step.action)
         asked = game.questions(step.state, step.action, step.next_state)
         inline = game.feedback == "inline"
         if asked:
-            # Where answers stay in the transcript, those before the one that is asked would be told by it.
+            # With inline feedback the transcript would contain the answers to all questions before the chosen one.
             question = asked[0 if inline else int(self.rng.integers(len(asked)))]
             ceiling = expected_accuracy(self.ideal.guess("ideal", question), question.accepted)
             steps = (*episode.steps[:-1], step._replace(questions=(question,)))
@@ -152,7 +152,7 @@ class Examiner:
 
 
 def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed: int, questions: bool) -> int:
-    """Play by giving commands, or watch an agent do so; return the commands that there were at most.
+    """Play an episode by giving commands, or watch an agent do so; return the maximum number of commands.
 
     Raises:
         AgentError: the agent cannot play, or cannot answer questions.
@@ -163,20 +163,20 @@ def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
     found = agent_named(agent, game, terminal)
     reader = None if isinstance(found, Player) else found
     if questions and reader is None:
-        raise AgentError(f"{agent} gives commands and answers no questions: leave out --questions")
+        raise AgentError(f"{agent} gives commands but cannot answer questions: leave out --questions")
     if isinstance(found, Player):
         player = found
     elif agent == HUMAN:
         player = HumanPlayer(terminal.console, terminal.ask)
     elif found.kind in REFERENCES:
         raise AgentError(
-            f"{agent} answers questions and gives no commands: expected human, {', '.join(PLAYERS)} or a model"
+            f"{agent} answers questions but cannot give commands: expected human, {', '.join(PLAYERS)} or a model"
         )
     else:
         player = AgentPlayer(found).begin()
     examiner = Examiner(terminal, reader, playing, np.random.default_rng([seed, 1])) if questions and reader else None
     if agent == HUMAN:
-        how = "Give commands; their beginning or number will do.\n? lists them, q or Ctrl-D quits."
+        how = "Give commands; the beginning or the number of a command is enough.\n? lists them, q or Ctrl-D quits."
     else:
         how = f"{agent} gives the commands.\nCtrl-C quits."
     head(terminal, game, how)
@@ -187,17 +187,17 @@ def command(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
             if agent != HUMAN:
                 terminal.say(f"> {given}", "bold")
             playing.take(given)
-            _tell(terminal, playing, given, examiner)
+            _show_turn(terminal, playing, given, examiner)
     _sum_up(terminal, playing, examiner)
     return length
 
 
-def _tell(terminal: Terminal, playing: Playing, given: str, examiner: Examiner | None) -> None:
-    """Tell what came of a command; where there are questions, ask in between."""
+def _show_turn(terminal: Terminal, playing: Playing, given: str, examiner: Examiner | None) -> None:
+    """Show the outcome of a command; with an examiner, ask its question before the outcome is shown."""
     episode = playing.view.episode
     if examiner is None or not playing.legal[-1]:
-        said = reply(given, playing.observations[-1])
-        terminal.say(said if said else "Done.")
+        text = reply(given, playing.observations[-1])
+        terminal.say(text or "Done.")
         return
     step = episode.steps[-1]
     before = reply(given, step.narration)
@@ -214,7 +214,7 @@ def _sum_up(terminal: Terminal, playing: Playing, examiner: Examiner | None) -> 
     fewest = _fewest(aim)
     terminal.console.print(
         f"[bold]{ENDS[playing.ended]}[/] after {taken} command{'' if taken == 1 else 's'}"
-        + (f"; it takes {fewest} at least." if fewest is not None else ".")
+        + (f"; the shortest solution takes {fewest}." if fewest is not None else ".")
     )
     terminal.console.print(f"Score: [bold]{playing.info['score']:g} of {playing.info['max_score']:g}[/].")
     if examiner is not None and examiner.tally.asked:
@@ -228,6 +228,6 @@ def _sum_up(terminal: Terminal, playing: Playing, examiner: Examiner | None) -> 
 def _fewest(aim: Aim) -> int | None:
     try:
         found = shortest(aim)
-    except GameError:  # too many states to look at: it is not known
+    except GameError:  # too many states to search
         return None
     return None if found is None else len(found)

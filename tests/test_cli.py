@@ -80,7 +80,7 @@ def test_a_person_gives_commands_and_is_asked_what_they_lead_to() -> None:
     assert "Which one: move the " in out
     assert out.count("✓ right") + out.count("✗ no") == out.count("Move the ") > 0
     assert "Stopped after" in out or "Won after" in out
-    assert "; it takes 1 at least." in out
+    assert "; the shortest solution takes 1." in out
     assert "the best possible reader expects" in out
     assert "nextstate play Box boxes=3 --commands --questions --steps 10 --seed 8" in out
 
@@ -96,8 +96,8 @@ def test_a_person_may_win() -> None:
 def test_players_are_watched(agent: str, won: bool) -> None:
     code, out, _ = nextstate("play", "Box", "boxes=20", "--agent", agent, "--seed", "5")
     assert code == 0
-    assert ("Won after 1 command; it takes 1 at least." in out) == won
-    assert ("Out of time after 10 commands; it takes 1 at least." in out) != won
+    assert ("Won after 1 command; the shortest solution takes 1." in out) == won
+    assert ("Out of time after 10 commands; the shortest solution takes 1." in out) != won
     assert out.count("> move the ") == (1 if won else 10)
 
 
@@ -147,9 +147,9 @@ def test_the_settings_of_games_are_told(columns: int, monkeypatch: pytest.Monkey
         (["play", "Bxo"], "did you mean 'Box'?"),
         (["play", "DFA", "states=27"], "states=27 is not possible: expected a whole number from 2 to 26"),
         (["play", "Box", "--agent", "shortcut:guess"], "expected one of shortcut:last_mention"),
-        (["play", "Box", "--agent", "./nowhere"], "is no model"),
-        (["play", "Box", "--agent", "ideal", "--commands"], "ideal answers questions and gives no commands"),
-        (["play", "Box", "--agent", "random", "--predictions"], "random gives commands and answers no questions"),
+        (["play", "Box", "--agent", "./nowhere"], "is not a model"),
+        (["play", "Box", "--agent", "ideal", "--commands"], "ideal answers questions but cannot give commands"),
+        (["play", "Box", "--agent", "random", "--predictions"], "random gives commands but cannot answer questions"),
         (["play", "Box", "--agent", "random", "--questions"], "leave out --questions"),
         (["run", "configs/quickstrat.yaml"], "did you mean 'configs/quickstart.yaml'?"),
         (["run", "quickstart", "sed=3"], "unknown key 'sed'"),

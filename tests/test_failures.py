@@ -155,7 +155,7 @@ def test_where_every_agent_fails_the_last_line_says_why(tmp_path: Path) -> None:
     assert code == 1
     (last,) = err.strip().splitlines()
     assert "tensors are missing" in last
-    assert "./nowhere is no model" in last
+    assert "./nowhere is not a model" in last
     assert "has not got that far" not in out + err
     assert "Traceback" not in out + err
 
@@ -248,7 +248,7 @@ def test_a_hub_that_is_down_is_asked_once_and_models_kept_here_load(tmp_path: Pa
     code, out, err = nextstate("run", str(config), "--out", "run", cwd=tmp_path, **given)
     assert code == 1
     last = err.strip().splitlines()[-1]
-    assert "cannot load someone/missing: there is no such folder, it is not among the models kept" in last
+    assert "cannot load someone/missing: there is no such folder, it is not in the local cache" in last
     assert "503" in last
     assert "Traceback" not in out + err
     folder = tmp_path / "run"

@@ -139,8 +139,8 @@ def test_what_cannot_be_played_is_left_out_and_the_others_go_on(
     entry = {"game": "Corridor", "grid": {"rooms": [4, 6]}, "steps": 20, "episodes": 8, "max_states": 4}
     make(SMALL | {"agents": [missing], "play": [entry]}, tmp_path / "run")
     reasons = {(x["agent"], x["what"]): x["reason"] for x in left_out(tmp_path / "run")}
-    assert "is no model" in reasons[missing, "Corridor-rooms=4 (play)"]
-    assert "max_states=4 is not enough" in reasons["walkthrough", "Corridor-rooms=6 (play)"]
+    assert "is not a model" in reasons[missing, "Corridor-rooms=4 (play)"]
+    assert "max_states=4 is too small" in reasons["walkthrough", "Corridor-rooms=6 (play)"]
     assert not answered(tmp_path / "run", missing)
     assert answered(tmp_path / "run", "random")
     table = played(tmp_path / "run")

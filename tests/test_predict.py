@@ -309,8 +309,8 @@ def test_tokens_that_differ_from_those_of_the_whole_text_are_warned_of(
     games = [{"game": "DFA", "grid": {"states": [2]}, "steps": 4, "episodes": 2}]
     make(SMALL | {"agents": [str(folder)], "games": games}, tmp_path / "run")
     (warning,) = record(tmp_path / "run")["warnings"]
-    assert "other tokens than its pieces" in warning
-    assert "other tokens than its pieces" in page_of(tmp_path / "run")
+    assert "tokenizes a transcript as a whole differently" in warning
+    assert "tokenizes a transcript as a whole differently" in page_of(tmp_path / "run")
 
 
 def test_a_model_that_cannot_be_loaded_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_model_that_cannot_be_loaded_is_left_out_and_the_others_go_on(tmp_path
     make(SMALL | {"agents": [missing, "ideal"]}, tmp_path / "run")
     left = left_out(tmp_path / "run")
     assert len(left) == 6
-    assert all("is no model" in x["reason"] for x in left)
+    assert all("is not a model" in x["reason"] for x in left)
     assert not answered(tmp_path / "run", missing)
     assert answered(tmp_path / "run", "ideal")
 
@@ -383,8 +383,8 @@ def test_overrides(tmp_path: Path) -> None:
     assert (read.seed, read.games[1].episodes, read.agents) == (3, 5, ["ideal"])
     for wrong, message in [
         ("seed", "key=value"),
-        ("games.9.episodes=1", "no place in a list of 3"),
-        ("name.x=1", "nothing to enter"),
+        ("games.9.episodes=1", "is not an index of a list of 3"),
+        ("name.x=1", "has no entries"),
     ]:
         with pytest.raises(ConfigError, match=message):
             read_config(str(tmp_path / "c.yaml"), [wrong], PredictConfig)
@@ -393,7 +393,7 @@ def test_overrides(tmp_path: Path) -> None:
 def test_yaml_never_makes_objects(tmp_path: Path) -> None:
     touched = tmp_path / "touched"
     (tmp_path / "c.yaml").write_text(f"name: !!python/object/apply:os.system ['touch {touched}']")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         read_config(str(tmp_path / "c.yaml"), [], PredictConfig)
     assert not touched.exists()
 

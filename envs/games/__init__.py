@@ -1,6 +1,6 @@
-"""Finding games by name: the built-in ones, those of installed packages, and any class as "package.module:Class".
+"""Look up games by name: built-in games, games of installed packages, and classes given as "package.module:Class".
 
-A package offers a game by an entry point of the group `nextstate.games`, whose name is that of the game:
+A package provides a game by an entry point in the group `nextstate.games`, with the same name as the game:
 
     [project.entry-points."nextstate.games"]
     Cups = "cups_pkg.game:Cups"
@@ -34,18 +34,18 @@ GAMES: dict[str, type[Game]] = {
 }
 GROUP = "nextstate.games"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-_referenced: dict[str, type[Game]] = {}  # games that were given as "package.module:Class", by that and by name
+_referenced: dict[str, type[Game]] = {}  # games given as "package.module:Class", by this reference and by name
 
 
 def make_game(name: str, **settings: Any) -> Game:
-    """Return the game `name` with these settings.
+    """Create a game.
 
     Args:
-        name: a name as `game_class` takes it.
-        settings: the game's own.
+        name: a name, see `game_class`.
+        settings: keyword arguments of the game.
 
     Raises:
-        GameError: there is no such game, or it has no such setting or value.
+        GameError: the game does not exist, or a setting or its value is not possible.
     """
     cls = game_class(name)
     known = setting_names(cls)
@@ -56,14 +56,14 @@ def make_game(name: str, **settings: Any) -> Game:
 
 
 def game_class(name: str) -> type[Game]:
-    """Return the class of a game, and import it if need be.
+    """Return the class of a game; imports it if necessary.
 
     Args:
-        name: a built-in game, a game of an installed package, or "package.module:Class". A game given in the last form
-            is from then on known by its own name (`Game.name`) too, until the process ends.
+        name: a built-in game, a game of an installed package, or "package.module:Class". After the last form, the game
+            can also be given by its own name (`Game.name`) in the same process.
 
     Raises:
-        GameError: there is no such game, it cannot be imported, or several packages have a game of that name.
+        GameError: the game does not exist, cannot be imported, or several packages have a game of this name.
     """
     if name in _referenced:
         return _referenced[name]
@@ -77,12 +77,12 @@ def game_class(name: str) -> type[Game]:
 
 
 def game_names() -> list[str]:
-    """Return the names of the built-in games and of those of installed packages; imports none of the latter."""
+    """Return the names of built-in games and of games of installed packages, without importing the latter."""
     return [*GAMES, *(name for name in plugins.names(GROUP) if name not in GAMES and _NAME.fullmatch(name))]
 
 
 def load_games() -> tuple[dict[str, type[Game]], dict[str, str]]:
-    """Return all games by name, and for those that cannot be used the reason."""
+    """Return all games by name, and the error messages of games that cannot be used."""
     found, problems = dict[str, type[Game]](), dict[str, str]()
     for name in dict.fromkeys([*GAMES, *plugins.names(GROUP)]):
         try:
@@ -114,8 +114,8 @@ def _reference(given: str) -> type[Game]:
     return found
 
 
-# What is installed depends on the folders that Python imports from. Looking through them takes long, compared to making
-# a game, and training makes one for each episode.
+# Cached by `sys.path`, which determines the installed packages: searching it is slow compared to creating a game, and
+# training creates one for each episode.
 @lru_cache(maxsize=256)
 def _check_unique(name: str, path: tuple[str, ...]) -> None:
     try:
@@ -137,7 +137,7 @@ def _load(name: str, path: tuple[str, ...]) -> type[Game]:
 
 def _checked(given: str, found: object) -> type[Game]:
     if not (isinstance(found, type) and issubclass(found, Game)):
-        raise GameError(f"{given!r} is no game: expected a class derived from nextstate.envs.Game, found {found!r}")
+        raise GameError(f"{given!r} is not a game: expected a class derived from nextstate.envs.Game, found {found!r}")
     unset = [name for name in ("name", "size") if not hasattr(found, name)]
     missing = sorted([*getattr(found, "__abstractmethods__", ()), *unset])
     if missing:

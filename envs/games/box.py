@@ -1,4 +1,4 @@
-"""Boxes with objects that are moved about ("Scaling Laws for State Dynamics", arXiv 2505.14892, box tracking)."""
+"""Objects that are moved between boxes ("Scaling Laws for State Dynamics", arXiv 2505.14892, box tracking)."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ STYLES = {
 
 
 class Move(NamedTuple):
-    """Put an object into a box; both are indices."""
+    """Move an object into a box; both are given as indices."""
 
     object: int
     box: int
 
 
-Places = tuple[int, ...]  # for each object the index of its box
+Places = tuple[int, ...]  # the index of each object's box
 
 
 @final
 @dataclass(frozen=True)
 class Box(Game):
-    """Objects lie in boxes; each step moves one object from a box to another.
+    """Objects are in boxes; each step moves one object to another box.
 
     State: the box of every object, |Q| = boxes ** objects. Each object starts in a uniformly random box. A step draws a
-    non-empty box, an object in it, and a different box. One question for each object: which box is it in?
+    non-empty box, an object in it, and a different box. There is one question for each object: which box is it in?
 
-    Ideal reader: the opening names every object's box and each move its new one, so that all is determined. (The last
-    mention of an object settles its box: retrieval, reported as the shortcut `last_mention`.)
+    Ideal reader: the opening names the box of every object and each move the new one, so that all answers are
+    determined. (The last mention of an object gives its box, so retrieval is enough: the shortcut `last_mention`.)
 
     Args:
         boxes: number of boxes, 2 to 26.
         objects: number of objects, 1 to 10; by default as many as boxes (at most 10).
-        style: "paper" (exact to the byte) or "plain".
-        feedback: "branch" (questions leave no trace) or "inline" (each question and its answer stay in the story).
+        style: "paper" (the published wording) or "plain".
+        feedback: "branch" (questions do not appear in the transcript) or "inline" (questions and answers stay in it).
     """
 
     name: ClassVar[str] = "Box"
@@ -208,7 +208,7 @@ class Box(Game):
 
 
 class BoxReader(Reader):
-    """Knows all: the opening tells every place, and each narration the new one."""
+    """Knows the state: the opening gives the box of every object, and each narration the new one."""
 
     def __init__(self, game: Box, start: Places) -> None:
         self.start, self.places, self.named = start, list(start), list(start)  # every object's fact named its box
@@ -245,7 +245,7 @@ def _move(action: Action) -> tuple[int, int]:
 
 
 def _draw_pair(game: Box, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
-    """Draw a pair about one object, the subject; see `Game.contrast`. Before the last step nothing is asked.
+    """Draw a pair about one object, the subject; see `Game.contrast`. Only the last step has a question.
 
     - "state", "noop": an earlier move puts the subject into another box; after it (for `distance` moves) only other
       objects are moved. One letter differs.
@@ -293,11 +293,11 @@ def _twin_moves(
     renamed: Mapping[int, int],
     subject: int | None,
 ) -> tuple[list[Move], list[Move]] | None:
-    """Draw two stories that differ in `fixed` moves and in the names of `renamed` boxes; None where one cannot be told.
+    """Draw two stories that differ in `fixed` moves and in the names of `renamed` boxes; None if one is not possible.
 
-    Once `subject` has made its fixed move it stays.
+    After its fixed move, `subject` is not moved again.
     """
-    at, told = (list(start), list(start)), (list[Move](), list[Move]())
+    at, moves = (list(start), list(start)), (list[Move](), list[Move]())
     settled: set[int] = set()
     for t in range(steps):
         two = fixed.get(t)
@@ -318,12 +318,12 @@ def _twin_moves(
             if at[side][move.object] == move.box:
                 return None
             at[side][move.object] = move.box
-            told[side].append(move)
-    return told
+            moves[side].append(move)
+    return moves
 
 
-def _told(episode: Episode, noun: str, steps: int) -> Span:
-    """Return the letter of the box in the last sentence about an object, in the opening and the first `steps` steps."""
+def _location(episode: Episode, noun: str, steps: int) -> Span:
+    """Return the span of the box letter in the last sentence about an object, up to the first `steps` steps."""
     about = re.compile(rf"[^.]*\b{noun}\b[^.]*\.")
     texts = [episode.opening, *(step.narration for step in episode.steps[:steps])]
     piece, found = [(i, sentence) for i, text in enumerate(texts) for sentence in about.finditer(text)][-1]
@@ -340,12 +340,12 @@ def _moved(action: Action) -> str:
 def _spans(kind: str, side: Episode) -> dict[str, Span]:
     now, n = side.steps[-1], len(side.steps)
     noun = now.questions[0].variable
-    state, match, word = _told(side, noun, n - 1), _told(side, noun, n), _moved(now.action)
+    state, match, word = _location(side, noun, n - 1), _location(side, noun, n), _moved(now.action)
     return {
         "state": state,
         "action": find_span(side, n, word),
         "match": match,
-        **({"distractor": state if match != state else _told(side, word, n)} if kind == "action" else {}),
+        **({"distractor": state if match != state else _location(side, word, n)} if kind == "action" else {}),
         "subject": find_span(side, n + 1, noun if noun in now.questions[0].stem else noun.capitalize()),
         "last": last(side),
     }

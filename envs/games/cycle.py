@@ -31,7 +31,7 @@ ASKED = tuple((Question("letter", "", CHOICES, i, (i,), ""),) for i in range(len
 
 
 class Phase(NamedTuple):
-    """Where in which pattern we are."""
+    """A state: a pattern and the position in it."""
 
     pattern: tuple[int, ...]  # letters as indices
     at: int
@@ -40,12 +40,13 @@ class Phase(NamedTuple):
 @final
 @dataclass(frozen=True)
 class Cycle(Game):
-    """A random pattern of different letters comes round and round; each step goes to the next letter.
+    """A random pattern of distinct letters is repeated; each step moves to the next letter.
 
-    State: the position in the pattern, |Q| = |T| = period. Each next letter is one question, kept in the transcript.
+    State: the position in the pattern, |Q| = |T| = period. Each step has one question, the next letter; the answer
+    stays in the transcript.
 
-    Ideal reader: knows the period, and that the letters of a pattern differ. In the first round it is uniform over the
-    letters not yet shown; from then on the answer is determined.
+    Ideal reader: knows the period, and that the letters of the pattern are distinct. In the first round it is uniform
+    over the letters not yet shown; after that the answer is determined.
 
     Args:
         period: length of the pattern, 2 to 26.

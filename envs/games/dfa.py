@@ -1,4 +1,4 @@
-"""Abstract automata, walked and told ("Scaling Laws for State Dynamics", arXiv 2505.14892, abstract DFA)."""
+"""Walks through abstract automata ("Scaling Laws for State Dynamics", arXiv 2505.14892, abstract DFA)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from nextstate.envs.games.machine import DENSITIES, LOWER, UPPER, DFASettings, M
 @final
 @dataclass(frozen=True)
 class DFA(DFASettings):
-    """A walk through a random automaton whose table is not given; each transition is told after it was asked about.
+    """A walk through a random automaton whose table is hidden; each transition is shown after its question.
 
     A new automaton is drawn for each episode. Its states are put in random order: the first is the start, the last the
-    sink, whose only action leads back to the start. The others get their edges round-robin; all targets of a state
-    differ, and come first from the states later in the order (so that the sink can be reached), then from the earlier
-    ones; no self-loops; a state's actions are different random ones. Each legal action of the walk is drawn alike.
+    sink, whose only action leads back to the start. The others get their edges round-robin; all targets of a state are
+    distinct, and are taken first from later states in the order (so that the sink can be reached), then from earlier
+    ones; there are no self-loops; the actions of a state are random and distinct. The walk draws legal actions
+    uniformly.
 
-    State: where the walk is, |Q| <= states. One question a step: the next state. With `kind="state-state"` actions are
-    not told, and every successor of the current state is accepted.
+    State: the current state of the walk, |Q| <= states. Each step has one question: the next state. With
+    `kind="state-state"` actions are not shown, and every successor of the current state is accepted.
 
     Ideal reader: knows that the automaton is deterministic and has no self-loops, and remembers every transition shown.
-    A pair (state, action) shown before is determined; otherwise it is uniform over the other states. (state-state:
-    the successors shown before, else the other states.) It does not use how automata are drawn beyond this.
+    If a pair (state, action) was shown before, the answer is determined; otherwise it is uniform over the other states.
+    (state-state: over the successors shown before, else the other states.) It uses no other knowledge of how automata
+    are drawn.
 
     Args:
         states: number of states listed, 2 to 26 (to 676 with `symbols="pairs"`).
         density: "min" (E = Q edges), "max" (Q (Q - 1) / 2 + 1) or "middle"; not used where `edges` is given.
         edges: number of edges, Q to Q (Q - 1) / 2 + 1, as long as no state needs more actions than there are.
-        actions_listed: number of actions listed, 1 to 26 (to 676). Few actions make many questions on which the action
-            alone does not settle the answer.
+        actions_listed: number of actions listed, 1 to 26 (to 676). With few actions there are many questions whose
+            answer is not determined by the action alone.
         symbols: "letters" (a, b, ...; A, B, ...) or "pairs" (aa, ab, ...; AA, AB, ...).
-        kind: "state-action", or "state-state", where actions are not told.
+        kind: "state-action", or "state-state", where actions are not shown.
     """
 
     name: ClassVar[str] = "DFA"
@@ -169,27 +171,27 @@ class DFA(DFASettings):
 class DFAReader(Reader):
     """Remembers every transition shown, by (state, action), by action and by state."""
 
-    def __init__(self, told: bool, start: int) -> None:
-        self.texts, self.at, self.action = told, start, -1
+    def __init__(self, shown: bool, start: int) -> None:
+        self.shown, self.at, self.action = shown, start, -1
         self.pairs: dict[tuple[int, int], int] = {}  # without actions, by (state, next state)
         self.by_action: dict[int, int] = {}
         self.by_state: dict[int, int] = {}
         self.named = [start]
 
     def observe(self, action: Action) -> None:
-        if self.texts:
+        if self.shown:
             assert isinstance(action, int)
             self.action = action
 
     def observe_answer(self, answer: int) -> None:
-        at, action = self.at, self.action if self.texts else answer
+        at, action = self.at, self.action if self.shown else answer
         self.pairs[at, action] = self.by_action[action] = self.by_state[at] = self.at = answer
         self.named.append(answer)
 
     def guess(self, name: str, question: Question) -> Distribution:
         n = len(question.choices)
         if name == "ideal":
-            if self.texts:
+            if self.shown:
                 known = self.pairs.get((self.at, self.action))
                 return elsewhere(n, self.at) if known is None else one_hot(n, known)
             seen = tuple([s for s in range(n) if (self.at, s) in self.pairs])

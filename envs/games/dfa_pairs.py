@@ -22,14 +22,14 @@ def draw_pair(
 
     The walks of a balanced pair are random ones in which two or three actions lead through some of the states:
 
-    - "state": the last told step leads to one of two states, in both of which the queried action was taken before. The
+    - "state": the last shown step leads to one of two states, in both of which the queried action was taken before. The
       automata differ in that one edge, the words in that one name.
     - "noop": as "state", and then `distance` times an action that leads back to the state. (So these automata have a
-      loop; the names differ wherever the state is told again.)
+      loop; the names differ wherever the state is narrated again.)
     - "action": one of two actions is queried, both taken before in the current state. One automaton; one name differs.
     - "name": the state that is the answer is called by the name of one that the walk does not visit.
 
-    With `kind="state-state"` actions are not told: "state" and "name" only, and the two states have one successor each.
+    With `kind="state-state"` actions are hidden: "state" and "name" only, and the two states have one successor each.
     """
     if game.kind == "state-state" and (kind not in ("state", "name") or design == "paper"):
         raise GameError(f"kind={kind!r} is not possible: state-state has no {design} contrast of kind {kind}")
@@ -155,10 +155,10 @@ def _spans(side: Episode, other: Episode, distance: int) -> dict[str, Span]:
     spans = {"state": answered(side, n - 2), "last": last(side)}
     if distance:
         spans["origin"] = answered(side, n - 2 - distance)
-    told = {_key(side, t): t for t in range(n - 1)}  # the last time each was told
+    steps = {_key(side, t): t for t in range(n - 1)}  # the last time each was narrated
     for name, key in (("match", _key(side, n - 1)), ("distractor", _key(other, n - 1))):
-        if key in told and (name == "match" or key != _key(side, n - 1)):
-            spans[name] = answered(side, told[key])
+        if key in steps and (name == "match" or key != _key(side, n - 1)):
+            spans[name] = answered(side, steps[key])
     if now.narration:
         assert isinstance(now.action, int)
         assert isinstance(now.state, Place)
@@ -198,7 +198,7 @@ def _published_noop(game: DFASettings, steps: int | None, distance: int) -> Pair
 
     The loop is walked once before, so that the answer is settled. (The reference does not say what comes before.)
     """
-    require(steps is None, "steps", steps, "None, since the published noop pairs are told by their distance")
+    require(steps is None, "steps", steps, "None, since the length of published noop pairs follows from their distance")
     small = replace(game, states=3, density="middle", edges=None, actions_listed=3)
     edges: Edges = {0: {0: 1}, 1: {1: 0, 2: 1}, 2: {0: 1}}
     machine = Machine(("x1", "x2", "x3"), ("A1", "A2", "A"), _table(edges), 0)

@@ -56,13 +56,13 @@ class Store(NamedTuple):
 @final
 @dataclass(frozen=True)
 class FruitStore(Game):
-    """People each get a different fruit, one clue at a time; which fruit can somebody still have?
+    """Each person gets a different fruit, one clue at a time; which fruit can a person without one still get?
 
-    State: who has which fruit. Each step is one clue, until one person is left; a clue draws a person and a fruit that
-    are left, and evenly one of two wordings. One question for each person still without a fruit; every fruit that
-    nobody has yet is accepted.
+    State: the fruit of each person. Each step is one clue, until one person is left; a clue draws a remaining person
+    and fruit, and one of two wordings with equal probability. There is one question for each person without a fruit;
+    every remaining fruit is accepted.
 
-    Ideal reader: all clues are told, so it is uniform over the remaining fruits, each of which is accepted: determined.
+    Ideal reader: sees all clues, so it is uniform over the remaining fruits, which are all accepted: determined.
 
     Args:
         people: number of people and fruits, 2 to 21.
@@ -212,7 +212,7 @@ class FruitStore(Game):
 
 
 class FruitReader(Reader):
-    """Remembers which fruits are gone."""
+    """Remembers which fruits have been taken."""
 
     def __init__(self, people: int) -> None:
         self.n, self.gone = people, list[int]()

@@ -50,7 +50,7 @@ DRAWN: Mapping[str, Any] = {  # the settings of grammars that are drawn, and wha
 @final
 @dataclass(frozen=True)
 class CFG(Game):
-    """Strings of a layered context-free grammar, one after another; each step tells a token, or that the string ends.
+    """Strings of a layered context-free grammar, one after another; each step adds a token or ends the string.
 
     A state is the derivation of the string so far: for each token its place in the rules that led to it
     (`nextstate.envs.grammar.walk`). Nothing ahead is drawn before it is reached. An action is the place of the next
@@ -67,22 +67,23 @@ class CFG(Game):
     last one only ("bigram").
 
     Args:
-        style: "plain", or "rules", where the opening gives all rules.
-        grammar: name of a published one, cfg3b to cfg3k; "" for another.
-        file: path of a grammar of yours. See `nextstate.envs.grammar.grammar.Grammar.read`.
-        levels: of symbols, root and terminals included, 2 to 12. This and what follows, to `distinct_bodies`, is what a
-            grammar is drawn by where neither is given (`nextstate.envs.grammar.sources.random_grammar`).
+        style: "plain", or "rules", where the opening lists all rules.
+        grammar: name of a published grammar, cfg3b to cfg3k; "" for none.
+        file: path of a grammar file. See `nextstate.envs.grammar.grammar.Grammar.read`.
+        levels: number of levels of symbols, including root and terminals, 2 to 12. If neither `grammar` nor `file` is
+            given, a grammar is drawn with this and the settings up to `distinct_bodies`
+            (`nextstate.envs.grammar.sources.random_grammar`).
         symbols: number of symbols at each level but the root's.
         rules_min: the fewest rules of a symbol.
         rules_max: the most rules of a symbol.
         length_min: the shortest length of a rule.
         length_max: the greatest length of a rule.
         distinct_symbols: no symbol twice in a rule.
-        distinct_bodies: no body twice at a level, so that a body tells whose it is.
-        game_seed: decides which grammar is drawn, and which tokens are in overlapping bags.
-        vocabulary: hides the terminals: each is a bag of some of that many tokens. See `sources.implicit`.
+        distinct_bodies: no body twice at a level, so that a body determines its symbol.
+        game_seed: seed of the grammar that is drawn, and of the tokens in overlapping bags.
+        vocabulary: number of tokens that replace the terminals, each by a bag of tokens. See `sources.implicit`.
         overlap: bags share tokens.
-        skewed: the tokens of a bag are not alike likely.
+        skewed: the tokens of a bag have different probabilities.
     """
 
     name: ClassVar[str] = "CFG"
@@ -262,7 +263,7 @@ class CFGReader(Reader):
 
     def observe(self, action: Action) -> None:
         place = _place(action)
-        # Of the place only what is told: the token.
+        # Only the token of the place is known.
         token = ancestors(self.rules, place)[-1] - self.rules.first[-1]
         self.tokens = () if place == END else (*self.tokens, token)
 
@@ -304,8 +305,8 @@ def _yes(p: float) -> Distribution:
 
 @lru_cache(maxsize=256)
 def _opening(rules: Grammar, style: str) -> str:
-    told = f"Strings are made of {', '.join(rules.terminals)}, and closed by {CLOSED}.\nStrings:"
-    return f"Rules, from level 1 down:\n{rules}{told}" if style == "rules" else told
+    head = f"Strings are made of {', '.join(rules.terminals)}, and closed by {CLOSED}.\nStrings:"
+    return f"Rules, from level 1 down:\n{rules}{head}" if style == "rules" else head
 
 
 @lru_cache(maxsize=256)

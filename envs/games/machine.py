@@ -93,7 +93,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class DFASettings(Game):
-    """The settings of the DFA game, which `nextstate.envs.games.dfa.DFA` explains."""
+    """The settings of the DFA game; documented in `nextstate.envs.games.dfa.DFA`."""
 
     states: int = 4
     density: str = "middle"

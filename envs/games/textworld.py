@@ -41,11 +41,11 @@ _STORIES = 4  # processes of compiled games that are kept
 class TextWorld(Game):
     """Text adventures made by TextWorld: rooms, doors, keys, containers and a quest, with exact states.
 
-    An episode plays one game of a pool; the pool is made once and cached. A state is which of the logical facts that
-    can change hold, and which quests are done; |Q| and |T| are those until the game ends. A step is a command. What it
-    leads to is asked about before the game says it: one question for each variable (where the player is, where each
-    thing is, open, closed or locked, eaten, cooked, cut, ...). The game's own walk never ends the game; it picks among
-    the verbs of the commands that can be given (all that change nothing are as one verb), and then among the commands.
+    An episode plays one game of a pool; the pool is generated once and cached. A state consists of the changeable
+    logical facts that hold and the quests that are done; |Q| and |T| count states until the game ends. A step is a
+    command. Its effect is asked about before the game describes it, with one question for each variable (where the
+    player is, where each thing is, open, closed or locked, eaten, cooked, cut, ...). The policy never ends the game; it
+    draws one of the verbs of the legal commands (those that change nothing count as one verb), and then a command.
 
     Ideal reader: `nextstate.envs.textworld.reader.AdventureReader`.
 
@@ -54,16 +54,16 @@ class TextWorld(Game):
         objects: number of things besides rooms and doors, 0 to 60; more where the quest needs more.
         quest: number of commands of the shortest solution, 1 to 20.
         breadth: number of branches of the quest, 1 to 2; two need a quest of 4 commands or more.
-        theme: what things are called: "house", or "basic" (such as "box0").
-        challenge: one of TextWorld's own, with sizes of its own. See `nextstate.envs.textworld.generate.Recipe`.
+        theme: names of things: "house", or "basic" (such as "box0").
+        challenge: a challenge of TextWorld, which has its own sizes. See `nextstate.envs.textworld.generate.Recipe`.
         level: of the challenge: coin_collector 1 to 150 or 201 to 233, treasure_hunter 1 to 30, cooking 1 to 5.
-        skills: what a cooking game takes.
-        file: path of a game of yours, .z8 or .json (with TextWorld's metadata), instead of a pool.
+        skills: skills that a cooking game requires.
+        file: path of a TextWorld game, .z8 or .json (with TextWorld's metadata), instead of a pool.
         games: number of games in the pool.
-        game_seed: decides which games these are.
-        states: about how many states each game has; rooms, objects and quest then vary.
-        transitions: about how many transitions.
-        words: "logic" (short sentences of our own over the same facts) or "inform7" (the compiled game's own words).
+        game_seed: seed of the games in the pool.
+        states: approximate number of states of each game; rooms, objects and quest then vary.
+        transitions: approximate number of transitions of each game.
+        words: "logic" (short sentences generated from the facts) or "inform7" (the text of the compiled game).
     """
 
     name: ClassVar[str] = "TextWorld"
@@ -118,12 +118,12 @@ class TextWorld(Game):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that make this game again; JSON types only."""
+        """The arguments that recreate this game, as JSON types."""
         return asdict(self)
 
     @cached_property
     def worlds(self) -> tuple[World, ...]:
-        """The pool; made, or read from the cache, when it is first asked for."""
+        """The pool of games; generated, or read from the cache, at first use."""
         from nextstate.envs.textworld.pool import pool
 
         return pool(self._recipe, self.games, self.game_seed, self.states, self.transitions)  # type: ignore[attr-defined]
@@ -236,7 +236,7 @@ class TextWorld(Game):
         return state.world.won(state.done)
 
     def walkthrough(self, state: State) -> tuple[int, ...]:
-        """Return the game's own way to win, as far as its commands can be given; () where it has none."""
+        """Return the game's own solution, as far as its commands are legal; () if it has none."""
         assert isinstance(state, Situation)
         out: list[int] = []
         for words in state.world.walkthrough:
@@ -268,7 +268,7 @@ def _sight(world: World) -> Sight:
 
 @lru_cache(maxsize=4096)
 def _questions(world: World) -> tuple[tuple[Question, ...], ...]:
-    """Return for each variable and value the question that it answers."""
+    """Return the question for each variable and true value."""
     sight = _sight(world)
     out = []
     for v in world.variables:

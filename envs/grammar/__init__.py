@@ -1,1 +1,1 @@
-"""Layered context-free grammars: notation, sources, sizes, samples with labels, and what is exactly so of a string."""
+"""Layered context-free grammars: notation, sources, sizes, labelled samples, and exact computations on strings."""

@@ -14,11 +14,11 @@ from nextstate.envs.grammar.grammar import Grammar
 
 @dataclass(frozen=True, eq=False)
 class Derivation:
-    """How a string of n tokens came about: for each level l and token i the ancestor of i at l, levels from the root.
+    """The derivation of a string of n tokens: the ancestor of each token i at each level l, with levels from the root.
 
     Args:
-        symbols: s_l(i), which symbol of the level it is (index into `Grammar.levels[l - 1]`); shape [levels, n].
-        index: p_l(i), the how manyth of its level it is, from 1; shape [levels, n].
+        symbols: s_l(i), the symbol of the ancestor (index into `Grammar.levels[l - 1]`); shape [levels, n].
+        index: p_l(i), the position of the ancestor among those of its level, from 1; shape [levels, n].
     """
 
     symbols: np.ndarray
@@ -38,9 +38,9 @@ class Derivation:
 
     @cached_property
     def highest(self) -> np.ndarray:
-        """b#(i), the level nearest to the root, but not the root's, of which something ends with i; shape [n].
+        """b#(i), the level nearest to the root (from 2) whose symbol ends with token i; shape [n].
 
-        Between 2 and the number of levels, which it is where nothing but the token itself ends.
+        It equals the number of levels if nothing but the token itself ends.
         """
         levels: np.ndarray = np.argmax(self.ends[1:], axis=0) + 2
         return levels
@@ -53,11 +53,11 @@ def sample(grammar: Grammar, rng: np.random.Generator, n: int, change: Change | 
     """Draw `n` strings with their derivations, all at once: level by level, each symbol by one of its rules.
 
     Args:
-        grammar: to draw from.
-        rng: where to draw from.
+        grammar: the grammar.
+        rng: the generator to draw from.
         n: number of strings.
-        change: gets a level (from 2), its symbols (indices into it) and for each the string that it is of (from 0);
-            returns the symbols that stand there instead. The symbols below come from the changed ones.
+        change: function of a level (from 2), its symbols (indices into the level) and the string of each (from 0) that
+            returns replacements for the symbols. The levels below are derived from the replacements.
     """
     require_whole("n", n, 1, 10_000_000)
     symbols = [np.zeros(n, dtype=np.int64)]  # of each level, all strings after each other

@@ -22,9 +22,9 @@ class _Costs(NamedTuple):
 
 
 def min_edits(grammar: Grammar, string: Sequence[int] | np.ndarray) -> int | None:
-    """Return the fewest tokens to replace until the grammar has the string; None where it has none of that length.
+    """Return the minimum number of replaced tokens that gives a string of the grammar; None if none has this length.
 
-    Tokens may be any whole numbers; those that are no index of a terminal have to be replaced.
+    Tokens may be any integers; those that are not the index of a terminal must be replaced.
     """
     x = np.asarray(string, dtype=None if len(string) else np.int64)
     if x.ndim != 1 or x.dtype.kind not in "iu":

@@ -39,8 +39,8 @@ class Grammar:
     The root is the left side of the first rule, level 1; terminals are the symbols without rules, level L. Levels are
     counted as in "Physics of Language Models: Part 1" (arXiv 2305.13673): L levels of symbols, L - 1 rewritings.
 
-    Symbols that the root does not lead to are kept (a published grammar has some) and named by `unreachable`; they
-    occur in no string. `read` refuses them, as in a file of yours they are more likely a slip.
+    Symbols that cannot be reached from the root are kept (a published grammar has some) and listed by `unreachable`;
+    they occur in no string. `read` rejects them by default, since in a file they are probably a mistake.
 
     Raises:
         GameError: there is no rule, a rule comes twice or has no positive weight, symbols lead back to themselves,
@@ -54,13 +54,13 @@ class Grammar:
             raise GameError("this grammar has no rules: expected at least one, such as 1 -> a b")
         seen: set[tuple[str, tuple[str, ...]]] = set()
         for left, right, weight in self.rules:
-            said = f"{left} -> {' '.join(right)}"
+            rule = f"{left} -> {' '.join(right)}"
             if not right or not all(_SYMBOL.fullmatch(s) and s != "->" for s in (left, *right)):
-                raise GameError(f"rule {said!r} is not possible: expected symbols without spaces, |, (, ), # and ->")
+                raise GameError(f"rule {rule!r} is not possible: expected symbols without spaces, |, (, ), # and ->")
             if (left, right) in seen:
-                raise GameError(f"rule {said!r} comes twice: give it once, with a weight, such as {said} (2)")
+                raise GameError(f"rule {rule!r} comes twice: give it once, with a weight, such as {rule} (2)")
             if not 0 < weight < float("inf"):
-                raise GameError(f"rule {said!r} has weight {weight!r}: expected a number above 0")
+                raise GameError(f"rule {rule!r} has weight {weight!r}: expected a number above 0")
             seen.add((left, right))
         _ = self.levels  # refuses what is not layered
 
@@ -83,10 +83,10 @@ class Grammar:
 
         Args:
             text: the grammar.
-            unreachable: admit symbols that the root does not lead to.
+            unreachable: allow symbols that cannot be reached from the root.
 
         Raises:
-            GameError: a line cannot be read (it is numbered), or there is no such grammar.
+            GameError: a line cannot be parsed (the message has its number), or the rules do not form a grammar.
         """
         rules: list[Rule] = []
         for number, line in enumerate(text.splitlines(), start=1):

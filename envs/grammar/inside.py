@@ -1,4 +1,4 @@
-"""What is exactly so of strings under a grammar, many strings at once: membership, parses, probabilities, next tokens.
+"""Exact computations on many strings of a grammar at once: membership, parses, probabilities, next tokens.
 
 Strings lie one after another on one axis of places, a string of n tokens on n + 1 of them. For each symbol a there is
 one sparse matrix M_a, with M_a[i, j] the probability that a becomes the tokens between places i and j (or the number of
@@ -36,7 +36,7 @@ Strings = Sequence[Sequence[int] | np.ndarray]
 
 
 class Next(NamedTuple):
-    """What follows the prefixes of one string of n tokens.
+    """The distributions of the next token after the prefixes of one string of n tokens.
 
     `p[k]` is the distribution of what follows its first k tokens: each terminal, then the end; shape [n + 1, T + 1].
     `log_prefix[k]` is the log-probability (in nats) that a string begins with them; shape [n + 1]. Where no string
@@ -110,7 +110,7 @@ class Packed:
 
 
 def member(grammar: Grammar, strings: Strings) -> np.ndarray:
-    """Tell of each string whether the grammar has it; shape [strings]."""
+    """Return for each string whether it belongs to the grammar; shape [strings]."""
     found = [packed.ends(packed.spans(True, weighted=False)[0]) for packed in _pack(grammar, strings)]
     return np.concatenate(found).astype(bool)
 

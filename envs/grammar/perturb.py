@@ -1,4 +1,4 @@
-"""Strings that are almost a grammar's, for training that makes models robust and for prefixes that test it.
+"""Perturbed strings of a grammar, for training robust models and for prefixes that test robustness.
 
 "Physics of Language Models: Part 1" (arXiv 2305.13673), Results 11 to 13, names three kinds and their rates. How
 exactly symbols are replaced we could not read there; that is our choice.
@@ -21,14 +21,14 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Perturbation:
-    """How training strings are spoilt.
+    """How training strings are perturbed.
 
     Args:
         kind: "token": terminals are replaced, each by one drawn from all of them. "symbol": so are the symbols of the
             level above, before terminals are drawn. "permutation": these symbols too, each by the one that follows it
             on its level, the last one by the first.
-        fraction: of the strings that are spoilt, 0 to 1.
-        rate: of the tokens, or symbols, of a spoilt string that are replaced, 0 to 1.
+        fraction: fraction of strings that are perturbed, 0 to 1.
+        rate: fraction of tokens, or symbols, that are replaced in a perturbed string, 0 to 1.
     """
 
     kind: Kind
@@ -42,7 +42,7 @@ class Perturbation:
             require(0 <= value <= 1, name, value, "a number from 0 to 1")
 
     def change(self, grammar: Grammar, rng: np.random.Generator, strings: int) -> Change:
-        """Draw which of so many strings are spoilt; return what spoils them while they are drawn."""
+        """Draw which of `strings` strings are perturbed; return the `change` for `derivation.sample` that does it."""
         chosen = rng.random(strings) < self.fraction
         at = len(grammar.levels) - (self.kind != "token")
         many = len(grammar.levels[at - 1])
@@ -60,7 +60,7 @@ class Perturbation:
 def draw(
     grammar: Grammar, rng: np.random.Generator, n: int, perturbation: Perturbation | None = None
 ) -> list[Derivation]:
-    """Draw `n` strings, some of them spoilt; their derivations are then those of what they come from."""
+    """Draw `n` strings, some of them perturbed; their derivations are those of the unperturbed strings."""
     return sample(grammar, rng, n, perturbation.change(grammar, rng, n) if perturbation else None)
 
 

@@ -1,4 +1,4 @@
-"""What somebody who knows a grammar can say of a string while reading it, token by token: exact beliefs.
+"""Exact beliefs about a string of a known grammar while it is read token by token.
 
 A probabilistic Earley parser (Stolcke 1995, Computational Linguistics 21) for layered grammars, which have no cycles
 and so need no closures. It keeps, for each place of the string, the rules that are partly read there: `waiting[m][c]`
@@ -28,7 +28,7 @@ STRIDE = 200  # tokens at most that one reading is made of by recursion
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """What is known after a prefix of a string.
+    """The exact posterior after a prefix of a string.
 
     Args:
         grammar: it is a string of.
@@ -49,7 +49,7 @@ class Posterior:
 
     @classmethod
     def start(cls, grammar: Grammar) -> Posterior:
-        """Return what is known before the first token."""
+        """Return the posterior before the first token."""
         waiting, begun = _predict(grammar, (), {0: 1.0}, 0, defaultdict(list))
         return cls(grammar, _following(grammar, begun, 0.0), (), (), (waiting,), (begun,))
 
@@ -59,15 +59,15 @@ class Posterior:
         return self.following[-1]
 
     def read(self, token: int) -> Posterior:
-        """Return what is known after one more token, the index of a terminal.
+        """Return the posterior after one more token, the index of a terminal.
 
         Raises:
-            GameError: no string of the grammar goes on like that.
+            GameError: no string of the grammar continues with this token.
         """
         grammar, at = self.grammar, len(self.waiting)
         known = self.following[token] if 0 <= token < len(grammar.terminals) else 0.0
         if not known:
-            raise GameError(f"token {at} is {token}: no string of this grammar has it there; see Reading.following")
+            raise GameError(f"token {at} is {token}: no string of this grammar has it there; see Posterior.following")
         leaf = grammar.first[-1] + token
         # For each symbol: where it may have begun, if it is whole here, and if it holds the token at all.
         whole: dict[int, dict[int, float]] = {leaf: {at - 1: 1 / known}}
@@ -143,7 +143,7 @@ def _normal(row: tuple[float, ...]) -> Distribution:
 
 @lru_cache(maxsize=KEPT)
 def read(grammar: Grammar, tokens: tuple[int, ...]) -> Posterior:
-    """Return what is known after `tokens`; quick where a reading of all but the last has just been asked for.
+    """Return the posterior after `tokens`; fast if the posterior of all but the last token is in the cache.
 
     Raises:
         GameError: no string of the grammar begins with them.

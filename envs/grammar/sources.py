@@ -1,4 +1,4 @@
-"""Where grammars come from: the published ones, files, arguments and chance; terminals that are not seen themselves."""
+"""Sources of grammars: published ones, files, random grammars, and grammars with hidden terminals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def published(name: str) -> Grammar:
     """Return a grammar of "Physics of Language Models" by its name there (Part 1, arXiv 2305.13673; j and k Part 4.1).
 
     Raises:
-        GameError: there is none of that name.
+        GameError: there is no grammar of this name.
     """
     require(name in PUBLISHED, "grammar", name, f"one of {', '.join(PUBLISHED)}")
     text = (files("nextstate.envs.grammar") / "published" / f"{name}.cfg").read_text(encoding="utf-8")
@@ -34,7 +34,7 @@ def read_file(path: str | Path) -> Grammar:
     """Read a file in the notation of `Grammar.read`.
 
     Raises:
-        GameError: there is no such file, or it holds no grammar.
+        GameError: the file cannot be read or does not contain a grammar.
     """
     try:
         with open(path, encoding="utf-8") as opened:
@@ -46,7 +46,7 @@ def read_file(path: str | Path) -> Grammar:
     try:
         return Grammar.read(text)
     except GameError as error:
-        raise GameError(f"file={str(path)!r} holds no grammar: {error}") from error
+        raise GameError(f"file={str(path)!r} is not a grammar: {error}") from error
 
 
 def random_grammar(

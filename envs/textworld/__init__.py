@@ -1,1 +1,1 @@
-"""TextWorld games as finite-state systems: their logic as bit masks, their words, what a reader knows, their pools."""
+"""TextWorld games as finite-state systems: logic as bit masks, texts, readers, and pools of games."""

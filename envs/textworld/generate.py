@@ -45,14 +45,14 @@ class _Interpreter(CDLL):
 
 
 class GenerationError(GameError):
-    """A recipe and a seed that no game comes of; another seed, or a larger recipe, may do."""
+    """TextWorld cannot make a game of a recipe and a seed; another seed or a larger recipe may work."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a game is made of; with a seed it is one game. JSON types only.
+    """The parameters of a generated game, as JSON types; together with a seed they determine the game.
 
-    None stands for the default of the kind of game, and is replaced by it; it stays where the kind has no such setting.
+    None is replaced by the default of the kind of game; it stays None if the kind has no such setting.
     TextWorld's skill "drop" of cooking games is left out: it gives the player interchangeable slots to carry things in,
     and which of them is in use is no variable of its own.
 
@@ -61,12 +61,12 @@ class Recipe:
         objects: number of things besides rooms and doors, 0-60; more where the quest needs more.
         quest: number of commands of the shortest solution, 1-20.
         breadth: number of branches of the quest, 1 or 2; TextWorld finds quests of two branches from 4 commands on.
-        theme: what things are called: "house", or "basic" (such as "box0").
+        theme: names of things: "house", or "basic" (such as "box0").
         challenge: "" (free), "coin_collector", "treasure_hunter", "cooking" or "simple".
         level: of coin_collector (1-150 or 201-233) and treasure_hunter (1-30) their own; of cooking the number of
             ingredients (1-5), all of which have to be found.
         skills: of cooking, those of "cook", "cut" and "open" that it takes, joined by "+".
-        file: path of a user's own .z8 (with its .json beside it) or .json, instead of all others.
+        file: path of a .z8 (with its .json in the same folder) or .json; excludes the other arguments.
     """
 
     rooms: int | None = None
@@ -157,7 +157,7 @@ def make(recipe: Recipe, seed: int) -> Any:
         except (QuestGenerationError, NoFreeExitError, CouldNotCompileGameError, ValueError, AssertionError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise GenerationError(
-                f"no game comes of {recipe.describe()} with seed={seed} ({reason[0]}); "
+                f"TextWorld makes no game of {recipe.describe()} with seed={seed} ({reason[0]}); "
                 "try another seed, a shorter quest, or more rooms"
             ) from error
     # TextWorld goes through sets of words here, whose order differs from process to process.
@@ -246,7 +246,7 @@ def metadata_of(path: Path) -> Path:
     beside = path.with_suffix(".json")
     if not beside.is_file():
         raise GameError(
-            f"file={str(path)!r} has no metadata: expected {beside.name} beside it, as TextWorld writes it when it "
+            f"file={str(path)!r} has no metadata: expected {beside.name} in its folder, as TextWorld writes it when it "
             "compiles a game"
         )
     return beside

@@ -121,11 +121,11 @@ def _spans(kind: str, side: Episode, subject: str) -> dict[str, Span]:
         "subject": find_span(side, narration + 1, subject),
         "last": last(side),
     }
-    told = [
+    places = [
         (i, m) for i, text in enumerate(parts[:narration]) for m in re.finditer(rf"The {subject} is ([^.]*)\.", text)
     ]
-    if told:
-        piece, match = told[-1]
+    if places:
+        piece, match = places[-1]
         found["state"] = Span(piece, *match.span(1))
         if match[1] == side.steps[-1].questions[0].answer:
             found["match"] = found["state"]

@@ -30,7 +30,7 @@ SEARCH = 200  # games looked at in a row without one of the size asked for, befo
 NEAR = 0.2  # how far a size may be from the one asked for, as a part of it
 _KEPT = 32  # pools that stay in memory
 
-Progress = Callable[[int, int], None]  # told how many games are done, of how many
+Progress = Callable[[int, int], None]  # called with the number of finished games, and the total
 _pools: dict[Path, tuple[World, ...]] = {}
 
 
@@ -54,10 +54,10 @@ def pool(
         states: about how many states each is to have: rooms, objects, quest or level are then searched, beginning with
             those of the recipe, until |Q| is within a fifth of it.
         transitions: the same for |T|.
-        progress: told how many games are done.
+        progress: called with the number of finished games, and the total.
 
     Raises:
-        GameError: an argument that cannot be, no game that is as asked for, or no place to keep the pool.
+        GameError: an argument is not possible, no matching game is found, or the pool cannot be saved.
     """
     require_whole("games", games, 1, MOST_GAMES)
     require_whole("seed", seed, 0, 2**63 - 1)
@@ -125,8 +125,8 @@ def _plain(recipe: Recipe, seed: int) -> Iterator[World]:
     for number in _seeds(seed):
         if failed == TRIES:
             raise GameError(
-                f"no game comes of {recipe.describe()} with any of {TRIES} seeds (the last one: {reason}); "
-                "a shorter quest, more rooms or fewer objects may do"
+                f"TextWorld makes no game of {recipe.describe()} with any of {TRIES} seeds (the last one: {reason}); "
+                "try a shorter quest, more rooms or fewer objects"
             )
         try:
             world = _measured(World.compile(make(recipe, number)), recipe, number, MOST_STATES)

@@ -1,4 +1,4 @@
-"""What somebody who knows TextWorld's rules, and has read the transcript of one game, knows of it."""
+"""The ideal reader of TextWorld games, who knows TextWorld's rules and has read the transcript."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ from nextstate.envs.textworld.world import OPPOSITE, Command, Variable
 
 
 class Told(NamedTuple):
-    """What a piece of the transcript tells: the facts that hold then, and which of them it settles."""
+    """The content of a segment of the transcript: the facts that hold, and which of them it determines."""
 
     facts: int
     scope: int
 
 
 class AdventureReader(Reader):
-    """Keeps, for each variable, the values it may have.
+    """Keeps the possible values of each variable.
 
-    It knows what every command does, that only commands that can be given are given, that nothing else moves or
-    changes, and that what has been told stays so until a command changes it. What has not been told is uniform over the
-    values that nothing told rules out. A door seen from two rooms leads from one to the other. Where all ways of the
-    game go back as they came, and no two join the same rooms, it knows that too: a way not taken yet leads to a room
-    not seen yet, or to one with a way back that does not lead elsewhere. It does not use how TextWorld makes up its
-    worlds beyond this.
+    It knows the effects of every command, that only legal commands are given, and that facts only change by commands.
+    Unknown variables are uniform over the values that the transcript does not rule out. A door seen from two rooms
+    leads from one to the other. If all exits of the game are symmetric, and no two join the same rooms, it uses this
+    too: an exit not taken yet leads to a room not seen yet, or to one with an unexplored exit in the opposite
+    direction. It uses no other knowledge of how TextWorld generates worlds.
 
     Args:
-        sight: the world, and what its words settle.
-        start: what the opening tells.
-        step: takes (facts, command) to what the outcome of a command tells.
+        sight: the world, and the facts that its texts determine.
+        start: the content of the opening.
+        step: maps (facts, command) to the content of the command's outcome.
     """
 
     def __init__(self, sight: Sight, start: Told, step: Callable[[int, Command], Told]) -> None:

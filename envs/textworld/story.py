@@ -1,4 +1,4 @@
-"""The words of the compiled game itself: Inform 7 compiles it, and a process of its own plays it."""
+"""The text of compiled games: Inform 7 compiles a game, and a separate process plays it."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def _compile(game: Any, name: str, path: Path) -> None:
                 CouldNotCompileGameError, ArithmeticError, AssertionError, AttributeError, LookupError, NameError,
                 RecursionError, TypeError, ValueError,
             ) as error:  # fmt: skip
-                said = " ".join(str(error).split()) or type(error).__name__
-                raise GameError(f"{name} cannot be compiled: ...{said[-400:]}") from error
+                message = " ".join(str(error).split()) or type(error).__name__
+                raise GameError(f"{name} cannot be compiled: ...{message[-400:]}") from error
             check_story(made)
             made.with_suffix(".json").replace(path.with_suffix(".json"))
             made.replace(path)
@@ -91,7 +91,7 @@ def _compile(game: Any, name: str, path: Path) -> None:
 
 
 def clean(text: str) -> str:
-    """Return what a player is told: no banner, status line, prompt, debug tag, or letter that cannot be printed."""
+    """Return the text for players, without banner, status line, prompt, debug tags and unprintable characters."""
     text = "".join(letter for letter in text if letter == "\n" or letter.isprintable())
     text = _MENU.sub("", _PROMPT.sub("", _STATUS.sub("", text)).rstrip())
     text = _CENTRED.sub("", _TAG.sub("", _BANNER.sub("", text)))
@@ -100,7 +100,7 @@ def clean(text: str) -> str:
 
 
 class _Gone(Exception):
-    """The process that plays has died, hangs, or talks without end."""
+    """The interpreter process has died, does not answer, or sends too much."""
 
 
 class Story:
@@ -112,7 +112,7 @@ class Story:
     def __init__(self, path: Path) -> None:
         check_story(path)
         self.path = path.absolute()
-        self._said: OrderedDict[tuple[str, ...], str] = OrderedDict()  # by all commands up to the one it answers
+        self._answers: OrderedDict[tuple[str, ...], str] = OrderedDict()  # by all commands up to the one it answers
         self._process: _Process | None = None
 
     def opening(self) -> str:
@@ -137,9 +137,9 @@ class Story:
             self._process = None
 
     def _answer(self, commands: tuple[str, ...]) -> str:
-        if commands in self._said:
-            self._said.move_to_end(commands)
-            return self._said[commands]
+        if commands in self._answers:
+            self._answers.move_to_end(commands)
+            return self._answers[commands]
         try:
             self._play(commands)
         except _Gone:
@@ -150,7 +150,7 @@ class Story:
                 self.close()
                 what = f"the command {commands[-1]!r}" if commands else "its beginning"
                 raise GameError(f"{self.path} cannot be played: {error}, twice at {what}") from error
-        return self._said[commands]
+        return self._answers[commands]
 
     def _play(self, commands: tuple[str, ...]) -> None:
         """Have all commands played that are not yet, and keep what is answered."""
@@ -172,10 +172,10 @@ class Story:
         process.done = commands
 
     def _keep(self, commands: tuple[str, ...], text: str) -> None:
-        self._said[commands] = clean(text)
-        self._said.move_to_end(commands)
-        if len(self._said) > _REMEMBERED:
-            self._said.popitem(last=False)
+        self._answers[commands] = clean(text)
+        self._answers.move_to_end(commands)
+        if len(self._answers) > _REMEMBERED:
+            self._answers.popitem(last=False)
 
 
 class _Process:

@@ -1,4 +1,4 @@
-"""What is told of a world: which facts the words settle, and our own short words for them."""
+"""The visible facts of a world, and short sentences that describe them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nextstate.envs.textworld.world import Command, Exit, Variable, World
 
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """What a player of a world gets to see, and how it is said.
+    """What a player of a world sees, and the sentences that describe it.
 
     A scope is a mask of facts whose truth, yes or no, the words settle. The words are made of it and the reader learns
     from it, so that nobody knows more than what stands in the transcript.
@@ -115,7 +115,7 @@ class Sight:
         """Return the part of a scope that a text of somebody else settles.
 
         That something is not in the scope's places goes without saying. That it is there, or what state it is in, is
-        told where its name stands in the text, and the word for the state too.
+        determined if the text contains its name, and for a state also the word for the state.
         """
         text, full = text.casefold(), self.world.full(facts)
         for v in self.world.variables:
@@ -137,18 +137,18 @@ class Sight:
             return " ".join(self._room(facts))
         if command.rule == "inventory":
             return " ".join(self._contents("I", facts) or ["You have nothing in your hands."])
-        said: list[str] = []
+        sentences: list[str] = []
         if not touched:
             for thing in command.named:
-                said += [self.sentence(v, facts) for v in self.variables.get(thing, ())]
-                said += self._contents(thing, facts) if self.can_see_into(thing, facts) else []
-            return " ".join(said or ["You see nothing special."])
+                sentences += [self.sentence(v, facts) for v in self.variables.get(thing, ())]
+                sentences += self._contents(thing, facts) if self.can_see_into(thing, facts) else []
+            return " ".join(sentences or ["You see nothing special."])
         for variable in self.world.variables:
             if touched & variable.mask:
-                said.append(self.sentence(variable, facts))
+                sentences.append(self.sentence(variable, facts))
                 if touched & facts & self.opened.get(variable.entity, 0):
-                    said += self._contents(variable.entity, facts)
-        return " ".join(said)
+                    sentences += self._contents(variable.entity, facts)
+        return " ".join(sentences)
 
     def stem(self, variable: Variable) -> str:
         """Return the words that a value of the variable completes."""
@@ -160,35 +160,35 @@ class Sight:
 
     def _room(self, facts: int) -> list[str]:
         world, room = self.world, self.world.room(facts)
-        said = [f"You are in the {world.names[room]}."] if room else []
+        sentences = [f"You are in the {world.names[room]}."] if room else []
         for thing in self.furniture.get(room, ()):
             own = [self.sentence(v, facts) for v in self.variables.get(thing, ()) if not v.place]
             if self.can_see_into(thing, facts):
                 own += self._contents(thing, facts)
-            said += own or [f"The {world.names[thing]} is in the {world.names[room]}."]
-        said += self._contents(room, facts, empty=False)
+            sentences += own or [f"The {world.names[thing]} is in the {world.names[room]}."]
+        sentences += self._contents(room, facts, empty=False)
         for way in self.exits.get(room, ()):
             where = way.words.removeprefix("go ")
             if way.door:
-                said.append(f"The {world.names[way.door]} leads {where}.")
-                said += [self.sentence(v, facts) for v in self.variables.get(way.door, ())]
+                sentences.append(f"The {world.names[way.door]} leads {where}.")
+                sentences += [self.sentence(v, facts) for v in self.variables.get(way.door, ())]
             else:
-                said.append(f"You can go {where}." if where != way.words else f"You can {where}.")
-        return said
+                sentences.append(f"You can go {where}." if where != way.words else f"You can {where}.")
+        return sentences
 
     def _contents(self, holder: str, facts: int, empty: bool = True) -> list[str]:
         held = facts & self.inside.get(holder, 0)
-        said = [
+        sentences = [
             self.sentence(v, facts)
             for v in self.world.variables
             if v.place and held & v.mask and v.entity != "P"
         ]  # fmt: skip
-        if not said and empty and holder in self.inside and self.world.types[holder] != "I":
+        if not sentences and empty and holder in self.inside and self.world.types[holder] != "I":
             supports = self.world.types[holder] == "s" or any(
                 f[0] == "on" and f[2] == holder for f in self.world.describe(self.inside[holder])
             )
-            said = [f"Nothing is {'on' if supports else 'in'} the {self.world.names[holder]}."]
-        return said
+            sentences = [f"Nothing is {'on' if supports else 'in'} the {self.world.names[holder]}."]
+        return sentences
 
 
 def _union(masks: Iterable[int]) -> int:

@@ -48,7 +48,7 @@ class Variable(NamedTuple):
     entity: str
     place: bool  # it says where the entity is
     bits: tuple[int, ...]
-    words: tuple[str, ...]  # how each value is said, after "is" ("You are in the" for the player)
+    words: tuple[str, ...]  # the text of each value, after "is" ("You are in the" for the player)
     otherwise: bool
 
     @property
@@ -90,7 +90,7 @@ class World:
         start: the facts that are true when the game begins, as bits.
         commands: all that can ever be given, in the order in which TextWorld lists them.
         quests: what gives points.
-        objective: what the player is told to do.
+        objective: the text of the player's objective.
         walkthrough: commands that win, () where the game has none.
         n_states, n_transitions: exact |Q| and |T|; None where not counted, or more than were looked at.
         seed, recipe, source: where the game comes from; `source` is the path of a user's file.
@@ -142,7 +142,7 @@ class World:
         bit = {fact: k for k, fact in enumerate(facts)}
         initial = {_fact(f) for f in game.world.facts}
         start = _mask(bit[f] for f in initial if f in bit)
-        said = _said(game, actions)
+        texts = _command_texts(game, actions)
         commands = tuple(
             Command(
                 str(action.name),
@@ -152,7 +152,7 @@ class World:
                 _mask(bit[_fact(f)] for f in action.added),
                 _mask(bit[_fact(f)] for f in action.removed),
             )
-            for action, words in zip(actions, said, strict=True)
+            for action, words in zip(actions, texts, strict=True)
         )
         possible = {_fact(f) for f in holds}
         quests = tuple(_quest(q, bit, initial, possible) for q in game.quests)
@@ -393,7 +393,7 @@ def _ground(game: Any) -> tuple[list[Any], set[Any]]:
         holds = more
 
 
-def _said(game: Any, actions: list[Any]) -> list[str]:
+def _command_texts(game: Any, actions: list[Any]) -> list[str]:
     from textworld.generator.inform7 import Inform7Game
 
     for action in actions:

@@ -102,14 +102,14 @@ def test_the_package_is_imported_when_it_is_used_and_torch_when_a_model_is() -> 
         ("crashing:A", "crashing:A cannot be imported: OSError: no screen"),
         ("nowhere:Agent", "No module named 'nowhere'; install its package, or add its folder to PYTHONPATH"),
         ("ngrams:Bigram", "module 'ngrams' has no attribute 'Bigram'"),
-        ("plain", "plain is no agent: expected a subclass of nextstate.agents.agent.Agent or a function"),
+        ("plain", "plain is not an agent: expected a subclass of nextstate.agents.agent.Agent or a function"),
         ("wrong:THREE", "but it is an object of type int"),
         ("wrong:Plain", "but it is the class Plain"),
         ("wrong:Unfinished", "it does not define predict"),
         ("wrong:three", "wrong:three returned int, expected a nextstate.agents.agent.Agent"),
-        ("wrong:failing", "wrong:failing cannot be made: OSError: no room left"),
-        ("human", "human answers in the terminal only: use `nextstate play`"),
-        ("shortcut:guess", "no game here has 'shortcut:guess': expected one of shortcut:last_mention"),
+        ("wrong:failing", "wrong:failing cannot be created: OSError: no room left"),
+        ("human", "human is available in the terminal only: use `nextstate play`"),
+        ("shortcut:guess", "no game of this run has 'shortcut:guess': expected one of shortcut:last_mention"),
     ],
 )
 def test_each_mistake_is_one_line(site: Path, entry: Any, said: str) -> None:

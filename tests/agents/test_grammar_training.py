@@ -207,7 +207,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         (config, ModelSpec(architecture="absolute", untrained=True), GRAMMAR),
         (GrammarTraining(**TINY | {"layers": 2}), ModelSpec(untrained=True), GRAMMAR),
     ):
-        with pytest.raises(ConfigError, match="holds a training run of another config"):
+        with pytest.raises(ConfigError, match="contains a run of another config"):
             train(*changed, tmp_path / "a", mode="disabled")
     with pytest.raises(ConfigError, match="terminals <mask> have names of special tokens"):
         check_training(config, Grammar.read("S -> <mask> b"))

@@ -162,7 +162,7 @@ def test_hooks_see_the_episodes_and_change_what_is_said(model: LanguageModel) ->
         for choice, a, b in zip(prompt.asked.choices, found.logprobs, expected, strict=True):
             if choice in first:
                 assert a == pytest.approx(b, abs=1e-4)
-    with pytest.raises(AgentError, match="reads nothing now"):
+    with pytest.raises(AgentError, match="runs no forward pass now"):
         _ = model.reading
 
 

@@ -232,7 +232,7 @@ def test_logits_that_are_not_finite_are_an_error(folders: dict[str, Path]) -> No
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(AgentError, match=r"is no model: expected a folder with config\.json"):
+    with pytest.raises(AgentError, match=r"is not a model: expected a folder with config\.json"):
         LanguageModel(str(tmp_path))
 
 

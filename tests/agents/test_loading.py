@@ -79,7 +79,7 @@ def test_checkpoints_that_do_not_fit_their_config_are_refused(tmp_path: Path, ki
         message = message.replace(f"{{{key}}}", re.escape(known[kind]))
     said = refused(tmp_path)
     assert re.search(message, said), said
-    assert said.endswith("give the whole checkpoint, or allow_incomplete=true to load it all the same")
+    assert said.endswith("give a complete checkpoint, or set allow_incomplete=true to load it anyway")
 
 
 def test_experts_that_are_missing_or_too_many_are_refused(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_folders_that_are_no_models_are_refused(tmp_path: Path) -> None:
         (
             "llama",
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}},
-            "code of its own (own.Config, own.Model), which is never run",
+            "custom code (own.Config, own.Model), which is never run",
         ),
     ],
 )
@@ -217,8 +217,8 @@ def test_code_beside_a_model_that_transformers_has_is_not_run(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        (Loading(device="cpu", device_map="auto"), "device='cpu' and device_map='auto' exclude each other"),
-        (Loading(device="cpu", quantization="4bit"), "it needs a GPU and the package bitsandbytes"),
+        (Loading(device="cpu", device_map="auto"), "device='cpu' and device_map='auto' cannot be combined"),
+        (Loading(device="cpu", quantization="4bit"), "quantization needs a GPU and the package bitsandbytes"),
         (Loading(device="cpu", quantization="3bit"), "expected 4bit or 8bit"),  # type: ignore[arg-type]
         (Loading(device="cpu", attn_implementation="thin_air"), "give eager, or leave the key out"),
         (Loading(device_map="nonsense"), "nonsense"),
@@ -290,7 +290,7 @@ def test_a_special_token_beyond_the_embedding_does_no_harm_unless_texts_begin_wi
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_broken_tokenizer_is_refused(tmp_path: Path, file: str) -> None:
     (save("llama", tmp_path) / file).write_text("{")
-    assert "its tokenizer does not load" in refused(tmp_path)
+    assert "its tokenizer cannot be loaded" in refused(tmp_path)
 
 
 def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_bos_as_a_config_asks_for_is_remarked_where_it_differs(tmp_path: Path) -
     with pytest.raises(TokenizerError, match="bos=True is not possible"):
         Encoder(words(), True)
     words().save_pretrained(tmp_path)
-    with pytest.raises(AgentError, match="cannot be asked: bos=True is not possible"):
+    with pytest.raises(AgentError, match="cannot be used: bos=True is not possible"):
         LanguageModel(str(tmp_path), device="cpu", bos=True)
 
 

@@ -104,7 +104,7 @@ def check_sweep(name: str, site: Any, positions: Any, direction: Any, pairs: lis
 @pytest.mark.parametrize("name", ROADS)
 def test_sweeps_are_one_plain_pass_a_patch(name: str, site: Any, direction: Any) -> None:
     if site == "head" and not PATHS[name].projection:
-        with pytest.raises(SiteError, match="no heads that could be proved"):
+        with pytest.raises(SiteError, match="no verified heads"):
             sweep(zoo_agent(name), made_pairs(((20, 10),)), failures="include")
         return
     # Both beyond windows and chunks; the middle of the second is out of a window's reach of its end.

@@ -92,7 +92,7 @@ def test_episodes_start_where_the_game_draws_if_that_can_be_reached() -> None:
 
 
 def test_too_many_states_says_what_to_do() -> None:
-    with pytest.raises(GameError, match=r"max_states=100 is not enough for Box.*Raise max_states"):
+    with pytest.raises(GameError, match=r"max_states=100 is too small for Box.*Raise max_states"):
         Automaton.explore(make_game("Box", boxes=5), max_states=100)
     assert Automaton.explore(make_game("Box", boxes=2, objects=3), max_states=8).n_states == 8
     with pytest.raises(GameError, match=r"max_states=7 "):

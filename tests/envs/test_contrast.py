@@ -318,12 +318,12 @@ def test_noop_as_published(distance: int) -> None:
         (
             make_game("DFA"),
             {"kind": "stat"},
-            r"kind='stat'.*has no contrast of kind stat; has state, action, name, noop",
+            r"kind='stat'.*has no contrast of kind stat; expected state, action, name, noop",
         ),
         (
             make_game("Cycle"),
             {"kind": "action"},
-            "kind='action'.*Cycle has no contrast of kind action; has state, name",
+            "kind='action'.*Cycle has no contrast of kind action; expected state, name",
         ),
         (
             make_game("DFA", kind="state-state"),
@@ -397,9 +397,9 @@ def test_flaws_are_named() -> None:
     found = problems(Pair("state", "balanced", pair.clean, other.clean, {}))
     assert "the sides have 12 and 14 steps" in found
     short = Episode(game, 0, pair.clean.start, pair.clean.opening, pair.clean.steps[:1])
-    assert "the clean transcript does not settle the answer" in problems(Pair("state", "balanced", short, short, {}))
-    with pytest.raises(GameError, match="word='nobody' is not in piece 0"):
+    assert "the clean transcript does not determine the answer" in problems(Pair("state", "balanced", short, short, {}))
+    with pytest.raises(GameError, match="word='nobody' is not in segment 0"):
         find_span(pair.clean, 0, "nobody")
     fruits = make_game("FruitStore").contrast(rng, "state").clean
     found = problems(Pair("state", "", pair.clean, fruits, {}))
-    assert any(flaw.endswith("is no choice on the clean side") for flaw in found)
+    assert any(flaw.endswith("is not a choice on the clean side") for flaw in found)

@@ -480,7 +480,7 @@ def test_notation_is_read_as_it_is_written(tmp_path: Path) -> None:
     with pytest.raises(GameError, match=r"bad\.cfg' cannot be read"):
         read_file(tmp_path / "bad.cfg")
     (tmp_path / "bad.cfg").write_text("1 -> 1")
-    with pytest.raises(GameError, match=r"bad\.cfg' holds no grammar: symbols lead back"):
+    with pytest.raises(GameError, match=r"bad\.cfg' is not a grammar: symbols lead back"):
         read_file(tmp_path / "bad.cfg")
 
 

@@ -209,7 +209,7 @@ def test_a_search_that_finds_nothing_says_what_was_nearest(fresh: Path, monkeypa
 
 def test_a_recipe_that_no_seed_meets_is_given_up(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "TRIES", 2)
-    with pytest.raises(GameError, match=r"no game comes of .* with any of 2 seeds"):
+    with pytest.raises(GameError, match=r"TextWorld makes no game of .* with any of 2 seeds"):
         pool(Recipe(rooms=3, objects=5, quest=4, breadth=2), 30, 0)
     assert not list(fresh.rglob("*")), "nothing is kept of it"
 
