@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Heads = tuple[tuple[int, int], ...]  # layer and head of each
 ALPHA = 0.05
-LEAST = 4  # pairs of a game: two to choose heads by, two to measure
+MIN_PAIRS = 4  # pairs of a game: two to choose heads by, two to measure
 
 
 class TransferGame(GridConfig):
@@ -46,7 +46,7 @@ class TransferConfig(RunConfig):
     kinds: list[Literal["state", "action"]] = Field(
         default=["state", "action"], min_length=1, description="kinds of pairs"
     )
-    pairs: int = Field(48, ge=LEAST, le=10_000, description="minimal pairs of each game and kind")
+    pairs: int = Field(48, ge=MIN_PAIRS, le=10_000, description="minimal pairs of each game and kind")
     top: int = Field(3, ge=1, description="how many heads of a game are patched together")
     random_sets: int = Field(50, ge=20, le=10_000, description="of as many heads of the same layers, to compare with")
 
@@ -214,8 +214,8 @@ def _swept(model: LanguageModel, pairs: Sequence[TokenPair], given: Given) -> pl
 
     found = sweep(model, pairs, vocabulary=False)
     kept = found.kept.nonzero()[0].tolist()
-    if len(kept) < LEAST:
-        raise Skip(f"{model.name} gets {len(kept)} pairs of {given.made.slug} right, but {LEAST} are needed")
+    if len(kept) < MIN_PAIRS:
+        raise Skip(f"{model.name} gets {len(kept)} pairs of {given.made.slug} right, but {MIN_PAIRS} are needed")
     cells = [(layer, head) for layer in found.layers for head in range(found.patched.difference.shape[2])]
     columns = {"layer": [layer for layer, _ in cells], "head": [head for _, head in cells]}
     patched = found.patched.difference[kept, ..., 0].reshape(len(kept), -1).T
