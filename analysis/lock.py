@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import filelock
 
 from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import RunError, now
-from nextstate.envs.files import path_error, write_json
+from nextstate.envs.files import path_error, read_json, write_json
 
 
 @contextmanager
@@ -52,7 +50,7 @@ def locked(folder: Path, command: str, wait: bool, progress: Progress) -> Iterat
         raise RunError(f"{folder} is on a file system without locks: {error}; give another --out") from error
     try:
         here = {"host": socket.gethostname(), "pid": os.getpid(), "since": now(), "command": command}
-        if (other := _read(about).get("host", here["host"])) != here["host"]:
+        if (other := read_json(about).get("host", here["host"])) != here["host"]:
             progress.warn(f"{_holder(about)} did not release {folder}; on host {other} it may still be writing there")
         write_json(about, here)
         yield
@@ -62,16 +60,8 @@ def locked(folder: Path, command: str, wait: bool, progress: Progress) -> Iterat
 
 
 def _holder(about: Path) -> str:
-    found = _read(about)
+    found = read_json(about)
     return (
         f"process {found.get('pid', 'unknown')} on host {found.get('host', 'unknown')} since "
         f"{found.get('since', 'unknown')} ({found.get('command') or 'no command'})"
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

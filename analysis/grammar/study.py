@@ -8,7 +8,6 @@ themselves are in `models/MODEL`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -26,7 +25,7 @@ from nextstate.analysis.grammar.tables import SCHEMAS, summaries
 from nextstate.analysis.run import Run, RunError
 from nextstate.analysis.study import Job, Study, identity_of
 from nextstate.analysis.table import code_digest
-from nextstate.envs.files import slug, write_json
+from nextstate.envs.files import read_json, slug, write_json
 from nextstate.envs.games.grammar import CFG
 from nextstate.envs.grammar import sizes
 from nextstate.envs.grammar.grammar import Grammar
@@ -154,7 +153,7 @@ def _train(run: Run[GrammarConfig], spec: ModelSpec, identity: dict[str, Any]) -
         done = step
 
     train(config.training, spec, _grammar(config), folder, config.seed, config.wandb, advance)
-    history, name = _read(folder / "history.json"), {"name": spec.title}
+    history, name = read_json(folder / "history.json"), {"name": spec.title}
     curve = [dict.fromkeys(SCHEMAS["curve"]) | name | row for row in history.pop("curve")]
     return {f"{part}/{folder.name}": pl.DataFrame(rows, schema=SCHEMAS[part], orient="row") for part, rows in (
         ("curve", curve), ("speed", [name | {k: history[k] for k in SCHEMAS["speed"] if k != "name"}]),
@@ -166,20 +165,12 @@ def _unusable(folder: Path, identity: dict[str, Any]) -> str:
     """Return why the training in a folder can neither be continued nor used, "" where it can."""
     if not folder.exists():
         return ""
-    if _read(folder / "identity.json") != identity:
+    if read_json(folder / "identity.json") != identity:
         return "its training was begun with other code, versions or devices"
     history = folder / "history.json"
-    if history.exists() and _read(history).get("weights") != files_digest(str((folder / "model").resolve())):
+    if history.exists() and read_json(history).get("weights") != files_digest(str((folder / "model").resolve())):
         return "the trained model was changed or removed"
     return ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _load(run: Run[GrammarConfig], spec: ModelSpec, eager: bool = False) -> Any:
