@@ -254,7 +254,7 @@ def test_a_session_stays_with_its_episodes(model: LanguageModel) -> None:
     one, two = episodes_of(make_game("Box"), range(2), 2)
     session = model.live()
     session.predict([Prompt(one, 0)])
-    with pytest.raises(AgentError, match="begin a new one"):
+    with pytest.raises(AgentError, match="start a new session"):
         session.predict([Prompt(two, 0)])
 
 

@@ -213,7 +213,7 @@ def test_a_session_answers_a_question_once(folders: dict[str, Path]) -> None:
     with pytest.raises(AgentError, match="has already answered that question"):
         reader.predict([Prompt(asked, 0)])
     other = replace(asked, seed=99)
-    with pytest.raises(AgentError, match="begin a new one"):
+    with pytest.raises(AgentError, match="start a new session"):
         reader.predict([Prompt(other, 0)])
 
 

@@ -405,7 +405,7 @@ def test_a_model_without_blocks_says_how_to_name_them() -> None:
     model = make("llama")
     model.config.num_hidden_layers = 3
     with pytest.raises(
-        SiteError, match=r"no decoder blocks found in LlamaForCausalLM .*Names\(blocks=\"model\.layers\""
+        SiteError, match=r"no decoder blocks found in LlamaForCausalLM .*ModuleMap\(blocks=\"model\.layers\""
     ):
         Sites.of(model)
     sites = Sites.of(model, LLAMA)
@@ -449,7 +449,7 @@ def test_what_a_model_has_not_got() -> None:
         if len(arguments) == 2:
             with pytest.raises(SiteError, match=words):
                 sites.hook(*arguments, lambda x: x)  # type: ignore[arg-type]
-    with pytest.raises(SiteError, match=r"bloom has no heads .* kind attention"):
+    with pytest.raises(SiteError, match=r"bloom has no verified heads .* kind attention"):
         Sites.of(make("bloom")).check("head")
 
 

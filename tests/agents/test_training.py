@@ -112,7 +112,7 @@ def test_an_unknown_game_in_the_mixture(fresh: FreshRows) -> None:
     [
         ({"DFA": {"few": 1}}, "unknown option 'few' of DFA: expected one of densities, few_actions"),
         ({"Box": {"few_actions": 1}}, "unknown option 'few_actions' of Box: expected none"),
-        ({"CFG": {}}, "options of 'CFG', which is not in the mixture: DFA, Box"),
+        ({"CFG": {}}, "options for 'CFG', which is not in the mixture: DFA, Box"),
     ],
 )
 def test_an_option_that_a_game_does_not_have(options: dict[str, Any], message: str) -> None:

@@ -74,8 +74,8 @@ def test_a_built_in_name_cannot_be_used_by_a_package(site):
         ("colours.deep:red", "No module named 'colours.deep'.*; install"),
         ("colours:pink", "module 'colours' has no attribute 'pink'"),
         ("colours:", "'colours:' is not the name of a thing: expected .*pkg.module:Name"),
-        (":red", "':red' is no thing: expected .*pkg.module:Name"),
-        ("colours:red:blue", "'colours:red:blue' is no thing: expected .*pkg.module:Name"),
+        (":red", "':red' is not the name of a thing: expected .*pkg.module:Name"),
+        ("colours:red:blue", "'colours:red:blue' is not the name of a thing: expected .*pkg.module:Name"),
         ("needs:red", "No module named 'missing_library'$"),
     ],
 )
