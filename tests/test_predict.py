@@ -23,6 +23,7 @@ from nextstate.agents.training import TrainConfig
 from nextstate.analysis.predict.config import PredictConfig, asked_cells
 from nextstate.analysis.predict.study import Predict
 from nextstate.analysis.run import ModelFailed, RunError, with_certificates
+from nextstate.analysis.studies import STUDIES
 from nextstate.analysis.study import find_study, identity_of
 from nextstate.envs.episode import Episode
 from nextstate.envs.files import slug
@@ -400,8 +401,8 @@ def test_yaml_never_makes_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", packaged_configs())
 def test_every_packaged_config_reads_and_names_its_command(name: str) -> None:
-    folder = name.split("/")[1]
-    verb = {"heads": "patch"}.get(folder, folder if folder in ("train", "response", "grammar") else "run")
+    part = name.split("/")[1].removesuffix(".yaml")
+    verb = {"heads": "patch"}.get(part, part if part in (*STUDIES, "train") else "run")
     assert find_config(name).read_text().splitlines()[0] == f"# nextstate {verb} {name}"
     if verb == "train":
         read_config(name, [], TrainConfig)

@@ -107,8 +107,8 @@ def test_it_has_minimal_pairs(folder: Path, kind: str) -> None:
             "'cups_pkg.game:LETTERS' is not a game: expected a class derived from",
         ),
         ("cups_pkg.game:Game", "'cups_pkg.game:Game' is not complete: expected it to define .*initial.*name.*size"),
-        ("cups_pkg.game:", "'cups_pkg.game:' is not a game: expected a known name or pkg.module:Name"),
-        (":Cups", "':Cups' is not a game: expected"),
+        ("cups_pkg.game:", "'cups_pkg.game:' is not the name of a game: expected a known name or pkg.module:Name"),
+        (":Cups", "':Cups' is not the name of a game: expected"),
         ("Cup", "there is no game 'Cup'; did you mean 'Cups'"),
     ],
 )

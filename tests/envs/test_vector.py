@@ -88,7 +88,7 @@ def test_render_and_bad_input() -> None:
     assert env.render() == shown
     with pytest.raises(GameError, match=r"actions=\('A',\) is not possible: expected 2 answers"):
         env.step(("A",))
-    with pytest.raises(GameError, match=r"seed=\[1, 2, 3\] .* 2 of them"):
+    with pytest.raises(GameError, match=r"seed=\[1, 2, 3\] .* a list of 2"):
         env.reset(seed=[1, 2, 3])
     with pytest.raises(GameError, match=r"num_envs=0"):
         gym.make_vec("nextstate/Box-v0", num_envs=0)
