@@ -187,7 +187,7 @@ def test_the_vocabulary_can_be_left_out(model: LanguageModel) -> None:
     assert np.abs(whole.patched.difference - found.patched.difference).max() < EXACT
     assert found.control < 1e-5
     assert np.isnan(found.patched.probability).all()
-    with pytest.raises(PatchError, match="greedy tokens are not known"):
+    with pytest.raises(PatchError, match="greedy tokens were not computed"):
         _ = found.flips
     assert "flips" not in table(found, recovery(found, np.random.default_rng(0), resamples=20)).columns
     assert "flips" in table(whole, recovery(whole, np.random.default_rng(0), resamples=20)).columns
@@ -545,7 +545,7 @@ def test_a_gradient_ranks_heads_like_the_sweep(folders: dict[str, Path]) -> None
         screen = attribution(agent, pairs, direction=direction, failures="include")  # type: ignore[arg-type]
         assert rank_agreement(exact, screen) > 0.95
         assert (screen.patched.greedy == -1).all()
-    with pytest.raises(PatchError, match="greedy tokens are not known"):
+    with pytest.raises(PatchError, match="greedy tokens were not computed"):
         _ = screen.flips
     with pytest.raises(PatchError, match="sweeps of different cells"):
         rank_agreement(exact, sweep(agent, pairs, site="mlp_out", failures="include"))
@@ -635,5 +635,5 @@ def test_bad_sweeps(folders: dict[str, Path]) -> None:
             assert words in str(caught.value)
     with pytest.raises(PatchError, match="0 pairs"):
         sweep(agent, [])
-    with pytest.raises(PatchError, match=r"a pair has 600 tokens, but .* reads 512"):
+    with pytest.raises(PatchError, match=r"a pair has 600 tokens, but the context of .* is 512"):
         sweep(agent, make_pairs(((600, 3),)))
