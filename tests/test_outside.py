@@ -158,7 +158,7 @@ def test_a_study_is_a_command_and_a_reference_in_a_config(site: Site) -> None:
     assert site.nextstate("report", "a").code == 0
     assert page.read_text(encoding="utf-8") == written
     done = site.nextstate("verify", "b")
-    assert (done.code, "2 of 2 tables are equal" in done.text) == (0, True), done
+    assert (done.code, "2 of 2 tables equal the recomputed ones" in done.text) == (0, True), done
 
 
 def test_a_study_of_a_package_without_entry_points_is_found_again(site: Site) -> None:
@@ -234,11 +234,11 @@ def test_two_packages_with_one_name_are_both_named(site: Site) -> None:
     ("old", "new", "said"),
     [
         ('Job(f"answers/{game}"', 'Job("answers/all"', "two jobs of the study 'agreement' have the key 'answers/all'"),
-        ('Job(f"answers/{game}"', 'Job(f"../{game}"', "the key '../Cups' of a job is no safe file name"),
+        ('Job(f"answers/{game}"', 'Job(f"../{game}"', "the key '../Cups' of a job is not a safe file name"),
         ('{"games": pl', '{"game": pl', "reads the summary 'games', but its `summarise` returned 'game'"),
         ("def headline", "def heading", "the study agreement is not complete: it does not define headline"),
         ("config = AgreementConfig\n", "\n", "the study agreement is not complete: it does not define config"),
-        ("(Study[AgreementConfig])", "", "agreement is no study: expected a subclass of nextstate.analysis.study"),
+        ("(Study[AgreementConfig])", "", "agreement is not a study: expected a subclass of nextstate.analysis.study"),
     ],
 )
 def test_a_study_that_is_not_sound_is_refused_in_one_line(site: Site, old: str, new: str, said: str) -> None:

@@ -236,7 +236,7 @@ def test_every_model_and_the_study_are_mirrored_to_wandb(whole: Run[GrammarConfi
     tool = Path(sys.executable).parent / "wandb"
     command = [str(tool), "leet", "inspect", "--summary", "--json", str(file)]
     sent = json.dumps(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    for key in ("summary/rotary/from_nothing", "summary/rotary/kl", "diversity/rotary/kl", "figures/written-strings"):
+    for key in ("summary/rotary/from_nothing", "summary/rotary/kl", "diversity/rotary/kl", "figures/generated-strings"):
         assert key in sent, key
 
 

@@ -278,7 +278,7 @@ def test_no_window_is_none() -> None:
         assert edges.middle is None
     with pytest.raises(ResponseError, match="2 strengths are too few for a window"):
         window([made_up(np.ones((2, 1)))])
-    with pytest.raises(ResponseError, match="measured were random 1"):
+    with pytest.raises(ResponseError, match="the response has random 1"):
         window([made_up(np.ones((5, 1)))], ALONG)
 
 
@@ -450,7 +450,7 @@ def test_bad_pushes(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ResponseError, match=r"a prompt has 600 tokens, but .* reads 512"):
         responses(agent, prompts(1, 600))
     half = LanguageModel(str(folders["gpt2"]), device="cpu", dtype="bfloat16")
-    with pytest.raises(ResponseError, match=r"above 0.0078.*bfloat16 .* load the model with dtype=float32"):
+    with pytest.raises(ResponseError, match=r"above 0.0078.*bfloat16; load the model with dtype=float32"):
         responses(half, tokens)
     with torch.no_grad():
         agent.model.transformer.wte.weight[7] = 0
@@ -482,7 +482,7 @@ def test_bad_blocks(folders: dict[str, Path]) -> None:
         with pytest.raises(ResponseError, match=words):
             repeated(agent, rng, **arguments)  # type: ignore[arg-type]
     short = replace_context(agent, 20)
-    with pytest.raises(ResponseError, match=r"has 25 tokens, but .* reads 20; ask for a block of at most 9"):
+    with pytest.raises(ResponseError, match=r"has 25 tokens, but the context of .* is 20; use a block of at most 9"):
         repeated(short, rng, block=12)
     with pytest.raises(ResponseError, match=r"alphabet=\['the cup is in Box A'\] is not possible"):
         vocabulary_of(agent, [" a", "the cup is in Box A"])

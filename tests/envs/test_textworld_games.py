@@ -303,7 +303,7 @@ def test_metadata_that_makes_no_game_is_named(parts: dict[str, Any], says: str, 
 def test_a_story_without_metadata_cut_off_or_damaged_is_named(compiled: Path, tmp_path: Path) -> None:
     whole = compiled.read_bytes()
     alone = write(tmp_path / "alone.z8", whole)
-    with pytest.raises(GameError, match=r"alone\.z8' has no metadata: expected alone\.json beside it"):
+    with pytest.raises(GameError, match=r"alone\.z8' has no metadata: expected alone\.json in its folder"):
         read(alone)
     cut = write(tmp_path / "cut.z8", whole[: len(whole) // 2])
     with pytest.raises(GameError, match=r"cut\.z8' is cut off: has [\d,]+ of [\d,]+ bytes"):
