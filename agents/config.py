@@ -105,6 +105,11 @@ class AgentConfig(Strict):
         description="tokens in one forward pass, at most; by default 8,192 on a CPU and 65,536 on a GPU",
     )
 
+    @classmethod
+    def of(cls, entry: str | AgentConfig) -> AgentConfig:
+        """Return the config of a model that is given by its name, or the config itself."""
+        return cls(name=entry) if isinstance(entry, str) else entry
+
     @model_validator(mode="after")
     def _one_place(self) -> AgentConfig:
         if self.device is not None and self.device_map is not None:

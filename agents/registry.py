@@ -48,7 +48,7 @@ def load_model(entry: str | AgentConfig) -> LanguageModel:
     from nextstate.agents.language import LanguageModel  # torch and transformers take seconds to import
     from nextstate.agents.sites import SiteError
 
-    config = AgentConfig(name=entry) if isinstance(entry, str) else entry
+    config = AgentConfig.of(entry)
     try:
         return LanguageModel(**config.model_dump())
     except SiteError as error:

@@ -67,7 +67,7 @@ def fit(
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.rows % processes:
         raise ConfigError(f"rows={settings.rows} cannot be divided among {processes} processes: expected a multiple")
-    mirrored = None if int(os.environ.get("RANK", "0")) else _mirror(out, name, mode, quiet)
+    wandb_run = None if int(os.environ.get("RANK", "0")) else _mirror(out, name, mode, quiet)
     gpu = torch.cuda.is_available()
     trainer = make(
         args=TrainingArguments(
@@ -94,7 +94,7 @@ def fit(
             disable_tqdm=quiet,
             ddp_backend=None if gpu or processes == 1 else "gloo",
         ),
-        callbacks=[*callbacks, *([_Logger(mirrored)] if mirrored else [])],
+        callbacks=[*callbacks, *([_Logger(wandb_run)] if wandb_run else [])],
         **given,
     )
     if quiet:
@@ -104,8 +104,8 @@ def fit(
             callback.trainer = trainer
     saved = out / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
-    if mirrored is not None:
-        mirrored.finish()
+    if wandb_run is not None:
+        wandb_run.finish()
     return trainer
 
 

@@ -2,7 +2,7 @@
 
 The stream at the answering token goes straight to the model's own final norm and unembedding (nostalgebraist 2020,
 "interpreting GPT: the logit lens"). Table: `answers/GAME`, one row for each layer and question; layer 0 is the stream
-as it enters the first block. A question whose choices cannot be told apart by one token has one row, without a layer.
+as it enters the first block. A question of which two choices begin with the same token has one row, without a layer.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ import polars as pl
 from pydantic import Field
 
 from nextstate.agents.agent import AgentError, Prompt
-from nextstate.agents.config import AgentConfig
 from nextstate.agents.rollout import episodes_of, prompts_of, seeds_for
 from nextstate.analysis import stats
 from nextstate.analysis.grid import GridConfig, game_identity, games_of
-from nextstate.analysis.run import Run, RunConfig
+from nextstate.analysis.run import ModelRunConfig, Run
 from nextstate.analysis.study import Job, Skip, Study
 from nextstate.envs.episode import check_steps
 from nextstate.envs.game import expected_accuracy
@@ -46,10 +45,9 @@ class LensGame(GridConfig):
     episodes: int = Field(24, ge=1, le=10_000, description="of each cell")
 
 
-class LensConfig(RunConfig):
+class LensConfig(ModelRunConfig):
     """Everything that decides what the logit lens finds."""
 
-    model: str | AgentConfig = Field(description="a language model")
     games: list[LensGame] = Field(min_length=1, description="in which to look")
 
 
@@ -60,14 +58,13 @@ class Lens(Study[LensConfig]):
     config = LensConfig
 
     def jobs(self, config: LensConfig) -> list[Job]:
-        agent = config.model if isinstance(config.model, str) else config.model.name
         jobs: list[Job] = []
         for entry in config.games:
             for made in games_of(entry):
                 check_steps(made.game, entry.steps)
                 given = made.game, entry.steps, seeds_for(config.seed, entry.episodes, len(jobs))
                 cost = entry.steps * entry.episodes
-                jobs.append(Job(f"answers/{made.slug}", made.slug, cost, given, agent=agent))
+                jobs.append(Job(f"answers/{made.slug}", made.slug, cost, given, agent=config.agent))
         return jobs
 
     def identity(self, job: Job, run: Run[LensConfig]) -> dict[str, Any]:
@@ -138,8 +135,7 @@ class Lens(Study[LensConfig]):
         figures = [_figure(rows, game) for (game,), rows in layers.group_by("game", maintain_order=True)]
         words = {"logit lens": "What a model would answer if the blocks that are still to come were skipped."}
         sections = [Section("Accuracy by layer", text, figures, games), Section("All layers", table=layers)]
-        name = run.config.model if isinstance(run.config.model, str) else run.config.model.name
-        return Page(f"{run.config.name}: {name} through the logit lens", lead, sections, words)
+        return Page(f"{run.config.name}: {run.config.agent} through the logit lens", lead, sections, words)
 
 
 def knows_from(layers: pl.DataFrame) -> int | None:

@@ -58,6 +58,17 @@ class RunConfig(Strict):
     wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="how it is logged to W&B")
 
 
+class ModelRunConfig(RunConfig):
+    """The part of a config that all studies of one language model share."""
+
+    model: str | AgentConfig = Field(description="a language model")
+
+    @property
+    def agent(self) -> str:
+        """The name of the model."""
+        return AgentConfig.of(self.model).name
+
+
 C = TypeVar("C", bound=RunConfig)
 
 
@@ -122,11 +133,6 @@ class Run(Generic[C]):
         self._saved, self._memory = saved, dict[Any, Any]()
         self._began, self._before = time.monotonic(), float(record.get("seconds", 0.0))
 
-    @property
-    def info(self) -> dict[str, Any]:
-        """The content of `run.json`."""
-        return self.record
-
     def rng(self, *names: str) -> np.random.Generator:
         """Return a random generator for a tuple of names, seeded by these and by the config."""
         return np.random.default_rng([self.config.seed, *(zlib.crc32(name.encode()) for name in names)])
@@ -166,7 +172,7 @@ class Run(Generic[C]):
         Args:
             entry: a name or an `AgentConfig`.
         """
-        config = AgentConfig(name=entry) if isinstance(entry, str) else entry
+        config = AgentConfig.of(entry)
 
         def find() -> dict[str, Any]:
             found = model_identity(config)
@@ -216,7 +222,7 @@ class Run(Generic[C]):
             self.warn("\n".join(found.warnings()))
             return found
 
-        return self.load(entry if isinstance(entry, str) else entry.name, make)
+        return self.load(AgentConfig.of(entry).name, make)
 
     def advance(self, done: int) -> None:
         """Move the progress bar within the current job, at most to the end of it."""
@@ -474,19 +480,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{folder} was written by another version of nextstate, whose layout is not read: run its config again "
             "into another folder"
         )
-    needed = {
-        "study",
-        "name",
-        "config",
-        "config_digest",
-        "command",
-        "agents",
-        "left_out",
-        "warnings",
-        "set_aside",
-        "mixed",
-    }
-    if missing := sorted(needed - record.keys()):
+    if missing := [key for key in _NEEDED if key not in record]:
         raise RunError(f"{path} has no {missing[0]!r}: it was changed by hand; run the same config again")
     return record
 

@@ -298,8 +298,13 @@ def _do(
             unusable[job.agent] = reason
     else:
         run.keep(job.key, found, identity, job.agent)
-        mirror.job(study.metrics(job, run.table(job.key)))
+        mirror.job(study.metrics(job, _own(job, found)))
     run.end()
+
+
+def _own(job: Job, found: pl.DataFrame | Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """Return the job's own table among those that it made."""
+    return found if isinstance(found, pl.DataFrame) else found[job.key]
 
 
 def _line(error: BaseException) -> str:
@@ -416,8 +421,7 @@ def verify(folder: Path, cells: int = 8, seed: int = 0, tolerance: float = 1e-4,
         try:
             passing = (AgentError, GameError, RunError, Skip)
             found = guarded(lambda job=job: study.do(job, run), passing=passing)  # type: ignore[misc]
-            again = found if isinstance(found, pl.DataFrame) else found[job.key]
-            differs = compare(kept, again, tolerance)
+            differs = compare(kept, _own(job, found), tolerance)
         except (AgentError, GameError, RunError, Skip) as error:
             differs = f"it cannot be made again: {_line(error)}"
         out.append(Difference(job.key, len(kept), made, differs))

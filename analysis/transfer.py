@@ -16,10 +16,9 @@ import numpy as np
 import polars as pl
 from pydantic import Field
 
-from nextstate.agents.config import AgentConfig
 from nextstate.analysis import stats
 from nextstate.analysis.grid import GridConfig, Made, game_identity, games_of
-from nextstate.analysis.run import Run, RunConfig, RunError
+from nextstate.analysis.run import ModelRunConfig, Run, RunError
 from nextstate.analysis.study import Job, Skip, Study
 
 if TYPE_CHECKING:
@@ -38,10 +37,9 @@ class TransferGame(GridConfig):
     steps: int | None = Field(None, ge=1, description="by default that of the game's pairs")
 
 
-class TransferConfig(RunConfig):
+class TransferConfig(ModelRunConfig):
     """Everything that decides what a study of transfer finds."""
 
-    model: str | AgentConfig = Field(description="a language model")
     games: list[TransferGame] = Field(min_length=1, description="in which to look")
     kinds: list[Literal["state", "action"]] = Field(
         default=["state", "action"], min_length=1, description="kinds of pairs"
@@ -67,7 +65,6 @@ class Transfer(Study[TransferConfig]):
     config = TransferConfig
 
     def jobs(self, config: TransferConfig) -> list[Job]:
-        agent = config.model if isinstance(config.model, str) else config.model.name
         jobs: list[Job] = []
         games = [(made, entry.steps) for entry in config.games for made in games_of(entry)]
         if len(games) < 2:
@@ -78,11 +75,11 @@ class Transfer(Study[TransferConfig]):
                     raise RunError(f"{made.game.name} has no balanced {kind} pairs; leave it out, or ask for others")
                 made.game.contrast(np.random.default_rng(0), kind, steps=steps)  # raises where it cannot make them
                 given = Given(kind, made, steps)
-                jobs.append(Job(_key(kind, made), f"{kind} heads of {made.slug}", 10, given, agent=agent))
+                jobs.append(Job(_key(kind, made), f"{kind} heads of {made.slug}", 10, given, agent=config.agent))
             for (one, _), (two, steps) in permutations(games, 2):
                 key, needs = f"transfer/{kind}/{one.slug}-to-{two.slug}", (_key(kind, one), _key(kind, two))
                 given = Given(kind, two, steps, one)
-                jobs.append(Job(key, f"{kind} heads of {one.slug} in {two.slug}", 10, given, needs, agent))
+                jobs.append(Job(key, f"{kind} heads of {one.slug} in {two.slug}", 10, given, needs, config.agent))
         return jobs
 
     def identity(self, job: Job, run: Run[TransferConfig]) -> dict[str, Any]:
@@ -166,8 +163,7 @@ class Transfer(Study[TransferConfig]):
                     Section("All heads", "The recovery of each head patched by itself, with 95 % intervals and bands "
                             "that hold for all heads of a game at once.", table=heads)]  # fmt: skip
         words = {"recovery": "(patched − base) / (source − base) of the mean logit difference between both answers."}
-        name = run.config.model if isinstance(run.config.model, str) else run.config.model.name
-        return Page(f"{run.config.name}: heads of {name} across games", lead, sections, words)
+        return Page(f"{run.config.name}: heads of {run.config.agent} across games", lead, sections, words)
 
 
 _ENDS = ("", "_low", "_high")

@@ -8,8 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from nextstate.agents.config import AgentConfig
-from nextstate.analysis.run import RunConfig, RunError
+from nextstate.analysis.run import ModelRunConfig, RunError
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Game
 
@@ -22,10 +21,9 @@ PATCHES = ("denoise", "noise")  # the other directions ablate
 SITES = ("head", "resid_pre", "attn_out", "mlp_out")
 
 
-class PatchConfig(RunConfig):
+class PatchConfig(ModelRunConfig):
     """Everything that determines the results of a patching run."""
 
-    model: str | AgentConfig = Field(description="a language model")
     game: str = Field("DFA", description="name of a game, or pkg.module:Name")
     game_args: dict[str, Any] = Field({}, description="settings of the game")
     pairs: int = Field(64, ge=2, le=100_000, description="pairs of each kind; published designs have fixed numbers")
@@ -55,11 +53,6 @@ class PatchConfig(RunConfig):
             if len(set(given)) < len(given):
                 raise ValueError(f"{name}={given} names one twice")
         return self
-
-    @property
-    def agent(self) -> str:
-        """The name of the model."""
-        return self.model if isinstance(self.model, str) else self.model.name
 
 
 class Sweeping(NamedTuple):

@@ -21,7 +21,7 @@ TOP = 5  # choices shown with their probability
 _OF_QUESTION = ("stem", "truth", "accepted", "determined", "ceiling", "chance")
 QUESTIONS: dict[str, Any] = {
     "setting": pl.String, **{name: tables.QUESTIONS[name] for name in (*tables.KEY, *_OF_QUESTION)}, "of": pl.Int64,
-    "opening": pl.String, "told": pl.String, "closing": pl.String, "outcome": pl.String,
+    "opening": pl.String, "added": pl.String, "closing": pl.String, "outcome": pl.String,
 }  # fmt: skip
 ANSWERED: dict[str, Any] = {
     "setting": pl.String, **dict.fromkeys(tables.KEY, pl.Int64), "agent": pl.String, "greedy": pl.String,
@@ -35,7 +35,7 @@ def sample(run: Run[PredictConfig], cells: Sequence[Cell]) -> dict[str, pl.DataF
 
     The number of episodes of a cell is limited by `ANSWERS`, and episodes are cut after `STEPS` steps with questions.
     `shown_questions` has a row for each question, `shown_answers` one for each answer. In the former, `opening` is the
-    text before an episode's first step (only in its first row), and `told` the text that a step adds.
+    text before an episode's first step (only in its first row), and `added` the text that a step adds.
     """
     rows = tables.rows(run, list(_spread(cells)))
     rank = pl.col("step").rank("dense").over("agent", "setting", "episode")
@@ -74,13 +74,13 @@ def _texts(asked: Sequence[Mapping[str, Any]], inline: bool) -> Iterable[dict[st
     """Yield the questions of an episode, with the text that each step adds to the transcript."""
     seen = 0  # characters of the transcript
     for i, row in enumerate(asked):
-        text = {"opening": "", "told": ""}
+        text = {"opening": "", "added": ""}
         if row["question"] == asked[0]["question"]:
             head = row["prompt"][: len(row["prompt"]) - len(row["stem"])]
             if i == 0:
                 seen = len(head) - len(row["narration"])
                 text["opening"] = head[:seen]
-            text["told"], seen = head[seen:], len(head)
+            text["added"], seen = head[seen:], len(head)
         if inline:
             answer = next(c for c in row["choices"] if c.strip() == row["truth"])
             seen += len(row["stem"]) + len(answer) + len(row["closing"])
@@ -140,4 +140,4 @@ def _step(rows: Sequence[Mapping[str, Any]], by: Mapping[tuple[Any, ...], dict[i
     ]
     first, last = rows[0], rows[-1]
     more = {"closing": last["closing"], "outcome": last["outcome"]}
-    return {"step": first["step"], "told": first["told"], "asked": asked, **more}
+    return {"step": first["step"], "added": first["added"], "asked": asked, **more}

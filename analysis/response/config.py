@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field, model_validator
 
-from nextstate.agents.config import AgentConfig, Strict
-from nextstate.analysis.run import Run, RunConfig, RunError
+from nextstate.agents.config import Strict
+from nextstate.analysis.run import ModelRunConfig, Run, RunError
 from nextstate.analysis.study import open_run
 from nextstate.envs.contrast import Pair
 from nextstate.envs.files import slug
@@ -36,10 +36,9 @@ class BridgeConfig(Strict):
     steps: int | None = Field(None, ge=1, description="length of an episode; by default what suits the game")
 
 
-class ResponseConfig(RunConfig):
+class ResponseConfig(ModelRunConfig):
     """Everything that decides the results of a response run."""
 
-    model: str | AgentConfig = Field(description="a language model")
     block: int = Field(24, ge=3, description="number of distinct random tokens in a block")
     repeats: int = Field(2, ge=2, description="how often a block occurs in a prompt")
     prompts: int = Field(16, ge=2, le=10_000, description="number of prompts with repeated blocks, and of controls")
@@ -67,11 +66,6 @@ class ResponseConfig(RunConfig):
         if self.window_prompts > self.prompts:
             raise ValueError(f"window_prompts={self.window_prompts} is more than prompts={self.prompts}")
         return self
-
-    @property
-    def agent(self) -> str:
-        """The name of the model."""
-        return self.model if isinstance(self.model, str) else self.model.name
 
     @property
     def max_bytes(self) -> int:

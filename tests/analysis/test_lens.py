@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from nextstate.analysis.study import go, open_run, verify, write_page
 from nextstate.envs.games import make_game
 from tests import zoo
 from tests.circuits import circuit
+from tests.idle import start_again, times
 from tests.pages import loads_nothing, shown
 
 GAMES = [
@@ -173,16 +172,9 @@ def test_knows_from(accuracy: tuple[float, ...], expected: int | None) -> None:
 
 
 def test_a_second_run_does_nothing_and_imports_no_torch(done: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and "lock" not in p.name}
-    code = (
-        "import sys; from pathlib import Path; from nextstate.analysis.study import go\n"
-        "from nextstate.analysis.lens import Lens, LensConfig\n"
-        f"go(Lens(), LensConfig.model_validate_json({config().model_dump_json()!r}), Path({str(done)!r}))\n"
-        "print(sorted({'torch', 'plotly', 'transformers'} & set(sys.modules)))"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
-    assert before == {p: p.stat().st_mtime_ns for p in before}
+    before = times(done)
+    assert start_again(Lens, config(), done) == []
+    assert times(done) == before
 
 
 def test_page_and_verify_work_on_the_folder(done: Path) -> None:

@@ -157,7 +157,7 @@ def test_viewer_tells_the_story(run_path: Path) -> None:
     assert {s["game"] for s in sample["settings"]} == {"Box", "DFA", "Cycle", "FruitStore"}
     dfa = next(s for s in sample["settings"] if s["game"] == "DFA")["episodes"][0]
     told = dfa["opening"] + "".join(
-        s["told"] + q["stem"] + " " + q["truth"] + s["closing"] for s in dfa["steps"] for q in s["asked"]
+        s["added"] + q["stem"] + " " + q["truth"] + s["closing"] for s in dfa["steps"] for q in s["asked"]
     )
     assert re.fullmatch(
         r"States: \{.*\}\nActions:\{.*\}\nSequence: Start at state \w\.( Take action \w, go to state \w\.){6}", told
@@ -250,7 +250,7 @@ def test_cells_asked_late_in_long_episodes_are_in_the_viewer(tmp_path: Path) -> 
     assert (step["step"], len(step["asked"])) == (60, 1)
     assert late["opening"].count("go to state") == 59
     assert (
-        late["opening"] + step["told"] + step["asked"][0]["stem"]
+        late["opening"] + step["added"] + step["asked"][0]["stem"]
         == (opened(path).table("questions/DFA-states=3-steps=60")["prompt"][0])
     )
 
@@ -268,7 +268,7 @@ def test_the_viewer_gives_back_the_text_that_was_read(tmp_path: Path) -> None:
             transcript = episode["opening"]
             mine = prompts.filter(episode=episode["id"])
             for step in episode["steps"]:
-                transcript += step["told"]
+                transcript += step["added"]
                 for i, asked in enumerate(step["asked"]):
                     row = mine.filter(step=step["step"], question=i).row(0, named=True)
                     assert transcript + asked["stem"] == row["prompt"]

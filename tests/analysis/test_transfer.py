@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from nextstate.envs.game import GameError
 from nextstate.envs.games import make_game
 from tests import zoo
 from tests.circuits import circuit
+from tests.idle import start_again, times
 from tests.pages import loads_nothing, shown
 
 GAMES = [
@@ -191,17 +190,9 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
 
 
 def test_a_second_run_does_nothing_and_imports_no_torch(done: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in done.rglob("*") if p.is_file() and "lock" not in p.name}
-    code = (
-        "import sys; from pathlib import Path; from nextstate.analysis.study import go\n"
-        "from nextstate.analysis.transfer import Transfer, TransferConfig\n"
-        f"given = TransferConfig.model_validate_json({config().model_dump_json()!r})\n"
-        f"go(Transfer(), given, Path({str(done)!r}))\n"
-        "print(sorted({'torch', 'plotly', 'transformers'} & set(sys.modules)))"
-    )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "[]"
-    assert before == {p: p.stat().st_mtime_ns for p in before}
+    before = times(done)
+    assert start_again(Transfer, config(), done) == []
+    assert times(done) == before
 
 
 def test_page_and_verify_work_on_the_folder(done: Path) -> None:
