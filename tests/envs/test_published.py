@@ -270,6 +270,20 @@ def test_published_clues_keep_to_the_places_of_the_lists() -> None:
     assert abs(np.mean(found["given"]) - 0.5) < 3 * (0.25 / len(found["given"])) ** 0.5
 
 
+def test_players_can_give_no_other_clues() -> None:
+    game = make_game("FruitStore", people=6, generator="paper")
+    for seed in range(5):
+        for step in unroll(game, seed, 5).steps:
+            names, fruits, _ = read_store(game.opening(step.state))
+            waiting = [name for name in names if game.values(step.state)[name] == "nothing"]
+            commands = {game.command(step.state, action) for action in game.actions(step.state)}
+            own = dict(zip(names, fruits, strict=True))
+            assert commands == {
+                f"{name} gets the {own[name]}" if giver == name else f"{giver} gives {name} the {own[name]}"
+                for name, giver in product(waiting, waiting)
+            }
+
+
 def test_our_default_clues_do_not() -> None:
     found = facts("default")
     assert np.mean(found["same place"]) < 0.5
