@@ -432,13 +432,10 @@ def test_seeds_hold_in_another_process() -> None:
 
 def test_importing_and_making_is_light() -> None:
     code = (
-        "import sys, time; begun = time.perf_counter(); import nextstate; import gymnasium as gym; "
-        "gym.make('nextstate/Box-v0'); print(time.perf_counter() - begun); "
+        "import sys; import nextstate; import gymnasium as gym; gym.make('nextstate/Box-v0'); "
         f"print([m for m in {HEAVY} if m in sys.modules])"
     )
-    runs = [run(code).splitlines() for _ in range(3)]
-    assert all(loaded == "[]" for _, loaded in runs)
-    assert min(float(seconds) for seconds, _ in runs) < 0.7
+    assert run(code).strip() == "[]"
 
 
 def test_the_version_is_that_of_the_package() -> None:
