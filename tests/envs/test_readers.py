@@ -86,9 +86,8 @@ def test_dfa_at_minimum_density_is_known_from_ten_steps_on(states: int) -> None:
         ceilings = []
         for seed in range(200):
             episode = unroll(game, seed, t)
-            ceilings.append(
-                expected_accuracy(episode.beliefs("lookup")[-1][0], episode.steps[-1].questions[0].accepted)
-            )
+            belief, question = episode.beliefs("lookup")[-1][0], episode.steps[-1].questions[0]
+            ceilings.append(expected_accuracy(belief, question.accepted))
         assert np.mean(ceilings) > 0.97
 
 
