@@ -328,7 +328,7 @@ def the_ideal_reader_scores_what_it_expects(case: Case) -> Iterator[str]:
 
 
 def no_reader_beats_the_ideal_one(case: Case) -> Iterator[str]:
-    """On average no other reader scores more than the ideal one, up to sampling error; a bit more if it is not exact."""
+    """On average no other reader scores more than the ideal one, up to sampling error; a little if it is not exact."""
     rows = defaultdict[str, list[list[float]]](list)
     names = ("lookup", "chance", *case.game.shortcuts)
     for episode in case.episodes:

@@ -48,9 +48,9 @@ class TextWorld(Game):
     draws one of the verbs of the legal commands (those that change nothing count as one verb), and then a command.
 
     Ideal reader: even over the values of a variable that the transcript leaves possible
-    (`nextstate.envs.textworld.reader.AdventureReader`). It does not know how likely TextWorld's generator makes them, so
-    that its ceiling is a lower bound of that of Bayes' rule on questions that are not determined; on others it is 1.
-    The lookup reader is the same.
+    (`nextstate.envs.textworld.reader.AdventureReader`). It does not know how likely TextWorld's generator makes them:
+    on questions that are not determined its ceiling is a lower bound of that of Bayes' rule. The lookup reader is the
+    same.
 
     Args:
         rooms: number of rooms, 1 to 20; 1, 6, 9 or 12 with `challenge="cooking"`.
