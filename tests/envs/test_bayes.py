@@ -191,7 +191,8 @@ def standard_error(values: np.ndarray) -> float:
 def test_accuracies_are_those_of_other_code(
     generator: str, states: int, density: str, steps: int, expected: tuple[float, float, float, float]
 ) -> None:
-    game, n = make_game("DFA", states=states, density=density, generator=generator), 2000
+    game = make_game("DFA", states=states, density=density, generator=generator)
+    n = 200 if generator == "default" and steps == 100 else 2000  # 0.1 s a question there
     found = np.array([last_of(unroll(game, seed, steps)) for seed in range(n)])
     lookup, ceiling, hits = found.T
     for mine, (theirs, error) in ((lookup, expected[:2]), (ceiling, expected[2:])):
