@@ -1,7 +1,8 @@
-"""The ideal reader against roads that share nothing with it: text parsed by regular expressions, published ceilings."""
+"""Readers against roads that share nothing with it: text parsed by regular expressions, published ceilings."""
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -22,7 +23,7 @@ CEILING = {
 
 
 def read_dfa(prompt: str) -> dict[str, float]:
-    """Return the probability of each next state that the words of a DFA prompt leave."""
+    """Return the probability of each next state for a reader who only looks up what a DFA prompt shows."""
     states = re.match(r"States: \{([a-z,]+)\}\n", prompt)[1].split(",")
     at = re.search(r"Start at state ([a-z]+)\.", prompt)[1]
     told = "Actions:" in prompt
@@ -46,10 +47,11 @@ def read_box(prompt: str) -> str:
 @pytest.mark.parametrize("kind", ["state-action", "state-state"])
 @pytest.mark.parametrize(("states", "actions", "symbols"), [(3, 3, "letters"), (8, 26, "letters"), (30, 40, "pairs")])
 def test_dfa_read_from_text(kind: str, states: int, actions: int, symbols: str) -> None:
-    game = make_game("DFA", states=states, actions_listed=actions, symbols=symbols, kind=kind)
+    game = make_game("DFA", states=states, actions_listed=actions, symbols=symbols, kind=kind, ideal="lookup")
     for seed in range(40):
         episode = unroll(game, seed, 40)
-        for t, row in enumerate(episode.beliefs("ideal")):
+        assert episode.beliefs("ideal") == episode.beliefs("lookup")
+        for t, row in enumerate(episode.beliefs("lookup")):
             choices = [c.strip() for c in episode.steps[t].questions[0].choices]
             assert dict(zip(choices, row[0], strict=True)) == pytest.approx(read_dfa(episode.prompt(t)))
 
@@ -65,12 +67,12 @@ def test_box_read_from_text(style: str, feedback: str) -> None:
 
 
 @pytest.mark.parametrize("states", CEILING)
-def test_dfa_ceilings_are_the_published_ones(states: int) -> None:
+def test_lookup_in_dfa_is_right_as_often_as_published(states: int) -> None:
     game, n, theirs = make_game("DFA", states=states), 400, 200
     mine = np.zeros(len(STEPS))
     for seed in range(n):
         episode = unroll(game, seed, max(STEPS))
-        beliefs = episode.beliefs("ideal")
+        beliefs = episode.beliefs("lookup")
         mine += [expected_accuracy(beliefs[t - 1][0], episode.steps[t - 1].questions[0].accepted) for t in STEPS]
     for t, ours, published in zip(STEPS, mine / n, CEILING[states], strict=True):
         p = (ours * n + published * theirs) / (n + theirs)
@@ -85,7 +87,8 @@ def test_dfa_at_minimum_density_is_known_from_ten_steps_on(states: int) -> None:
         ceilings = []
         for seed in range(200):
             episode = unroll(game, seed, t)
-            ceilings.append(expected_accuracy(episode.beliefs("ideal")[-1][0], episode.steps[-1].questions[0].accepted))
+            belief, question = episode.beliefs("lookup")[-1][0], episode.steps[-1].questions[0]
+            ceilings.append(expected_accuracy(belief, question.accepted))
         assert np.mean(ceilings) > 0.97
 
 
@@ -94,7 +97,7 @@ def test_dfa_at_minimum_density_is_known_from_ten_steps_on(states: int) -> None:
     ("states", "actions", "symbols"), [(2, 1, "letters"), (7, 9, "letters"), (26, 26, "letters"), (40, 60, "pairs")]
 )
 def test_dfa_construction(states: int, actions: int, symbols: str, density: str) -> None:
-    game = make_game("DFA", states=states, density=density, actions_listed=actions, symbols=symbols)
+    game = make_game("DFA", states=states, density=density, actions_listed=actions, symbols=symbols, ideal="lookup")
     assert states <= game.n_edges <= states * (states - 1) // 2 + 1
     starts = set()
     for seed in range(30):
@@ -139,3 +142,42 @@ def test_dfa_walks_can_reach_the_sink_and_come_back() -> None:
                     queue.append(after)
         alone = [p for p in visited if len(game.actions(p)) == 1]
         assert any(game.transition(p, game.actions(p)[0]) == place for p in alone)
+
+
+@pytest.mark.parametrize("period", [2, 5, 26])
+def test_lookup_in_a_cycle_does_not_know_the_period(period: int) -> None:
+    """It is Bayes' rule for all periods from 2 to 26: the pattern begins again, or goes on with a letter not shown."""
+    game = make_game("Cycle", period=period)
+    for seed in range(10):
+        episode = unroll(game, seed, 3 * period)
+        for t, row in enumerate(episode.beliefs("lookup")):
+            text, letters = episode.prompt(t).split(), "abcdefghijklmnopqrstuvwxyz"
+            weights = dict.fromkeys(letters, 0.0)
+            for p in range(2, 27):
+                if all(a == b for a, b in zip(text, text[p:], strict=False)) and len({*text[:p]}) == min(p, len(text)):
+                    left = [text[-p]] if len(text) >= p else [c for c in letters if c not in text]
+                    patterns = math.perm(26, p) if len(text) >= p else math.perm(26, len(text))
+                    for letter in left:
+                        weights[letter] += 1 / patterns / len(left)
+            total = sum(weights.values())
+            assert row[0] == pytest.approx([w / total for w in weights.values()])
+        certain = [ceiling[0] == 1 for ceiling in episode.ceilings]
+        assert certain == [t + 1 >= period or t + 2 == 26 for t in range(3 * period)]
+        settled = [max(row[0]) == 1 for row in episode.beliefs("lookup")]
+        assert settled == [t + 1 > period or t + 1 == 26 for t in range(3 * period)]
+
+
+@pytest.mark.parametrize("people", [2, 5, 21])
+def test_published_stores_give_away_whose_fruit_is_whose(people: int) -> None:
+    game = make_game("FruitStore", people=people, generator="paper")
+    for seed in range(20):
+        episode = unroll(game, seed, people - 1, ask="all")
+        names = re.findall(r"[A-Z][a-z]+", episode.opening.partition(" walk")[0])
+        fruits = re.search(r"fruits (.*)\. Each", episode.opening)[1].split(", ")
+        rows = zip(episode.steps, episode.beliefs("ideal"), episode.beliefs("lookup"), episode.ceilings, strict=True)
+        for step, own, even, ceilings in rows:
+            assert ceilings == [1.0] * len(step.questions)
+            for question, belief, lookup in zip(step.questions, own, even, strict=True):
+                assert question.choices[belief.index(1.0)].strip() == fruits[names.index(question.variable)]
+                assert [i for i, p in enumerate(lookup) if p] == list(question.accepted)
+                assert len({p for p in lookup if p}) == 1
