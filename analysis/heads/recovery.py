@@ -9,7 +9,7 @@ two prompts are exchangeable, so the difference of the effects is symmetric arou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -114,24 +114,30 @@ class Sweep:
         return np.asarray((self.patched.probability[self.kept] - before).mean(0), dtype=np.float64)
 
 
+class Tested(NamedTuple):
+    """Result of the test of which cells carry what the prompts differ in; arrays have one element for each cell."""
+
+    pairs: int  # pairs with a control, over which cells are tested
+    p: Float[np.ndarray, ...]  # corrected for testing all cells; NaN for fewer pairs than `stats.FEWEST_PAIRS`
+    carries: Bool[np.ndarray, ...]  # False if the cells were not tested
+
+    @property
+    def known(self) -> bool:
+        """Whether the cells were tested."""
+        return self.pairs >= stats.FEWEST_PAIRS
+
+
 @dataclass(frozen=True)
 class Recovery(stats.Band):
     """Share of the logit difference between the two prompts that each patch restores: 0 none, 1 all of it.
 
-    All arrays have axes [layer head column]. Intervals and band describe the recovery; `carries` is the decision.
+    All arrays have axes [layer head column]. Intervals and band describe the recovery; `test` is the decision.
     """
 
     pairs: int  # number of pairs that are counted
     failed: int  # pairs on which the model fails
     left_out: int  # pairs that are not counted
-    tested: int  # pairs with a control, over which cells are tested
-    p: Float[np.ndarray, "layer head column"]  # corrected for testing all cells; NaN if they were not tested
-    carries: Bool[np.ndarray, "layer head column"]  # see `carried`; False if the cells were not tested
-
-    @property
-    def known(self) -> Bool[np.ndarray, "layer head column"]:
-        """Whether each cell was tested."""
-        return np.asarray(~np.isnan(self.p))
+    test: Tested
 
 
 def changes(sweep: Sweep) -> stats.Ratio:
@@ -161,49 +167,47 @@ def recovery(sweep: Sweep, rng: np.random.Generator, *, level: float = stats.LEV
     Raises:
         PatchError: the mean difference between the prompts is within noise, so recovery is undefined.
     """
-    band = stats.ratio_band(changes(sweep), rng, level=level, draws=resamples)
-    tested, p, carries = carried(sweep, band.value, rng, level=level)
+    top, gap = changes(sweep)
+    band = stats.ratio_band((top, gap), rng, level=level, draws=resamples)
+    control, base = sweep.control_patched, sweep.base.difference[sweep.kept, None, None, None]
+    test = carried(top, None if control is None else control[sweep.kept] - base, band.value, rng, level=level)
     kept = int(sweep.kept.sum())
     return Recovery(
-        **vars(band), pairs=kept, failed=int(sweep.failed.sum()), left_out=len(sweep.kept) - kept, tested=tested, p=p,
-        carries=carries,
-    )  # fmt: skip
+        **vars(band), pairs=kept, failed=int(sweep.failed.sum()), left_out=len(sweep.kept) - kept, test=test
+    )
 
 
 def carried(
-    sweep: Sweep,
-    value: Float[np.ndarray, "layer head column"],
+    effect: Float[np.ndarray, "pair ..."],
+    control: Float[np.ndarray, "pair ..."] | None,
+    value: Float[np.ndarray, ...],
     rng: np.random.Generator,
     *,
     level: float = stats.LEVEL,
-) -> tuple[int, Float[np.ndarray, "layer head column"], Bool[np.ndarray, "layer head column"]]:
+) -> Tested:
     """Test which cells carry what the prompts of the pairs differ in.
 
     A cell carries it if the effect from the other prompt minus the effect from the control prompt differs from 0 by
-    `nextstate.analysis.stats.sign_flip_test`, over all cells of the sweep at once; if the former is the larger of the
-    two in absolute value (a cell that merely breaks down on unrelated content has the larger effect from the control);
-    and if its recovery is at least `MIN_EFFECT` in absolute value.
+    `nextstate.analysis.stats.sign_flip_test`, over all cells at once; if the former is the larger of the two in
+    absolute value (a cell that merely breaks down on unrelated content has the larger effect from the control); and if
+    its recovery is at least `MIN_EFFECT` in absolute value.
 
     Args:
-        sweep: the sweep; without `control_patched` nothing is tested.
+        effect: change of the logit difference of each pair when the cell is patched from the pair's other prompt.
+        control: the same from the pair's control prompt, NaN for pairs without one; None if there are no controls.
         value: the recovery of each cell.
         rng: draws the flips of signs.
-        level: 1 - level is the largest probability that any cell is found that carries nothing.
-
-    Returns:
-        The number of pairs with a control, the p-value of each cell (NaN if they are fewer than
-        `nextstate.analysis.stats.FEWEST_PAIRS`), and which cells carry it.
+        level: 1 - level is the largest probability that any cell is named that carries nothing.
     """
-    if sweep.control_patched is None:
-        return 0, np.full(value.shape, np.nan), np.zeros(value.shape, dtype=bool)
-    rows = sweep.kept & np.isfinite(sweep.control_patched).all((1, 2, 3))
-    ours, theirs = sweep.patched.difference[rows], sweep.control_patched[rows]
+    rows = np.zeros(len(effect), dtype=bool)
+    if control is not None:
+        rows = np.isfinite(control).reshape(len(control), -1).all(1)
+    if control is None or rows.sum() < stats.FEWEST_PAIRS:
+        return Tested(int(rows.sum()), np.full(value.shape, np.nan), np.zeros(value.shape, dtype=bool))
+    ours, theirs = effect[rows], control[rows]
     p = stats.sign_flip_test(ours - theirs, rng)
-    if not rows.any():
-        return 0, p, np.zeros(value.shape, dtype=bool)
-    base = sweep.base.difference[rows, None, None, None]
-    larger = np.abs((ours - base).mean(0)) > np.abs((theirs - base).mean(0))
-    return int(rows.sum()), p, (p <= 1 - level + 1e-12) & larger & (np.abs(value) >= MIN_EFFECT)
+    larger = np.abs(ours.mean(0)) > np.abs(theirs.mean(0))
+    return Tested(len(ours), p, (p <= 1 - level) & larger & (np.abs(value) >= MIN_EFFECT))
 
 
 def too_few(tested: int) -> str:
@@ -236,10 +240,10 @@ def table(sweep: Sweep, found: Recovery) -> pl.DataFrame:
         "position": np.array(sweep.columns)[column].tolist(),
         "recovery": found.value.ravel(),
         **{end: getattr(found, end).ravel() for end in ends},
-        "p": found.p.ravel(),
-        "carries": [bool(c) if known else None for c, known in zip(found.carries.flat, found.known.flat, strict=True)],
+        "p": found.test.p.ravel(),
+        "carries": found.test.carries.ravel() if found.test.known else [None] * layer.size,
         "pairs": [found.pairs] * layer.size,
-        "tested": [found.tested] * layer.size,
+        "tested": [found.test.pairs] * layer.size,
         "failed": [found.failed] * layer.size,
     }
     if (sweep.patched.greedy[sweep.kept] >= 0).all():

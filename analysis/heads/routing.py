@@ -183,7 +183,7 @@ class Routing(stats.Band):
         pairs is no proof that it carries no action. The tests are those of
         `nextstate.analysis.heads.recovery.carried`, each corrected for all sites.
         """
-        state, action = self.state.carries, self.action.carries
+        state, action = self.state.test.carries, self.action.test.carries
         return np.select([state & action, state, action], ["both", "state", "action"], "")
 
 
@@ -218,7 +218,7 @@ def head_table(found: Routing, layers: Sequence[int]) -> pl.DataFrame:
     for name, one in (("state", found.state), ("action", found.action)):
         columns |= {name: one.value.ravel(), f"{name}_low": one.low.ravel(), f"{name}_high": one.high.ravel()}
         columns |= {f"{name}_{end}": getattr(one, end).ravel() for end in ("band_low", "band_high")}
-        columns |= {f"{name}_p": one.p.ravel(), f"{name}_carries": one.carries.ravel()}
+        columns |= {f"{name}_p": one.test.p.ravel(), f"{name}_carries": one.test.carries.ravel()}
     columns |= {"routing": found.value.ravel()}
     columns |= {f"routing_{k}": getattr(found, k).ravel() for k in ("low", "high", "band_low", "band_high")}
     frame = pl.DataFrame(columns | {"share": found.share.ravel(), "carries": found.labels.ravel().tolist()})

@@ -173,7 +173,10 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     pairs = [pair for pair, ok in zip(joined, sound["kept"], strict=True) if ok]
     controls = job.tested and kept["control_ids"].null_count() < len(kept)
     if controls:
-        pairs = [replace(pair, control=tuple(ids or ())) for pair, ids in zip(pairs, kept["control_ids"], strict=True)]
+        pairs = [
+            replace(pair, control=tuple(ids or ()))
+            for pair, ids in zip(pairs, kept["control_ids"].to_list(), strict=True)
+        ]
     if job.direction in ("mean", "resample") and kept["tokens"].n_unique() > 1:
         lengths = kept["tokens"].n_unique()
         raise Skip(f"pairs have {lengths} different lengths; {job.direction} ablation at all positions needs one")
@@ -191,7 +194,7 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
         recovered = recovery(found, run.rng(job.key, "bootstrap"), resamples=config.resamples)
     except PatchError as error:
         raise Skip(str(error)) from error
-    if job.tested and (reason := too_few(recovered.tested)):
+    if job.tested and (reason := too_few(recovered.test.pairs)):
         run.warn(f"{job.design} {job.kind} pairs: {reason}")
     return sweep_rows(job, found, recovered, len(sound) - len(kept))
 

@@ -12,7 +12,7 @@ import polars as pl
 from nextstate.agents.sites import Site
 from nextstate.analysis.heads.config import EXAMPLES, SITES, Sweeping, main_first
 from nextstate.analysis.heads.pairs import Direction, PatchError, TokenPair
-from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, rank_agreement, table
+from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, Tested, rank_agreement, table
 from nextstate.analysis.heads.routing import Routing, head_table, routing
 from nextstate.analysis.run import Run
 from nextstate.envs.contrast import Pair
@@ -143,13 +143,12 @@ def _by_pair(lists: pl.Series, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
 def recovered(rows: pl.DataFrame) -> Recovery:
     """Return the recovery that the rows of a sweep were made with, with its intervals and its test."""
     shape = (rows["layer"].n_unique(), -1, rows["position"].n_unique())
-    names = ("recovery", "low", "high", "band_low", "band_high", "p", "carries")
-    *ends, p, carries = (rows[name].to_numpy().reshape(shape) for name in names)
+    names = ("recovery", "low", "high", "band_low", "band_high", "p")
+    *ends, p = (rows[name].to_numpy().reshape(shape) for name in names)
     one = rows.row(0, named=True)
-    return Recovery(
-        *ends, pairs=one["pairs"], failed=one["failed"], left_out=0, tested=one["tested"],
-        p=p.astype(np.float64), carries=np.array(carries == True, dtype=bool),  # noqa: E712 (null is False)
-    )  # fmt: skip
+    carries = np.array([bool(x) for x in rows["carries"]]).reshape(shape)  # null is False
+    test = Tested(one["tested"], p.astype(np.float64), carries)
+    return Recovery(*ends, pairs=one["pairs"], failed=one["failed"], left_out=0, test=test)
 
 
 def sweep_of(run: Run[Any], *job: Any) -> tuple[Sweep, Recovery] | None:

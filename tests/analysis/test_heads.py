@@ -22,11 +22,10 @@ from nextstate import cli
 from nextstate.agents.agent import Prompt
 from nextstate.agents.config import ConfigError, read_config
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis import stats
 from nextstate.analysis.heads.config import PatchConfig, draw
 from nextstate.analysis.heads.pairs import PatchError, TokenPair
 from nextstate.analysis.heads.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
-from nextstate.analysis.heads.recovery import table, too_few
+from nextstate.analysis.heads.recovery import Tested, table, too_few
 from nextstate.analysis.heads.routing import (
     Routing,
     attention_of,
@@ -78,7 +77,7 @@ def joined(agent: LanguageModel, game: str, kind: str) -> list[TokenPair]:
 
 def named(found: Sweep, made: Circuit) -> set[str]:
     """Return the heads that carry by the test, by their function; a head without one is named by its slot."""
-    return _named(recovery(found, np.random.default_rng(0), resamples=200).carries, made)
+    return _named(recovery(found, np.random.default_rng(0), resamples=200).test.carries, made)
 
 
 def moved(found: Sweep, made: Circuit) -> set[str]:
@@ -167,7 +166,7 @@ def test_routing_intervals_hold_the_value_and_need_the_same_cells() -> None:
 def test_a_label_is_what_the_two_tests_say() -> None:
     value = np.zeros((1, 2, 2))
     state, action = (
-        Recovery(*[value] * 5, 30, 0, 0, 30, value, np.array(cells)[None])
+        Recovery(*[value] * 5, 30, 0, 0, Tested(30, value, np.array(cells)[None]))
         for cells in ([[True, True], [False, False]], [[True, False], [True, False]])
     )
     found = Routing(*[value] * 5, state, action)
@@ -181,10 +180,10 @@ def test_a_head_that_only_breaks_down_on_unrelated_content_carries_nothing() -> 
     assert found.control_patched is not None
     found.control_patched[:, *where, 0] += 5 + rng.random(PAIRS)
     done = recovery(found, rng, resamples=50)
-    assert done.p[where][0] < 0.05
-    assert not done.carries[where][0]
+    assert done.test.p[where][0] < 0.05
+    assert not done.test.carries[where][0]
     found.patched.difference[:, *where, 0] += 20 + rng.random(PAIRS)  # now it has the larger effect from the pair
-    assert recovery(found, rng, resamples=50).carries[where][0]
+    assert recovery(found, rng, resamples=50).test.carries[where][0]
 
 
 def test_too_few_pairs_are_not_tested_and_pairs_without_a_control_do_not_count() -> None:
@@ -196,8 +195,8 @@ def test_too_few_pairs_are_not_tested_and_pairs_without_a_control_do_not_count()
         assert found.control_patched is not None
         assert np.isnan(found.control_patched[have:]).all()
         done = recovery(found, np.random.default_rng(0), resamples=50)
-        assert (done.tested, done.pairs, done.known.all()) == (have, PAIRS, known)
-        assert done.carries.any() == known
+        assert (done.test.pairs, done.pairs, done.test.known) == (have, PAIRS, known)
+        assert done.test.carries.any() == known
         rows = table(found, done)
         assert rows["carries"].null_count() == (0 if known else len(rows))
     assert too_few(5) == (
@@ -372,8 +371,8 @@ def test_a_sweep_comes_back_from_its_table(folder: Path) -> None:
     )
     assert back.control_patched is not None
     again = recovery(back, np.random.default_rng(5), resamples=50)  # with at most 14 pairs the test draws nothing
-    assert (again.tested, again.p.tolist()) == (recovered.tested, recovered.p.tolist())
-    assert again.carries.tolist() == recovered.carries.tolist()
+    assert again.test.p.tolist() == recovered.test.p.tolist()
+    assert again.test.carries.tolist() == recovered.test.carries.tolist()
 
 
 def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
