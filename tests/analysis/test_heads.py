@@ -252,17 +252,6 @@ def test_what_cannot_be_measured_with_is_left_out_and_told() -> None:
         assert re.search(words, x.reason)
 
 
-def test_published_pairs_whose_answers_agree_are_left_out() -> None:
-    config, rng = narrow(designs=["paper"], kinds=["state", "noop"]), np.random.default_rng(0)
-    game = make_game("DFA")
-    pairs = draw(config, game, "paper", "state", rng)
-    assert len(pairs) == 14
-    found, excluded = token_pairs(built("DFA", 0).agent.encoder, pairs)
-    assert {len(pairs[x.pair].clean.steps) - 1 for x in excluded} == {10, 18, 26}
-    assert len(found) == 8
-    assert len(token_pairs(built("DFA", 0).agent.encoder, draw(config, game, "paper", "noop", rng))[0]) == 10
-
-
 def test_answers_are_compared_where_their_tokens_differ(folders: dict[str, Path]) -> None:
     encoder = LanguageModel(str(folders["gpt2"]), device="cpu").encoder
     rng, game = np.random.default_rng(0), make_game("DFA", symbols="pairs")
