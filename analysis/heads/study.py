@@ -1,24 +1,40 @@
 """The study of heads: minimal pairs of a game, and exact patching sweeps over the sites of a model.
 
 Tables: `pairs/DESIGN-KIND` with one row for each pair, `sweeps/DESIGN-KIND-SITE-DIRECTION-WHERE` with one row for each
-cell, `attention/DESIGN` with one row for each head and example.
+cell, `attention/DESIGN` with one row for each head and example, `published/KIND` with one row for each cell of each
+trial that is patched as published.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from nextstate.analysis.grid import game_identity
-from nextstate.analysis.heads.config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
+from nextstate.analysis.heads.config import (
+    CONTROL_ROUNDS,
+    SHOWN,
+    PatchConfig,
+    Sweeping,
+    draw,
+    draw_one,
+    kinds_of,
+    main_first,
+    published_sizes,
+    sweeps_of,
+)
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Skip, Study
 from nextstate.envs.contrast import Pair
 from nextstate.envs.games import make_game
 
 if TYPE_CHECKING:
+    from nextstate.agents.language import LanguageModel
+    from nextstate.analysis.heads.pairs import TokenPair
     from nextstate.analysis.page.page import Page
 
 
@@ -39,6 +55,10 @@ class Heads(Study[PatchConfig]):
             cost = config.pairs * {"last": 4, "all": 16, "map": 40}[s.where]
             title = f"{s.design} {s.kind} pairs: {s.direction} {s.site}, {s.where if s.exact else 'attribution'}"
             jobs.append(Job(f"sweeps/{s.key}", title, cost, s, (s.pairs,), config.agent))
+        if config.aggregate == "sum":
+            for kind in (kind for design, kind in kinds if design == "paper"):
+                title = f"published {kind} pairs, added up as published"
+                jobs.append(Job(f"published/{kind}", title, 20, kind, agent=config.agent))
         for design in main_first(config.designs):
             needs = [Sweeping(design, kind, "head", "denoise", "last") for kind in ("state", "action")]
             if all(s in sweeps for s in needs):
@@ -58,13 +78,17 @@ class Heads(Study[PatchConfig]):
             return _measure(run, *job.given)
         if job.key.startswith("attention/"):
             return _attend(run, job.given)
+        if job.key.startswith("published/"):
+            return _publish(run, job.given)
         return _sweep(run, job.given)
 
     def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
         if not isinstance(job.given, Sweeping) or frame.is_empty():
             return {}
         top = frame.sort("recovery", descending=True).row(0, named=True)
-        numbers = {"largest_recovery": top["recovery"], "pairs": top["pairs"], "carry": int(frame["significant"].sum())}
+        numbers = {"largest_recovery": top["recovery"], "pairs": top["pairs"]}
+        if top["carries"] is not None:
+            numbers |= {"carry": int(frame["carries"].sum()), "tested": top["tested"]}
         return {f"{job.given.key}/{name}": value for name, value in numbers.items()}
 
     def summarise(self, run: Run[PatchConfig]) -> dict[str, pl.DataFrame]:
@@ -103,6 +127,8 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     base = baseline(model, found) if found else (Readout.empty(0), Readout.empty(0))
     words = {i: [model.tokenizer.decode([t]) for t in pair.clean] for i, pair in joined.items()}
     rows = pair_rows(design, kind, pairs, joined, reasons, base, words)
+    if any(sweep.tested for sweep in sweeps_of(run.config, [(design, kind)])):
+        _add_controls(run, model, rows, joined)
     if not any(row["kept"] for row in rows):
         reason = (
             f"{model.name} fails on all {len(found)} pairs: it never prefers the correct answer in both prompts"
@@ -114,9 +140,34 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=PAIRS)
 
 
+def _add_controls(
+    run: Run[PatchConfig], model: LanguageModel, rows: list[dict[str, Any]], joined: Mapping[int, TokenPair]
+) -> None:
+    """Find a control prompt for each counted pair, and write it into the pair's row."""
+    from nextstate.analysis.heads.controls import control_prompts
+
+    config, kept = run.config, [(row["pair"], joined[row["pair"]]) for row in rows if row["kept"]]
+    if not kept:
+        return
+    design, kind = rows[0]["design"], rows[0]["kind"]
+    game, rng = make_game(config.game, **config.game_args), run.rng(design, kind, "control")
+    run.progress.on(f"control prompts of {design} {kind} pairs")
+    found = control_prompts(
+        model, kept, lambda number: draw_one(config, game, design, kind, rng, number), CONTROL_ROUNDS
+    )
+    for number, tokens in found.items():
+        rows[number] |= {"control_ids": list(tokens), "control_prompt": model.tokenizer.decode(list(tokens))}
+    if len(found) < len(kept):
+        run.warn(
+            f"{len(kept) - len(found)} of {len(kept)} {design} {kind} pairs have no unrelated prompt with the same "
+            f"token layout among {CONTROL_ROUNDS} draws each, and are left out of the test of heads"
+        )
+
+
 def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     from nextstate.analysis.heads.pairs import PatchError
     from nextstate.analysis.heads.patch import attribution, recovery, sweep
+    from nextstate.analysis.heads.recovery import too_few
     from nextstate.analysis.heads.routing import layout, token_pairs
     from nextstate.analysis.heads.tables import SWEEP, sweep_rows
 
@@ -128,6 +179,12 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     joined = run.once(("joined", job.pairs), lambda: token_pairs(model.encoder, _drawn(run, job.design, job.kind))[0])
     sound = rows.filter(pl.col("tokens").is_not_null())
     pairs = [pair for pair, ok in zip(joined, sound["kept"], strict=True) if ok]
+    controls = job.tested and kept["control_ids"].null_count() < len(kept)
+    if controls:
+        pairs = [
+            replace(pair, control=tuple(ids or ()))
+            for pair, ids in zip(pairs, kept["control_ids"].to_list(), strict=True)
+        ]
     if job.direction in ("mean", "resample") and kept["tokens"].n_unique() > 1:
         lengths = kept["tokens"].n_unique()
         raise Skip(f"pairs have {lengths} different lengths; {job.direction} ablation at all positions needs one")
@@ -137,7 +194,7 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     if job.exact:
         # Logits of the whole vocabulary are affordable for few copies only, so maps and ablations omit them.
         given |= {"vocabulary": job.where == "last", "max_bytes": int(config.max_gigabytes * 2**30)}
-        found = sweep(model, pairs, **given)
+        found = sweep(model, pairs, controls=controls, **given)
     else:
         found = attribution(model, pairs, **given)
     run.describe_model(model)  # including what was verified for longer prompts
@@ -145,7 +202,22 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
         recovered = recovery(found, run.rng(job.key, "bootstrap"), resamples=config.resamples)
     except PatchError as error:
         raise Skip(str(error)) from error
+    if job.tested and (reason := too_few(recovered.test.pairs)):
+        run.warn(f"{job.design} {job.kind} pairs: {reason}")
     return sweep_rows(job, found, recovered, len(sound) - len(kept))
+
+
+def _publish(run: Run[PatchConfig], kind: str) -> pl.DataFrame:
+    """Patch the trials that the published aggregation patches; return one row for each cell."""
+    from nextstate.analysis.heads.published import PUBLISHED, trial_rows, trials
+
+    config, model = run.config, run.model(run.config.model)
+    game, rng = make_game(config.game, **config.game_args), run.rng("published", kind)
+    rows = [pl.DataFrame(schema=PUBLISHED)]
+    for trial in trials(published_sizes(kind), lambda size: game.contrast(rng, kind, "paper", **size), rng):
+        rows.append(trial_rows(model, kind, trial, int(config.max_gigabytes * 2**30)))
+    run.describe_model(model)
+    return pl.concat(rows)
 
 
 def _attend(run: Run[PatchConfig], design: str) -> pl.DataFrame:
