@@ -202,6 +202,17 @@ def test_rows_join_answers_with_their_questions_and_read_only_what_is_selected(r
     assert "logprobs" not in plan
 
 
+def test_ranks_are_places_in_the_sorted_list(run_path: Path) -> None:
+    ranks = set()
+    for row in frame(run_path).filter(agent=MODEL).iter_rows(named=True):
+        best = max(
+            x for x, text in zip(row["logprobs"], row["choices"], strict=True) if text.strip() in row["accepted"]
+        )
+        assert row["rank"] == sorted(row["logprobs"], reverse=True).index(best) + 1
+        ranks.add(row["rank"])
+    assert {1, 2} < ranks
+
+
 def test_agents_are_in_a_readers_order(run_path: Path) -> None:
     agents = opened(run_path).summary("agents")["agent"].to_list()
     assert agents[:3] == [MODEL, "ideal", "chance"]
