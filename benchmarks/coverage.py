@@ -138,7 +138,7 @@ ACCURACIES: dict[str, Callable[[np.random.Generator, int], Iterator[Cell]]] = {
     "accuracy, 1 question": lambda rng, n: accuracies(rng, n, questions=1),
     "over ceiling, 10 questions": ratios,
     "over ceiling, 1 question": lambda rng, n: ratios(rng, n, questions=1),
-    "difference, shared errors": lambda rng, n: differences(rng, n, shared=True),
+    "difference, shared errors, two values": lambda rng, n: differences(rng, n, shared=True),
     "difference, independent errors": lambda rng, n: differences(rng, n, shared=False),
     "difference, 1 question": lambda rng, n: differences(rng, n, shared=False, questions=1),
     "for comparison: Wilson on all of 10 questions": lambda rng, n: accuracies(rng, n, interval=_pooled),
