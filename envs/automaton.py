@@ -252,6 +252,10 @@ class Automaton(Game):
     def walkthrough(self, state: State) -> tuple[Action, ...]:
         return self._game.walkthrough(self.states[_at(state)])
 
+    @property
+    def ideal_is_bayes(self) -> bool:
+        return self._game.ideal_is_bayes
+
     def reader(self, state: State) -> Reader:
         return self._game.reader(self.states[_at(state)])
 

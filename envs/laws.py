@@ -31,7 +31,7 @@ from nextstate.envs.rules import Rules
 
 TOLERANCE = 1e-9
 SIGMA = 4.0  # tolerance of averages, in standard errors
-EXCESS = 0.02  # by how much a shortcut may beat a reader that ignores small clues, on average
+EXCESS = 0.02  # by how much others may beat an ideal reader that does not follow Bayes' rule, on average
 MOST_ACTIONS = 32  # tested in one state
 UNITS = (0.0, 0.123, 0.5, 0.987, math.nextafter(1.0, 0.0))
 
@@ -328,7 +328,7 @@ def the_ideal_reader_scores_what_it_expects(case: Case) -> Iterator[str]:
 
 
 def no_reader_beats_the_ideal_one(case: Case) -> Iterator[str]:
-    """On average no other reader scores more than the ideal one, up to sampling error and a small tolerance."""
+    """On average no other reader scores more than the ideal one, up to sampling error; a little if it is not exact."""
     rows = defaultdict[str, list[list[float]]](list)
     names = ("lookup", "chance", *case.game.shortcuts)
     for episode in case.episodes:
@@ -344,7 +344,7 @@ def no_reader_beats_the_ideal_one(case: Case) -> Iterator[str]:
     for name in names:
         excess, questions = sum(map(sum, rows[name])), sum(map(len, rows[name]))
         error = math.sqrt(sum(sum(map(abs, row)) ** 2 for row in rows[name]))
-        if excess > SIGMA * error + EXCESS * questions:
+        if excess > SIGMA * error + (0 if case.game.ideal_is_bayes else EXCESS * questions) + 1e-6:
             yield f"expected {name} to be right no more often than the ideal reader, found {excess:+.3g} answers more"
 
 

@@ -189,6 +189,11 @@ class Rules(ABC):
         return asdict(self)
 
     @property
+    def ideal_is_bayes(self) -> bool:
+        """Whether the ideal reader follows Bayes' rule exactly; if not, a better reader may exceed the ceiling."""
+        return True
+
+    @property
     def max_steps(self) -> int | None:
         """The maximum number of steps in an episode, None if there is no limit."""
         return None

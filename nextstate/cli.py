@@ -272,8 +272,8 @@ def play(
     agent: Annotated[
         str,
         typer.Option(
-            help="human or a language model; predictions: also ideal, chance, shortcut:NAME; commands: also random, "
-            "walkthrough."
+            help="human or a language model; predictions: also ideal, lookup, chance, shortcut:NAME; commands: also "
+            "random, walkthrough."
         ),
     ] = "human",
     steps: Annotated[int | None, typer.Option(help="Number of questions, or maximum number of commands.")] = None,
@@ -347,7 +347,7 @@ def list_(what: Annotated[str, typer.Argument(help="games, models, studies or co
 
         for name, folder in BUILT_IN.items():
             console.print(f"[bold]{name}[/]  built in, {sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f} MB")
-        console.print("Also: any causal language model by its hub name or folder; ideal, chance and shortcuts.")
+        console.print("Also: any causal language model by its hub name or folder; ideal, lookup, chance and shortcuts.")
     elif what == "studies":
         for name, listed in STUDIES.items():
             console.print(f"[bold]{name}[/]  {escape(listed.help)}", soft_wrap=True)

@@ -109,6 +109,7 @@ def _game(found: Tables, game: str, shown: list[str], drawn: FigureList) -> dict
         },
         "steps": here["step"].max(),
         "episodes": max(s["episodes"] for s in mine),
+        "bayes": all(s["bayes"] for s in mine),
         "panels": panels,
         "legend": [(figures.label(a), style) for a, style in look.items() if a in present],
     }

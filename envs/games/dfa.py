@@ -184,6 +184,10 @@ class DFA(DFASettings):
     def command(self, state: State, action: Action) -> str:
         return f"take action {_place(state).machine.actions[_index(action)]}"
 
+    @property
+    def ideal_is_bayes(self) -> bool:
+        return self.ideal == "bayes"
+
     def reader(self, state: State) -> Reader:
         return DFAReader(self, _place(state).at)
 

@@ -47,7 +47,10 @@ class TextWorld(Game):
     player is, where each thing is, open, closed or locked, eaten, cooked, cut, ...). The policy never ends the game; it
     draws one of the verbs of the legal commands (those that change nothing count as one verb), and then a command.
 
-    Ideal reader: `nextstate.envs.textworld.reader.AdventureReader`.
+    Ideal reader: even over the values of a variable that the transcript leaves possible
+    (`nextstate.envs.textworld.reader.AdventureReader`). It does not know how likely TextWorld's generator makes them:
+    on questions that are not determined its ceiling is a lower bound of that of Bayes' rule. The lookup reader is the
+    same.
 
     Args:
         rooms: number of rooms, 1 to 20; 1, 6, 9 or 12 with `challenge="cooking"`.
@@ -120,6 +123,10 @@ class TextWorld(Game):
     def settings(self) -> dict[str, Any]:
         """The arguments that recreate this game, as JSON types."""
         return asdict(self)
+
+    @property
+    def ideal_is_bayes(self) -> bool:
+        return False  # it is even over possible values
 
     @cached_property
     def worlds(self) -> tuple[World, ...]:

@@ -1,4 +1,4 @@
-"""The ideal reader of TextWorld games, who knows TextWorld's rules and has read the transcript."""
+"""The reader of TextWorld games, who knows TextWorld's rules and which values the transcript leaves possible."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class AdventureReader(Reader):
     Unknown variables are uniform over the values that the transcript does not rule out. A door seen from two rooms
     leads from one to the other. If all exits of the game are symmetric, and no two join the same rooms, it uses this
     too: an exit not taken yet leads to a room not seen yet, or to one with an unexplored exit in the opposite
-    direction. It uses no other knowledge of how TextWorld generates worlds.
+    direction. It uses no other knowledge of how TextWorld generates worlds, so that it is a reader of possible values
+    and not Bayes' rule.
 
     Args:
         sight: the world, and the facts that its texts determine.

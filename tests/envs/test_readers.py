@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -86,9 +87,8 @@ def test_dfa_at_minimum_density_is_known_from_ten_steps_on(states: int) -> None:
         ceilings = []
         for seed in range(200):
             episode = unroll(game, seed, t)
-            ceilings.append(
-                expected_accuracy(episode.beliefs("lookup")[-1][0], episode.steps[-1].questions[0].accepted)
-            )
+            belief, question = episode.beliefs("lookup")[-1][0], episode.steps[-1].questions[0]
+            ceilings.append(expected_accuracy(belief, question.accepted))
         assert np.mean(ceilings) > 0.97
 
 
@@ -142,3 +142,42 @@ def test_dfa_walks_can_reach_the_sink_and_come_back() -> None:
                     queue.append(after)
         alone = [p for p in visited if len(game.actions(p)) == 1]
         assert any(game.transition(p, game.actions(p)[0]) == place for p in alone)
+
+
+@pytest.mark.parametrize("period", [2, 5, 26])
+def test_lookup_in_a_cycle_does_not_know_the_period(period: int) -> None:
+    """It is Bayes' rule for all periods from 2 to 26: the pattern begins again, or goes on with a letter not shown."""
+    game = make_game("Cycle", period=period)
+    for seed in range(10):
+        episode = unroll(game, seed, 3 * period)
+        for t, row in enumerate(episode.beliefs("lookup")):
+            text, letters = episode.prompt(t).split(), "abcdefghijklmnopqrstuvwxyz"
+            weights = dict.fromkeys(letters, 0.0)
+            for p in range(2, 27):
+                if all(a == b for a, b in zip(text, text[p:], strict=False)) and len({*text[:p]}) == min(p, len(text)):
+                    left = [text[-p]] if len(text) >= p else [c for c in letters if c not in text]
+                    patterns = math.perm(26, p) if len(text) >= p else math.perm(26, len(text))
+                    for letter in left:
+                        weights[letter] += 1 / patterns / len(left)
+            total = sum(weights.values())
+            assert row[0] == pytest.approx([w / total for w in weights.values()])
+        certain = [ceiling[0] == 1 for ceiling in episode.ceilings]
+        assert certain == [t + 1 >= period or t + 2 == 26 for t in range(3 * period)]
+        settled = [max(row[0]) == 1 for row in episode.beliefs("lookup")]
+        assert settled == [t + 1 > period or t + 1 == 26 for t in range(3 * period)]
+
+
+@pytest.mark.parametrize("people", [2, 5, 21])
+def test_published_stores_give_away_whose_fruit_is_whose(people: int) -> None:
+    game = make_game("FruitStore", people=people, generator="paper")
+    for seed in range(20):
+        episode = unroll(game, seed, people - 1, ask="all")
+        names = re.findall(r"[A-Z][a-z]+", episode.opening.partition(" walk")[0])
+        fruits = re.search(r"fruits (.*)\. Each", episode.opening)[1].split(", ")
+        rows = zip(episode.steps, episode.beliefs("ideal"), episode.beliefs("lookup"), episode.ceilings, strict=True)
+        for step, own, even, ceilings in rows:
+            assert ceilings == [1.0] * len(step.questions)
+            for question, belief, lookup in zip(step.questions, own, even, strict=True):
+                assert question.choices[belief.index(1.0)].strip() == fruits[names.index(question.variable)]
+                assert [i for i, p in enumerate(lookup) if p] == list(question.accepted)
+                assert len({p for p in lookup if p}) == 1
