@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
@@ -18,7 +19,9 @@ from nextstate.agents.config import AgentConfig
 BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
 
 _ENDINGS = (".safetensors", ".json", ".txt", ".model", ".tiktoken")  # of configs, weights, their index and tokenizers
-_WITHOUT_EFFECT = ("generation_config.json", "trainer_state.json")  # probabilities of answers do not depend on these
+TRAINED = "trained.json"  # what a model was trained on; see `nextstate.agents.training.trained_range`
+# Probabilities of answers do not depend on these.
+_WITHOUT_EFFECT = ("generation_config.json", "trainer_state.json", TRAINED)
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
@@ -27,6 +30,19 @@ def folder_of(name: str) -> Path | None:
     folder = BUILT_IN.get(name, Path(name).expanduser())
     local = name in BUILT_IN or folder.is_dir() or name.startswith((".", "/", "~"))
     return folder if local else None
+
+
+def trained_on(name: str) -> dict[str, dict[str, int]]:
+    """Return what a model was trained on, if its folder says so: of each game and size the largest step, else {}.
+
+    Examples:
+        >>> sorted(trained_on("nextstate/tiny")["DFA"])
+        ['2', '3', '4', '5', '6', '7', '8']
+    """
+    folder = folder_of(name)
+    path = folder / TRAINED if folder is not None else None
+    found: dict[str, dict[str, int]] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    return found
 
 
 def files_digest(name: str, revision: str | None = None) -> str | None:

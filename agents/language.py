@@ -15,7 +15,7 @@ from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size
 from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
 from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
-from nextstate.agents.identity import files_digest
+from nextstate.agents.identity import files_digest, trained_on
 from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load
 from nextstate.agents.loading import default_device as default_device
 from nextstate.agents.sites import Edit, ModuleMap, Site, Sites
@@ -167,6 +167,7 @@ class LanguageModel(Agent):
             "bos": bool(self.encoder.bos),
             "revision": self.commit,
             "hash": self._hash,
+            "trained": trained_on(self.name),
             "incomplete": self.incomplete,
             "ignored_weights": self.fit.describe(),
         }

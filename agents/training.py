@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -27,6 +28,7 @@ from transformers import (
 
 from nextstate.agents.branches import Tree, Trunk, pack
 from nextstate.agents.config import ConfigError, Strict
+from nextstate.agents.identity import TRAINED, trained_on
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import PathMasks, Places
 from nextstate.agents.rollout import determined_accuracy, episodes_of, seeds_for
@@ -152,12 +154,17 @@ class Row:
 
 def plant_episode(
     row: Row, encoder: Encoder, episode: Episode, weights: Weights, stage: Stage, rng: np.random.Generator
-) -> None:
-    """Add an episode to a row, with the loss on an accepted answer (drawn if there are several) of each question."""
+) -> list[int]:
+    """Add an episode to a row, with the loss on an accepted answer (drawn if there are several) of each question.
+
+    Returns the first node of each step from which an answer is predicted.
+    """
+    first = []
     trunk = Trunk(encoder, episode, row.tree)
     beliefs = episode.beliefs("lookup")  # a model that does not know how episodes are drawn can learn this
     tempting = [episode.beliefs(name) for name in stage.resist if name in episode.game.shortcuts]
     for t, step in enumerate(episode.steps):
+        first.append(len(row.context))
         for q, question in enumerate(step.questions):
             planted = trunk.add_question(t, q)
             settled = expected_accuracy(beliefs[t][q], question.accepted) == 1
@@ -172,6 +179,7 @@ def plant_episode(
             row.target.extend(choice.tokens)
             row.weight.extend([weight] * len(choice.tokens))
     trunk.add_question(len(episode.steps) - 1, 0)
+    return [row.context[k] for k in first]
 
 
 def finish(row: Row, limit: int, weights: Weights) -> Row:
@@ -199,15 +207,52 @@ class FreshRows(torch.utils.data.Dataset[Row]):
         return self.config.rows * self.config.steps
 
     def __getitem__(self, i: int) -> Row:
+        row = Row(Tree(), [], [], [])
+        for _ in self.planted(i, row):
+            pass
+        return finish(row, self.config.row_tokens, self.config.weights)
+
+    def planted(self, i: int, row: Row) -> Iterator[tuple[Episode, list[int]]]:
+        """Fill an empty row with the episodes of row `i`; yield each, with the result of `plant_episode`."""
         config = self.config
         rng = np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(TRAINING_STREAM, i)))
         level, stage = config.curriculum.level(i // config.rows), config.stage(i // config.rows)
-        row = Row(Tree(), [], [], [])
         while len(row.tree) < config.row_tokens:
             drawn = draw_sample(stage, level, rng)
             episode = unroll(drawn.game, 0, drawn.steps, ask=drawn.questions, rng=rng)
-            plant_episode(row, self.encoder, episode, config.weights, stage, rng)
-        return finish(row, config.row_tokens, config.weights)
+            yield episode, plant_episode(row, self.encoder, episode, config.weights, stage, rng)
+
+
+def trained_range(config: TrainConfig, encoder: Encoder, rows: int = 1000) -> dict[str, dict[str, int]]:
+    """Return what a model is trained on: of each game and size, the largest step whose answer is in a training row.
+
+    Rows are cut to `row_tokens`, so that large systems are seen for fewer steps than their episodes have.
+
+    Args:
+        config: of the training.
+        encoder: of the tokenizer that is trained with.
+        rows: number of training rows that are looked at, evenly spaced over the training; all if it has fewer.
+    """
+    data = FreshRows(config, encoder)
+    found: dict[str, dict[str, int]] = {}
+    for i in np.unique(np.linspace(0, len(data) - 1, min(rows, len(data))).astype(int)):
+        for episode, nodes in data.planted(int(i), Row(Tree(), [], [], [])):
+            game = episode.game
+            steps = found.setdefault(game.name, {})
+            size, step = str(getattr(game, game.size)), sum(node < config.row_tokens for node in nodes)
+            steps[size] = max(step, steps.get(size, 0))
+    return joined(found)
+
+
+def joined(*ranges: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Return the union of what `trained_range` returned for trainings that follow each other, sorted by size."""
+    out: dict[str, dict[str, int]] = {}
+    for game, sizes in (item for one in ranges for item in one.items()):
+        for size, step in sizes.items():
+            out.setdefault(game, {})[size] = max(step, out.get(game, {}).get(size, 0))
+    return {
+        game: {size: out[game][size] for size in sorted(out[game], key=int) if out[game][size]} for game in sorted(out)
+    }
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -387,4 +432,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     model.config.use_cache = True  # disabled by the trainer
     model.save_pretrained(final)
     tokenizer.save_pretrained(final)
+    before = trained_on(config.start) if config.start else {}
+    whole = joined(before, trained_range(config, Encoder(tokenizer)))
+    (final / TRAINED).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return final

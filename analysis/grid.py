@@ -20,6 +20,7 @@ from nextstate.envs.plugins import source_digest
 GRID: dict[str, Any] = {
     "slug": pl.String, "game": pl.String, "settings": pl.String, "size_name": pl.String, "size": pl.Int64,
     "variant": pl.String, "steps": pl.Int64, "episodes": pl.Int64, "played": pl.Boolean, "writes": pl.Boolean,
+    "bayes": pl.Boolean,
 }  # fmt: skip
 
 
@@ -95,12 +96,16 @@ def game_identity(game: Game) -> dict[str, Any]:
 
 
 def grid_table(asked: Sequence[Cell], played: Sequence[Cell]) -> pl.DataFrame:
-    """Return one row for each cell: first cells with questions, then cells that are played."""
+    """Return one row for each cell: first cells with questions, then cells that are played.
+
+    `bayes` is whether the game's ideal reader is exact, so that the ceiling cannot be exceeded but by chance.
+    """
     rows = [
         {
             "slug": cell.slug, "game": cell.game.name, "settings": json.dumps(cell.game.settings),
             "size_name": cell.game.size, "size": cell.size, "variant": cell.variant, "steps": cell.steps,
             "episodes": len(cell.seeds), "played": i >= len(asked), "writes": cell.writes,
+            "bayes": cell.game.ideal_is_bayes,
         }
         for i, cell in enumerate([*asked, *played])
     ]  # fmt: skip

@@ -94,9 +94,10 @@ class Lens(Study[LensConfig]):
             by = asked.group_by("episode", "layer").agg(hits=pl.col("correct").sum(), n=pl.len())
             cells = by.sort("episode", "layer").select("hits", "n").to_numpy().astype(float)
             hits, n = cells.reshape(by["episode"].n_unique(), -1, 2).transpose(2, 0, 1)
-            share, ends = stats.pooled_share(hits, n, run.rng("lens", game))
+            share, ends = stats.accuracy(hits, n)
             found = asked.group_by("layer").agg(pl.col("p_accepted", "rank", "ceiling", "chance").mean(), n=pl.len())
             found = found.sort("layer").with_columns(accuracy=share, accuracy_low=ends[0], accuracy_high=ends[1])
+            found = found.fill_nan(None)  # no interval for few episodes
             layers.append(found.select(pl.lit(game).alias("game"), pl.all()))
             last = found.tail(1).select("n", "accuracy", "accuracy_low", "accuracy_high", "chance", "ceiling")
             more = {
@@ -106,7 +107,7 @@ class Lens(Study[LensConfig]):
                 "knows_from": knows_from(found),
             }
             games.append({**more, **last.row(0, named=True), "left_out": rows["layer"].null_count()})
-        schema = {"knows_from": pl.Int64}
+        schema = {"knows_from": pl.Int64, "accuracy_low": pl.Float64, "accuracy_high": pl.Float64}
         return {"layers": pl.concat(layers), "games": pl.DataFrame(games, schema_overrides=schema)}
 
     def headline(self, run: Run[LensConfig]) -> pl.DataFrame:
@@ -120,16 +121,18 @@ class Lens(Study[LensConfig]):
         lead = []
         for row in games.rows(named=True):
             where = f"after {row['knows_from']} of {row['layers']} blocks"
-            if row["knows_from"] is None:
+            if row["accuracy_low"] is None:
+                where = f"nowhere with confidence: {row['episodes']} episodes are too few for an interval"
+            elif row["knows_from"] is None:
                 where = "nowhere: the last layer is not above chance"
             lead.append(f"{row['game']}: the answer can be read off {where}.")
         text = (
             "Accuracy of the answer that the model's own final norm and unembedding read off the residual stream at "
             "the answering token, against the number of blocks that have run. The band is the 95 % interval over "
-            "episodes. Dashed: the ceiling, which is the accuracy of an ideal reader of the transcript; dotted: "
-            f"chance.\n\n“Knows from”: from there on accuracy is at least {round(100 * SHARE)} % of the last layer's. "
-            "It is not given where the last layer's interval reaches down to chance. “Left out”: questions two of "
-            "whose choices begin with the same token."
+            f"episodes, from {stats.FEWEST_EPISODES} episodes on. Dashed: the ceiling, which is the accuracy of the "
+            "ideal reader; dotted: chance.\n\n“Knows from”: from there on accuracy is at least "
+            f"{round(100 * SHARE)} % of the last layer's. It is not given where the last layer's interval reaches down "
+            "to chance, or is missing. “Left out”: questions two of whose choices begin with the same token."
         )
         figures = [_figure(rows, game) for (game,), rows in layers.group_by("game", maintain_order=True)]
         words = {"logit lens": "What a model would answer if the blocks that are still to come were skipped."}
@@ -138,13 +141,13 @@ class Lens(Study[LensConfig]):
 
 
 def knows_from(layers: pl.DataFrame) -> int | None:
-    """Return the first layer from which on accuracy is `SHARE` of the last layer's; None if that is not above chance.
+    """Return the first layer from which on accuracy is `SHARE` of the last layer's; None if that may be chance.
 
     Args:
         layers: one row for each layer of one game, in order.
     """
     accuracy, last = layers["accuracy"].to_numpy(), layers.row(-1, named=True)
-    if last["accuracy_low"] <= last["chance"]:
+    if last["accuracy_low"] is None or last["accuracy_low"] <= last["chance"]:
         return None
     below = np.flatnonzero(accuracy < SHARE * accuracy[-1])
     return int(layers["layer"][int(below[-1]) + 1 if len(below) else 0])
@@ -156,14 +159,16 @@ def _figure(rows: pl.DataFrame, game: Any) -> Any:
     from nextstate.analysis.figures import layout, plain, rgba
 
     x, colour = rows["layer"].to_list(), "#0072b2"
-    band = [*rows["accuracy_high"], *rows["accuracy_low"][::-1]]
     flat = {"mode": "lines", "hoverinfo": "skip"}
     traces = [
-        go.Scatter(x=x + x[::-1], y=band, fill="toself", fillcolor=rgba(colour, 0.18), line={"width": 0}, **flat),
         go.Scatter(x=x, y=rows["accuracy"].to_list(), name="accuracy", mode="lines+markers", line={"color": colour}),
         go.Scatter(x=x, y=rows["ceiling"].to_list(), name="ceiling", line={"color": "#009e73", "dash": "dash"}, **flat),
         go.Scatter(x=x, y=rows["chance"].to_list(), name="chance", line={"color": "#8c8c8c", "dash": "dot"}, **flat),
     ]
+    if rows["accuracy_low"].null_count() == 0:
+        band = [*rows["accuracy_high"], *rows["accuracy_low"][::-1]]
+        fill = {"fill": "toself", "fillcolor": rgba(colour, 0.18), "line": {"width": 0}}
+        traces.insert(0, go.Scatter(x=x + x[::-1], y=band, **fill, **flat))
     ticks = {"dtick": 1 if len(x) <= 16 else 4, "showgrid": False}
     axes = {"xaxis": ticks, "yaxis": {"range": [0, 1.02]}}
     return go.Figure(traces, layout(plain(f"{game} (n = {rows['n'][0]})"), 320, "blocks", "accuracy", **axes))

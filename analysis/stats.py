@@ -2,8 +2,20 @@
 
 A unit is one independently drawn item: an episode, a pair of prompts, a string. Intervals are over units, independent
 of the number of questions or tokens in each. An interval is an array whose row 0 is the lower end and row 1 the upper
-one. Bootstrap intervals are percentile intervals (Efron 1979, Annals of Statistics 7, 1-26); with fewer than about 20
-units they are too narrow.
+one; its level is 95 % unless another is given.
+
+Which function is for what:
+
+- `accuracy`: a share of right answers, by `half_episode_t`, or `clopper_pearson` where each episode has one question.
+- `over_ceiling`: an accuracy divided by the accuracy of the ideal reader.
+- `paired_difference`, `sign_flip`: two agents on the same questions, as an interval and as a test.
+- `wilson`: a share of many independent trials, such as strings.
+- `student`: a mean of one number an episode that is no share, such as a number of commands.
+- `ratio_band`, `mean_band`, `mean_interval`: many ratios or means at once, such as the recovery of every head, by
+  percentile bootstrap (Efron 1979, Annals of Statistics 7, 1-26); with fewer than about 20 units they are too narrow.
+
+`accuracy`, `over_ceiling` and `paired_difference` give no interval (NaN) below `FEWEST_EPISODES` episodes, and tables
+mark those of fewer than `FEW_EPISODES`. How often they contain the true value: docs/statistics.md.
 """
 
 from __future__ import annotations
@@ -14,13 +26,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.special import ndtri
+from scipy.special import betaincinv, ndtri
 from scipy.stats import rankdata, spearmanr
 from scipy.stats import t as student_t
 
 LEVEL = 0.95  # confidence level
 DRAWS = 1000  # bootstrap resamples for tables; bands take their number from the config
-_FLAT = 1e-9  # narrower intervals result from identical draws
+FEWEST_EPISODES = 5  # fewer have no interval
+FEW_EPISODES = 10  # fewer are marked in tables and on pages
+_WEIGHT = 0.5  # of each of the two episodes that `half_episode_t` adds
+_UNSEEN = 0.5  # share of an episode's questions by which the two episodes differ that `paired_difference` adds
 
 Ratio = tuple[Float[np.ndarray, "unit ..."], Float[np.ndarray, " unit"]]  # numerators and denominator of each unit
 
@@ -43,6 +58,25 @@ def wilson(
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z / (1 + z * z / n) * np.sqrt(np.maximum(p * (1 - p), 0) / n + z * z / (4 * n * n))
         return np.stack([np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)])
+
+
+def clopper_pearson(
+    hits: Float[np.ndarray, " cell"], n: Float[np.ndarray, " cell"], level: float = LEVEL
+) -> Float[np.ndarray, "2 cell"]:
+    """Return the exact interval for a probability (Clopper & Pearson 1934, Biometrika 26, 404-413); NaN where n = 0.
+
+    Of independent trials it contains the true value at least as often as `level` says, for every n and probability;
+    Wilson's interval, which does so on average, can fall to 0.83 with few trials.
+
+    Args:
+        hits: successes; they need not be whole numbers.
+        n: trials.
+        level: confidence level.
+    """
+    tail, misses = (1 - level) / 2, n - hits
+    low = np.where(hits > 0, betaincinv(hits, misses + 1, tail), 0)
+    high = np.where(misses > 0, betaincinv(hits + 1, misses, 1 - tail), 1)
+    return np.where(n > 0, np.stack([low, high]), np.nan)
 
 
 def student(values: Float[np.ndarray, " unit"], level: float = LEVEL) -> Float[np.ndarray, " 2"]:
@@ -80,6 +114,145 @@ def ratio_spearman(one: Ratio, two: Ratio, rng: np.random.Generator) -> tuple[fl
     return value, percentiles(draws)
 
 
+# --- accuracies
+
+
+def half_episode_t(
+    hits: Float[np.ndarray, "episode group"],
+    total: Float[np.ndarray, "episode group"],
+    squares: Float[np.ndarray, "episode group"] | None = None,
+    level: float = LEVEL,
+) -> Float[np.ndarray, "2 group"]:
+    """Return the half-episode t interval of hits.sum(0) / total.sum(0); NaN below `FEWEST_EPISODES` episodes.
+
+    It is the t interval of a ratio with clustered observations, from the linearised variance, after adding two episodes
+    of average size with weight 1/2 each: one without any hit, one with a hit for every question. They keep the interval
+    from closing where all episodes agree, as the two added successes and failures of Agresti & Coull (1998, American
+    Statistician 52, 119-126) do for independent trials. The variance is never below that of independent questions,
+    and the interval always contains the observed ratio. For one question an episode it is too narrow; see `accuracy`.
+
+    Args:
+        hits: right answers of each episode.
+        total: number of questions of each episode, or the sum of their ceilings. Episodes with 0 are not counted.
+        squares: sum of the squared ceilings of each episode; by default `total`, which is right for ceilings of 1.
+        level: confidence level.
+    """
+    squares = total if squares is None else squares
+    episodes, everything = (total > 0).sum(0).astype(np.float64), total.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        size, more = everything / episodes, episodes + 2 * _WEIGHT
+        ratio = (hits.sum(0) + _WEIGHT * size) / (everything + 2 * _WEIGHT * size)
+        spread = ((hits - ratio * total) ** 2).sum(0) + _WEIGHT * size**2 * (ratio**2 + (1 - ratio) ** 2)
+        variance = more / (more - 1) * spread / (more * size) ** 2 * more / episodes
+        variance = np.maximum(variance, _independent(ratio, everything, squares.sum(0)))
+        raw, half = hits.sum(0) / everything, _quantile(episodes, level) * np.sqrt(variance)
+        return np.stack([np.minimum(ratio - half, raw), np.maximum(ratio + half, raw)])
+
+
+def accuracy(
+    hits: Float[np.ndarray, "episode group"], trials: Float[np.ndarray, "episode group"], level: float = LEVEL
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, "2 group"]]:
+    """Return all hits out of all trials, in [0, 1], and the interval over episodes.
+
+    The interval is `half_episode_t`, or `clopper_pearson` where no episode has more than one question. It is NaN for
+    fewer than `FEWEST_EPISODES` episodes; for groups without trials the share is NaN too.
+
+    Args:
+        hits: right answers of each episode; they need not be whole numbers.
+        trials: questions of each episode, 0 for episodes that have none in this group.
+        level: confidence level.
+    """
+    n = trials.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = hits.sum(0) / n
+    single = np.where(n >= FEWEST_EPISODES, clopper_pearson(hits.sum(0), n, level), np.nan)
+    ends = np.clip(half_episode_t(hits, trials, level=level), 0, 1)
+    return share, np.where((trials <= 1).all(0), single, ends)
+
+
+def over_ceiling(
+    hits: Float[np.ndarray, "episode group"],
+    trials: Float[np.ndarray, "episode group"],
+    ceilings: Float[np.ndarray, "episode group"],
+    squares: Float[np.ndarray, "episode group"],
+    level: float = LEVEL,
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, "2 group"]]:
+    """Return the ratio of all hits to the sum of all ceilings, and its interval over episodes.
+
+    The ratio can exceed 1. The interval is `half_episode_t`, or where no episode has more than one question the t
+    interval of a ratio with the variance of independent questions as its least. Where all ceilings are 1 it is that of
+    `accuracy`. It is NaN for fewer than `FEWEST_EPISODES` episodes.
+
+    Args:
+        hits: right answers of each episode.
+        trials: questions of each episode.
+        ceilings: sum of their ceilings.
+        squares: sum of their squared ceilings.
+        level: confidence level.
+    """
+    right, below = hits.sum(0), ceilings.sum(0)
+    episodes = (trials > 0).sum(0).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = right / below
+        spread = ((hits - ratio * ceilings) ** 2).sum(0) * episodes / (episodes - 1) / below**2
+        least = _independent((right + 2) / (below + 4), below, squares.sum(0))
+        half = _quantile(episodes, level) * np.sqrt(np.maximum(spread, least))
+    ends = np.where((trials <= 1).all(0), np.stack([ratio - half, ratio + half]),
+                    half_episode_t(hits, ceilings, squares, level))  # fmt: skip
+    known = squares.sum(0) == trials.sum(0)
+    return ratio, np.where(known, accuracy(hits, trials, level)[1], np.maximum(ends, 0))
+
+
+def paired_difference(
+    gaps: Float[np.ndarray, "episode group"], trials: Float[np.ndarray, "episode group"], level: float = LEVEL
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, "2 group"]]:
+    """Return the mean difference of two agents on the same questions, in [-1, 1], and its interval over episodes.
+
+    It is the t interval of a ratio with clustered observations. Two episodes are added to the variance, in which one
+    agent or the other is ahead by _UNSEEN of an episode's questions, and by one question at least, because
+    episodes in which the agents differ may exist but not be in the sample. NaN below `FEWEST_EPISODES` episodes.
+
+    Args:
+        gaps: right answers of one agent less those of the other, of each episode.
+        trials: questions of each episode, 0 for episodes that have none in this group.
+        level: confidence level.
+    """
+    episodes, n = (trials > 0).sum(0).astype(np.float64), trials.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gap = gaps.sum(0) / n
+        spread = ((gaps - gap * trials) ** 2).sum(0) + 2 * np.maximum(_UNSEEN * n / episodes, 1) ** 2
+        half = _quantile(episodes, level) * np.sqrt(spread * episodes / (episodes - 1)) / n
+    return gap, np.clip(np.stack([gap - half, gap + half]), -1, 1)
+
+
+def sign_flip(totals: Int[np.ndarray, " episode"]) -> float:
+    """Return the two-sided p value of equal agents, from the differences of their right answers in each episode.
+
+    If the agents are equal, each episode's total is as likely with either sign. The p value is the share of all
+    2**episodes choices of signs that give a sum at least as far from 0 as the observed one; it is exact, since the
+    distribution of the sum is found by convolution. Ties make the test conservative.
+    """
+    reach = int(np.abs(totals).sum())
+    chances = np.zeros(2 * reach + 1)  # of each sum, from -reach to reach
+    chances[reach] = 1
+    for total in np.abs(totals):
+        chances = (np.roll(chances, total) + np.roll(chances, -total)) / 2
+    far = np.abs(np.arange(-reach, reach + 1)) >= abs(int(totals.sum()))
+    return float(min(1.0, chances[far].sum()))
+
+
+def _independent(
+    ratio: Float[np.ndarray, " group"], total: Float[np.ndarray, " group"], squares: Float[np.ndarray, " group"]
+) -> Float[np.ndarray, " group"]:
+    """Return the variance of a ratio if questions were independent, each with probability ratio * ceiling."""
+    return np.asarray(np.maximum(ratio * total - ratio**2 * squares, 0) / total**2)
+
+
+def _quantile(episodes: Float[np.ndarray, " group"], level: float) -> Float[np.ndarray, " group"]:
+    """Return the quantile of Student's t with one degree of freedom less than there are episodes; NaN for too few."""
+    return np.asarray(np.where(episodes >= FEWEST_EPISODES, student_t.ppf((1 + level) / 2, episodes - 1), np.nan))
+
+
 # --- bootstrap over units
 
 
@@ -111,50 +284,9 @@ def percentiles(draws: Float[np.ndarray, "draw ..."], level: float = LEVEL) -> F
     return np.asarray(below + (at - np.floor(at)) * (above - below))
 
 
-def wilson_where_flat(
-    ends: Float[np.ndarray, "2 cell"],
-    share: Float[np.ndarray, " cell"],
-    n: Float[np.ndarray, " cell"],
-    scale: Float[np.ndarray, " cell"] | float = 1.0,
-) -> Float[np.ndarray, "2 cell"]:
-    """Replace bootstrap intervals that have no width, or are NaN, by Wilson's of `share` in `n` units, over `scale`.
-
-    If all units have the same share (all correct, all wrong), all resamples agree and the bootstrap interval has no
-    width. Wilson's interval treats each unit as one trial. `scale` is the value that the share was divided by.
-    """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(ends[1] - ends[0] > _FLAT, ends, wilson(share * n, n) / scale)
-
-
-def pooled_share(
-    hits: Float[np.ndarray, "unit group"], trials: Float[np.ndarray, "unit group"], rng: np.random.Generator
-) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, "2 group"]]:
-    """Return all hits out of all trials, and the interval over units; NaN for groups without trials.
-
-    The interval is the percentile bootstrap, or Wilson's where all resamples agree (see `wilson_where_flat`).
-    """
-    draws = resampled_sums(np.stack([hits, trials], axis=-1), rng)
-    with np.errstate(invalid="ignore"):
-        share, ends = hits.sum(0) / trials.sum(0), percentiles(draws[..., 0] / draws[..., 1])
-    return share, wilson_where_flat(ends, share, np.full(len(share), float(len(hits))))
-
-
 def mean_interval(values: Float[np.ndarray, " unit"], rng: np.random.Generator) -> Float[np.ndarray, " 2"]:
     """Return the percentile bootstrap interval of a mean."""
     return percentiles(resampled_sums(values, rng) / len(values))
-
-
-def paired_interval(draws: Float[np.ndarray, " draw"], units: int, level: float = LEVEL) -> Float[np.ndarray, " 2"]:
-    """Return the percentile interval of draws of a difference of two shares, from -1 to 1.
-
-    If all draws agree, each side has the width of Wilson's upper limit for 0 of `units`, since units that disagree may
-    exist but not be in the sample.
-    """
-    low, high = percentiles(draws, level)
-    if high - low < _FLAT:
-        unseen = float(wilson(np.zeros(1), np.array([float(units)]), level)[1, 0])
-        low, high = max(-1.0, low - unseen), min(1.0, high + unseen)
-    return np.array([low, high])
 
 
 # --- simultaneous bands

@@ -52,7 +52,7 @@ class Agreement(Study[AgreementConfig]):
         for game, table in run.tables("answers/*").items():
             cells = table.group_by("episode").agg(pl.col("same").sum(), pl.len()).sort("episode")
             hits, trials = (cells[name].to_numpy()[:, None].astype(float) for name in ("same", "len"))
-            share, ends = stats.pooled_share(hits, trials, run.rng(game))
+            share, ends = stats.accuracy(hits, trials)
             rows.append((game, share[0], ends[0, 0], ends[1, 0]))
         return {"games": pl.DataFrame(rows, ["game", "same", "same_low", "same_high"], orient="row")}
 

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
+import scipy.stats
 from corridor import register
 from polars.testing import assert_frame_equal
 
@@ -197,23 +197,32 @@ def test_the_table_of_play_is_what_can_be_counted_by_hand(run: Path) -> None:
         assert row["over_n"] == mine["success"].sum()
         assert row["over"] == pytest.approx(mine["steps_over"].mean())
         assert row["states"] == mine["states"].mean()
+        assert not row["few"]
+        for name, column in (("over", "steps_over"), ("illegal", "illegal")):
+            alike = mine[column].n_unique() == 1 or mine[column].count() < 5  # says nothing about how they vary
+            assert (row[f"{name}_low"] is None) == alike
         for name in ("success", "score", "over", "illegal"):
-            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
+            if row[f"{name}_low"] is not None:
+                assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
         assert row["success_low"] < row["success_high"]
         assert row["score_low"] < row["score_high"]
     pooled = opened(run).summary("plays_by_game")
     assert pooled["episodes"].to_list() == [40] * 4
 
 
-def test_a_mean_has_an_interval_where_there_are_episodes_to_tell_it() -> None:
-    rng = np.random.default_rng(0)
-    assert plays.mean([], rng) == (None, None, None)
-    assert plays.mean([3], rng) == (3, None, None)
-    middle, low, high = plays.mean([0, 1, 2, 3, 4] * 20, rng)
-    assert middle == 2
-    half = 1.96 * np.sqrt(2 / 100)  # the values' variance is 2
-    assert (low, high) == (pytest.approx(2 - half, abs=0.05), pytest.approx(2 + half, abs=0.05))
-    assert plays.mean([1.0] * 10, rng, share=True) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-3)  # Wilson's
+def test_a_mean_has_an_interval_where_there_are_enough_episodes() -> None:
+    assert plays.mean([]) == plays.share([]) == (None, None, None)
+    assert plays.mean([3]) == (3, None, None)
+    assert plays.mean([1, 2, 3, 4]) == (2.5, None, None)
+    assert plays.mean([2.0] * 10) == (2, None, None)
+    values = [0, 1, 2, 3, 4] * 20
+    middle, low, high = plays.mean(values)
+    expected = scipy.stats.t.interval(0.95, 99, loc=2, scale=scipy.stats.sem(values))
+    assert (middle, low, high) == (2, pytest.approx(expected[0]), pytest.approx(expected[1]))
+    assert plays.mean([0, 0, 0, 0, 1])[1] == 0  # a number of commands is not below 0
+    assert plays.share([1.0] * 4) == (1, None, None)
+    exact = scipy.stats.binomtest(10, 10).proportion_ci(0.95)
+    assert plays.share([1.0] * 10) == pytest.approx((1.0, exact.low, 1.0))
 
 
 def test_success_stands_against_size_and_against_the_number_of_states(run: Path) -> None:

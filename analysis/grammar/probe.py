@@ -234,7 +234,7 @@ def evaluate_probes(
         model: the one that they were trained on.
         codes: its tokens.
         grammar: where strings and labels come from.
-        rng: where strings and resamples are drawn from.
+        rng: where strings are drawn from.
         probes: from `train_probes`.
         strings: how many.
         rows: strings at once.
@@ -242,15 +242,15 @@ def evaluate_probes(
     Returns:
         a row a (layer, reach, shuffled; target, level, where). `where` is "all" tokens, or "ends", those with which
         the ancestor of the level ends (for ancestors only). `accuracy` is a share of `tokens` in `strings`; `low` and
-        `high` its 95 % interval, bootstrap over strings (where all strings have the same share, Wilson's of as many
-        trials as there are strings); `chance` the share of the commonest class. Null where there are no tokens.
+        `high` its 95 % interval over strings, from `stats.accuracy`; `chance` the share of the commonest class. Null
+        where there are no tokens.
 
     Raises:
         GameError: as for `train_probes`.
     """
     _check(model, codes, grammar)
     require_whole("strings", strings, 2, 10_000_000)
-    drawn, resampled = rng.spawn(2)
+    (drawn,) = rng.spawn(1)
     given, every = sample(grammar, drawn, strings), targets(grammar)
     half = len(every) // 2  # for each ancestor, then for each boundary
     groups = [(t, "all") for t in range(2 * half)] + [(t, "ends") for t in range(half)]
@@ -271,10 +271,9 @@ def evaluate_probes(
             classes[g] += torch.bincount(labels[counted], minlength=every[t].classes).cpu().numpy()
             for want in probes:
                 right[want][own, g] = (counted & (guesses[want][t] == labels)).sum(1).cpu().numpy()
-    seed = int(resampled.integers(2**63))
     out = []
     for want in probes:
-        accuracy, ends = stats.pooled_share(right[want], tokens, np.random.default_rng(seed))
+        accuracy, ends = stats.accuracy(right[want], tokens)
         for g, (t, where) in enumerate(groups):
             n = tokens[:, g].sum()
             out.append(

@@ -89,7 +89,8 @@ def table(figure: go.Figure) -> bytes:
 
 
 def _rows(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    layout, band = data["layout"], None
+    layout = data["layout"]
+    band: dict[Any, tuple[Any, Any]] = {}  # of the next line: its ends by x
     x_names, y_names = (_named(layout.get(axis, {})) for axis in ("xaxis", "yaxis"))
     steps = _steps(layout)
     maps = any(trace["type"] == "heatmap" for trace in data["data"])
@@ -105,13 +106,13 @@ def _rows(data: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         x, y = list(trace["x"]), list(trace["y"])
         if trace.get("fill") == "toself":
             half = len(x) // 2
-            band = (x[:half], y[half:][::-1], y[:half])
+            band |= dict(zip(x[:half], zip(y[half:][::-1], y[:half], strict=True), strict=True))
             continue
         ends: dict[str, Sequence[Any]] = dict(zip(("x_low", "x_high"), _interval(trace, "x", x), strict=True))
         ends |= dict(zip(("low", "high"), _interval(trace, "y", y), strict=True))
-        if band is not None and band[0] == x:
-            ends |= {"low": band[1], "high": band[2]}
-        band = None
+        if band and band.keys() <= set(x):
+            ends |= {end: [band.get(place, (None, None))[k] for place in x] for k, end in enumerate(("low", "high"))}
+        band = {}
         text = trace.get("text")
         for k, (a, b) in enumerate(zip(x, y, strict=True)):
             row = {"series": _text(trace.get("name")), "x": x_names(a), "y": y_names(b)}
@@ -403,9 +404,9 @@ class _Drawing:
                 colour, width = _colour(line.get("color") or GREY), (line.get("width") or 1) * POINT
                 ends = ([shape["x0"], shape["x1"]], [shape["y0"], shape["y1"]])
                 where = self.axes.get_xaxis_transform() if tall else self.axes.get_yaxis_transform() if across else None
-                self.axes.plot(
-                    *ends, color=colour, linewidth=width, zorder=2, **({"transform": where} if where else {})
-                )
+                dash = line.get("dash") or "solid"
+                style = {"color": colour, "linewidth": width, "linestyle": DASHES.get(dash) or _dash(dash), "zorder": 2}
+                self.axes.plot(*ends, **style, **({"transform": where} if where else {}))
         for note in self.layout.get("annotations") or ():
             where = "axes fraction" if note.get("xref") == "paper" else "data"
             self.axes.annotate(

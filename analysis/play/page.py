@@ -24,18 +24,32 @@ def styles(agents: pl.DataFrame) -> dict[str, Style]:
     return {agent: style for agent, style in figures.styles(agents).items() if agent in models} | LOOK
 
 
-def success(won: pl.DataFrame, game: str, variant: str, axis: Axis, look: Mapping[str, Style], name: str) -> go.Figure:
+def success(
+    won: pl.DataFrame,
+    game: str,
+    variant: str,
+    axis: Axis,
+    look: Mapping[str, Style],
+    name: str,
+    trained: Mapping[str, figures.Trained] | None = None,
+) -> go.Figure:
     """Draw success in play against `axis` for every player, with 95 % intervals; `won` comes from `curves`."""
-    figure = figures.curve(won, game, variant, axis, look, name)
+    figure = figures.curve(won, game, variant, axis, look, name, trained)
     return figure.update_layout(title_text=f"Success in play against {name}", yaxis_title_text="episodes won")
 
 
 def accuracy(
-    asked: pl.DataFrame, game: str, variant: str, axis: Axis, look: Mapping[str, Style], name: str
+    asked: pl.DataFrame,
+    game: str,
+    variant: str,
+    axis: Axis,
+    look: Mapping[str, Style],
+    name: str,
+    trained: Mapping[str, figures.Trained] | None = None,
 ) -> go.Figure:
-    """Draw next-state accuracy against `axis` for models, ideal reader and chance."""
+    """Draw next-state accuracy against `axis` for models, readers and chance."""
     few = {agent: style for agent, style in look.items() if not agent.startswith("shortcut:")}
-    figure = figures.curve(asked, game, variant, axis, few, name)
+    figure = figures.curve(asked, game, variant, axis, few, name, trained)
     return figure.update_layout(title_text=f"Next-state accuracy against {name}")
 
 
@@ -78,14 +92,15 @@ def _pairs(found: Mapping[str, pl.DataFrame], game: str, variant: str, size_name
     """Yield figures of accuracy (if measured) and success: against size, and against |Q| if it varies."""
     asked, won, look = found["curves"], found["play_curves"], figures.styles(found["agents"])
     plain = variant.removesuffix("written").removesuffix(", ")  # the variant where questions are asked
+    trained = {agent: figures.trained_of(found["trained"], agent, game) for agent in look}
     axes: tuple[tuple[Axis, str], ...] = (("size", size_name), ("states", "|Q|"))
     for axis, name in axes:
         mine = (pl.col("game") == game) & (pl.col("axis") == axis)
         if axis == "states" and won.filter(mine & (pl.col("variant") == variant))["at"].n_unique() < 2:
             continue
         known = not asked.filter(mine & (pl.col("variant") == plain)).is_empty()
-        left = [accuracy(asked, game, plain, axis, look, name)] if known else []
-        yield [*left, success(won, game, variant, axis, styles(found["agents"]), name)]
+        left = [accuracy(asked, game, plain, axis, look, name, trained)] if known else []
+        yield [*left, success(won, game, variant, axis, styles(found["agents"]), name, trained)]
 
 
 def _shown(found: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:

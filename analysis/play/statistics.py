@@ -36,45 +36,50 @@ def summaries(played: pl.DataFrame, plays: Sequence[PlayCell], agents: pl.DataFr
     }
 
 
-def mean(
-    values: Sequence[float], rng: np.random.Generator, share: bool = False
-) -> tuple[float | None, float | None, float | None]:
-    """Return the mean over episodes and its 95 % bootstrap interval; the ends are None for fewer than two episodes.
+def share(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Return the mean over episodes of shares in [0, 1], and its 95 % interval; None without values."""
+    if not values:
+        return None, None, None
+    x = np.asarray(values, dtype=np.float64)[:, None]
+    (middle,), ((low,), (high,)) = stats.accuracy(x, np.ones_like(x))
+    return (float(middle), None, None) if np.isnan(low) else (float(middle), float(low), float(high))
 
-    A `share`, in [0, 1], that is the same in every episode gets Wilson's interval. Without values all three are None.
+
+def mean(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Return the mean over episodes and Student's 95 % interval, cut at 0; None without values.
+
+    The ends are None for fewer than `stats.FEWEST_EPISODES` episodes, and where all values agree, which says nothing
+    about how much they vary.
     """
     if not values:
         return None, None, None
     x: Float[np.ndarray, " episode"] = np.asarray(values, dtype=np.float64)
-    middle, ends = float(x.mean()), stats.mean_interval(x, rng)
-    if share:
-        ends = stats.wilson_where_flat(ends[:, None], np.array([middle]), np.array([float(len(x))]))[:, 0]
-    elif len(x) == 1:
-        return middle, None, None
-    return middle, float(ends[0]), float(ends[1])
+    if len(x) < stats.FEWEST_EPISODES or x.min() == x.max():
+        return float(x.mean()), None, None
+    low, high = stats.student(x)
+    return float(x.mean()), max(0.0, float(low)), float(high)
 
 
 def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.DataFrame:
     """Return one row for each group of `by`: episodes, |Q| (mean), and four means with 95 % intervals over episodes.
 
-    `success`: share won (Wilson's interval). `score`: share of the maximum score. `over`: commands beyond the
+    `few`: whether there are fewer than `stats.FEW_EPISODES`; for fewer than `stats.FEWEST_EPISODES` there is no
+    interval. `success`: share won. `score`: share of the maximum score. `over`: commands beyond the
     minimum, in the `over_n` won episodes whose minimum is known. `illegal`: illegal commands per episode.
     `cut`: episodes that ended because their transcript was too long for the agent; they count as not won.
     Each has `_low` and `_high`, and is null if it is defined for no episode.
     """
-    rng = np.random.default_rng(0)
     out = []
     for place, part in plays.sort("episode", maintain_order=True).group_by(by, maintain_order=True):
-        won = part["success"].to_numpy().astype(np.float64)
-        low, high = stats.wilson(np.array([won.sum()]), np.array([float(len(won))]))[:, 0]
         reachable = part.filter(pl.col("max_score") > 0)
         found = {
-            "success": (float(won.mean()), float(low), float(high)),
-            "score": mean((reachable["score"] / reachable["max_score"]).to_list(), rng, share=True),
-            "over": mean(part["steps_over"].drop_nulls().to_list(), rng),
-            "illegal": mean(part["illegal"].to_list(), rng),
+            "success": share(part["success"].cast(pl.Float64).to_list()),
+            "score": share((reachable["score"] / reachable["max_score"]).to_list()),
+            "over": mean(part["steps_over"].drop_nulls().to_list()),
+            "illegal": mean(part["illegal"].to_list()),
         }
         row: dict[str, Any] = dict(zip(by, place, strict=True)) | {"episodes": len(part)}
+        row["few"] = len(part) < stats.FEW_EPISODES
         row |= {"states": part["states"].mean(), "over_n": part["steps_over"].count()}
         row |= {"cut": int((part["ended"] == "context").sum())}
         for name, value in found.items():
@@ -82,7 +87,7 @@ def table(plays: pl.DataFrame, by: Sequence[str] = ("agent", *PLACE)) -> pl.Data
         out.append(row)
     numbers = [f"{name}{end}" for name in ("success", "score", "over", "illegal") for end in ("", "_low", "_high")]
     whole = dict.fromkeys(("episodes", "over_n", "cut"), pl.Int64)
-    schema = {name: PLAYS.get(name, pl.Int64) for name in by} | whole | {"states": pl.Float64}
+    schema = {name: PLAYS.get(name, pl.Int64) for name in by} | whole | {"few": pl.Boolean, "states": pl.Float64}
     return pl.DataFrame(out, schema=schema | dict.fromkeys(numbers, pl.Float64), orient="row")
 
 

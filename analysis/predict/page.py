@@ -13,6 +13,7 @@ from nextstate.analysis.play import page as play
 from nextstate.analysis.predict import figures, states, statistics, viewer
 from nextstate.analysis.predict.config import PredictConfig
 from nextstate.analysis.run import Run
+from nextstate.analysis.stats import FEW_EPISODES, FEWEST_EPISODES
 
 CELLS = 16_000  # most rows of the cell table on the page
 
@@ -43,7 +44,11 @@ def page(run: Run[PredictConfig]) -> Page:
         "whole": found["whole"].rows(named=True),
         "forms": states.FORMS,
         "scale": ", ".join(f"{colour} {100 * at:g}%" for at, colour in SCALE),
-        "cells": _cell_data(found["cells"], found["agents"]),
+        "cells": _cell_data(_marked(found), found["agents"]),
+        "fewest": FEWEST_EPISODES,
+        "few": FEW_EPISODES,
+        "edge": figures.EDGE,
+        "edges": [(row["agent"], row["game"], row["sizes"], row["steps"]) for row in _edges(found)],
         "episodes": viewer.for_page(found),
         "rows": found["by_game"].filter(subset="all")["n"].sum(),
         "cell_counts": [len(_asked(found)), int(found["grid"]["played"].sum())],
@@ -71,6 +76,7 @@ def _game(found: Tables, game: str, shown: list[str], drawn: FigureList) -> dict
     mine = _asked(found).filter(game=game).rows(named=True)
     size_names = {s["variant"]: s["size_name"] for s in mine}
     look, curves = figures.styles(found["agents"]), found["curves"]
+    trained = {agent: figures.trained_of(found["trained"], agent, game) for agent in shown}
     here = found["cells"].filter(pl.col("game") == game)
     panels = []
     for variant, size_name in size_names.items():
@@ -78,13 +84,15 @@ def _game(found: Tables, game: str, shown: list[str], drawn: FigureList) -> dict
             if here.filter((pl.col("variant") == variant) & (pl.col("agent") == agent)).is_empty():
                 continue
             maps = [
-                drawn.add(figures.heatmap(here, game, variant, agent, v, size_name), f"{game} {variant}")
+                drawn.add(
+                    figures.heatmap(here, game, variant, agent, v, size_name, trained[agent]), f"{game} {variant}"
+                )
                 for v in figures.VALUES
             ]
             panels.append({"variant": variant, "agent": agent, "maps": maps, "curves": []})
         lines = [
-            drawn.add(figures.curve(curves, game, variant, "size", look, size_name), f"{game} {variant}"),
-            drawn.add(figures.curve(curves, game, variant, "step", look), f"{game} {variant}"),
+            drawn.add(figures.curve(curves, game, variant, "size", look, size_name, trained), f"{game} {variant}"),
+            drawn.add(figures.curve(curves, game, variant, "step", look, "", trained), f"{game} {variant}"),
         ]
         exact = (pl.col("game") == game) & (pl.col("variant") == variant) & (pl.col("axis") == "states")
         if curves.filter(exact)["at"].n_unique() > 1:
@@ -101,6 +109,7 @@ def _game(found: Tables, game: str, shown: list[str], drawn: FigureList) -> dict
         },
         "steps": here["step"].max(),
         "episodes": max(s["episodes"] for s in mine),
+        "bayes": all(s["bayes"] for s in mine),
         "panels": panels,
         "legend": [(figures.label(a), style) for a, style in look.items() if a in present],
     }
@@ -123,6 +132,25 @@ def headline(found: Tables, shown: list[str]) -> list[dict[str, Any]]:
                 row |= {"grows": bool(ends) and ends[0]["size"] != ends[-1]["size"]}
                 out.append({"agent": agent, "game": game, "size_name": first[game], **row})
     return out
+
+
+def _edges(found: Tables) -> list[dict[str, Any]]:
+    """Return the smallest and largest trained size, and the largest trained step, of each agent and asked game."""
+    sizes = pl.format("{} to {}", pl.col("size").min(), pl.col("size").max())
+    table = (
+        found["trained"].group_by("agent", "game", maintain_order=True).agg(sizes=sizes, steps=pl.col("steps").max())
+    )
+    return table.join(found["grid"].select("game").unique(), on="game", how="semi").rows(named=True)
+
+
+def _marked(found: Tables) -> pl.DataFrame:
+    """Return the table of cells with `beyond`: whether a cell is outside what the agent was trained on, if known."""
+    cells, trained = found["cells"], found["trained"]
+    known = trained.select("agent", "game").unique().with_columns(known=pl.lit(True))
+    cells = cells.join(known, on=["agent", "game"], how="left", maintain_order="left")
+    cells = cells.join(trained, on=["agent", "game", "size"], how="left", maintain_order="left")
+    outside = pl.col("step") > pl.col("steps").fill_null(0)
+    return cells.with_columns(beyond=pl.when("known").then(outside)).drop("known", "steps")
 
 
 def _never_wrong(hard: pl.DataFrame) -> list[str]:

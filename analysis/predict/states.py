@@ -21,14 +21,14 @@ FORMS = {
 _NUMBERS = ("exact", "exact_low", "exact_high", "by_fact", "by_fact_low", "by_fact_high", "ceiling", "chance")
 WHOLE: dict[str, Any] = {
     **dict.fromkeys(("agent", "game", "variant", "form"), pl.String), **dict.fromkeys(_NUMBERS, pl.Float64),
-    "n": pl.Int64, "episodes": pl.Int64,
+    "n": pl.Int64, "episodes": pl.Int64, "few": pl.Boolean,
 }  # fmt: skip
 _KEY = ("setting", "episode")
 _OF_KIND = (("by_fact", "right"), ("ceiling", "ceiling"), ("chance", "chance"))
 _SUMS = (("right", "greedy_correct"), ("asked", "one"), ("ceiling", "ceiling"), ("chance", "chance"))
 
 
-def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
+def curves(answers: pl.DataFrame) -> pl.DataFrame:
     """Return accuracy against |Q|, in bins of half a decade, for games whose size is not |Q|.
 
     Columns as in `statistics.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin.
@@ -43,11 +43,11 @@ def curves(answers: pl.DataFrame, rng: np.random.Generator | None = None) -> pl.
     if joined.is_empty():
         return pl.DataFrame()
     at = joined.group_by("game", "bin").agg(at=pl.col("states").log().mean().exp().round().cast(pl.Int64))
-    table = statistics.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"), rng)
+    table = statistics.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"))
     return table.with_columns(axis=pl.lit("states"))
 
 
-def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.DataFrame:
+def whole(answers: pl.LazyFrame) -> pl.DataFrame:
     """Combine the answers of each step to a full state, and to the changes since the previous step.
 
     The first step of an episode is not counted. An agent's predicted state consists of its greedy answers; its
@@ -57,7 +57,6 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
     Args:
         answers: from `tables.rows`, of cells in which all variables are asked after every step. Cells with one question
             per step, or with several about one variable, are omitted.
-        rng: for the resamples.
 
     Returns:
         One row for each agent, game, variant and form, with these columns:
@@ -66,9 +65,9 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
           of the facts predicted to have become true or false;
         - ceiling, chance: of exact, for the full state, as if guesses were independent; of by_fact for the last two
           forms; null for differences (the ideal reader's own row has what it reaches);
-        - n steps, episodes, and 95 % intervals `*_low`, `*_high` by bootstrap over episodes.
+        - n steps, episodes, few (whether there are fewer than `stats.FEW_EPISODES`), and 95 % intervals `*_low`,
+          `*_high` over episodes, from `stats.accuracy`.
     """
-    rng = np.random.default_rng(0) if rng is None else rng
     wanted = ["agent", "game", "variant", *QUESTION, "variable", "truth", "greedy", "greedy_correct"]
     rows = answers.select(*wanted, "ceiling", "chance").collect()
     asked = rows.group_by(*_KEY, "agent", "step").agg(n=pl.len(), kinds=pl.col("variable").n_unique())
@@ -103,14 +102,14 @@ def whole(answers: pl.LazyFrame, rng: np.random.Generator | None = None) -> pl.D
         **{f"{name}_{form}": pl.col(f"{name}_{form}").sum() for form in kinds for name, _ in _SUMS},
     ).sort("agent", "game", "variant", *_KEY)  # fmt: skip
     out = [
-        {"agent": agent, "game": game, "variant": variant, "form": form, **_row(part, form, rng)}
+        {"agent": agent, "game": game, "variant": variant, "form": form, **_row(part, form)}
         for (agent, game, variant), part in sums.group_by("agent", "game", "variant", maintain_order=True)
         for form in FORMS
     ]
     return pl.DataFrame(out, schema=WHOLE).fill_nan(None)
 
 
-def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, Any]:
+def _row(part: pl.DataFrame, form: str) -> dict[str, Any]:
     """Return the numbers of one form; `part` has one row for each episode."""
     ratios = {
         "state": {
@@ -121,15 +120,11 @@ def _row(part: pl.DataFrame, form: str, rng: np.random.Generator) -> dict[str, A
         },
         "difference": {"exact": ("difference", "n"), "by_fact": ("hit", "facts")},
     }.get(form) or {name: (f"{top}_{form}", f"asked_{form}") for name, top in _OF_KIND}
-    names = sorted({column for pair in ratios.values() for column in pair})
-    totals = part.select(names).to_numpy().astype(np.float64)
-    draws = stats.resampled_sums(totals, rng)
     row: dict[str, Any] = dict.fromkeys(_NUMBERS)
-    for name, (top, bottom) in ratios.items():
-        a, b = names.index(top), names.index(bottom)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            row[name] = float(totals[:, a].sum() / totals[:, b].sum())
-            if name in ("exact", "by_fact"):
-                ends = stats.percentiles(draws[:, a] / draws[:, b])
-                row |= {f"{name}_low": float(ends[0]), f"{name}_high": float(ends[1])}
-    return row | {"n": int(part["n"].sum()), "episodes": len(part)}
+    for name, pair in ratios.items():
+        top, bottom = (part[column].to_numpy().astype(np.float64)[:, None] for column in pair)
+        (row[name],), ((low,), (high,)) = stats.accuracy(top, bottom)
+        if name in ("exact", "by_fact"):
+            row |= {f"{name}_low": low, f"{name}_high": high}
+    counts = {"n": int(part["n"].sum()), "episodes": len(part), "few": len(part) < stats.FEW_EPISODES}
+    return row | counts

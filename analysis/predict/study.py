@@ -91,7 +91,7 @@ class Predict(Study[PredictConfig]):
             (row,) = table(frame).to_dicts()
             names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
             return {named("play", *head, name): row[key] for key, name in names.items()}
-        columns = {"ceiling": "ceiling", "chance": "chance", "determined": "determined"}
+        columns = {"lookup": "lookup", "ceiling": "ceiling", "chance": "chance", "determined": "determined"}
         if who is not None:
             columns = {"accuracy": "greedy_correct", "choice_accuracy": "choice_correct", "p_accepted": "p_accepted"}
         return {named(*head, name): frame[column].cast(pl.Float64).mean() for name, column in columns.items()}  # type: ignore[misc]
@@ -106,7 +106,7 @@ class Predict(Study[PredictConfig]):
         order = {game: i for i, game in enumerate(grid["game"].unique(maintain_order=True))}
         asked = asked.filter(subset="all").rename({"n": "questions"})
         asked = asked.select("game", "agent", "questions", "accuracy", "accuracy_low", "accuracy_high", "ceiling",
-                             "chance")  # fmt: skip
+                             "lookup", "chance")  # fmt: skip
         played = played.select("game", "agent", "episodes", won="success", won_low="success_low",
                                won_high="success_high", over_fewest="over", illegal="illegal")  # fmt: skip
         found = asked.join(played, on=["game", "agent"], how="full", coalesce=True)

@@ -20,15 +20,30 @@ from nextstate.envs.files import slug
 
 
 def agents_of(run: Run[PredictConfig], who: Iterable[Participant]) -> pl.DataFrame:
-    """Return the agents that have tables, in the order of the page: models, ideal reader, chance, shortcuts.
+    """Return the agents that have tables, in the order of the page: models, ideal and lookup reader, chance, shortcuts.
 
     `of` is the name of the model for a model without some of its heads, otherwise null.
     """
-    last = {"ideal": 1, "chance": 2}
+    last = {"ideal": 1, "lookup": 2, "chance": 3}
     shown = [p for p in who if p.spec.kind not in PLAYERS and run.keys(f"*/{slug(p.name)}/*")]
-    shown.sort(key=lambda p: last.get(p.name, 3) if p.reference else 0)
+    shown.sort(key=lambda p: last.get(p.name, 4) if p.reference else 0)
     rows = [(p.name, p.reference, p.spec.name if p.without else None) for p in shown]
     return pl.DataFrame(rows, schema={"agent": pl.String, "reference": pl.Boolean, "of": pl.String}, orient="row")
+
+
+def trained(run: Run[PredictConfig]) -> pl.DataFrame:
+    """Return what models were trained on, where their folders say so: the largest step of each size of each game.
+
+    The sizes and steps are those of the training episodes; see `nextstate.agents.training.trained_range`.
+    """
+    rows = [
+        (agent["name"], game, int(size), steps)
+        for agent in run.record["agents"]
+        for game, sizes in (agent.get("trained") or {}).items()
+        for size, steps in sizes.items()
+    ]
+    schema = {"agent": pl.String, "game": pl.String, "size": pl.Int64, "steps": pl.Int64}
+    return pl.DataFrame(rows, schema=schema, orient="row").sort("agent", "game", "size")
 
 
 def alike(answers: pl.DataFrame, asked: Sequence[Cell]) -> pl.DataFrame:
@@ -65,6 +80,7 @@ def summaries(run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
         raise ModelFailed("; ".join(dict.fromkeys(x["reason"] for x in run.record["left_out"])) or "nothing was asked")
     return {
         "agents": agents,
+        "trained": trained(run),
         "grid": grid_table(asked, [p.cell for p in plays]),
         "cells": cells(answers),
         "totals": pooled(answers, ("agent", "game", "variant")),

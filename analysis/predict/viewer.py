@@ -18,7 +18,7 @@ ANSWERS = 6000  # most answers shown
 EPISODES = 4  # most episodes of a cell
 STEPS = 40  # most steps of an episode
 TOP = 5  # choices shown with their probability
-_OF_QUESTION = ("stem", "truth", "accepted", "determined", "ceiling", "chance")
+_OF_QUESTION = ("stem", "truth", "accepted", "determined", "lookup", "ceiling", "chance")
 QUESTIONS: dict[str, Any] = {
     "setting": pl.String, **{name: tables.QUESTIONS[name] for name in (*tables.KEY, *_OF_QUESTION)}, "of": pl.Int64,
     "opening": pl.String, "added": pl.String, "closing": pl.String, "outcome": pl.String,
@@ -134,7 +134,7 @@ def _by_size(cells: Iterable[Mapping[str, Any]]) -> list[str]:
 def _step(rows: Sequence[Mapping[str, Any]], by: Mapping[tuple[Any, ...], dict[int, dict[str, Any]]]) -> dict[str, Any]:
     asked = [
         {name: row[name] for name in ("stem", "truth", "accepted", "determined", "of")}
-        | {name: round(row[name], 3) for name in ("ceiling", "chance")}
+        | {name: round(row[name], 3) for name in ("ceiling", "lookup", "chance")}
         | {"by": by[tuple(row[k] for k in tables.QUESTION)]}
         for row in rows
     ]

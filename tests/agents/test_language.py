@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,43 @@ def test_some_choices_have_several_tokens_and_different_lengths(model: LanguageM
     pairs = episodes_of(make_game("DFA", states=4, symbols="pairs"), range(1), 1)[0].steps[0].questions[0]
     lengths |= {len(model.encoder.piece(c)) for c in pairs.choices}
     assert len(lengths) > 1
+
+
+def test_the_choice_per_byte_counts_the_leading_space(folders: dict[str, Path]) -> None:
+    """Log-probability over bytes of the choice as it is written; without its space other choices would win."""
+    agent, other = LanguageModel(str(folders["gpt2"]), device="cpu"), 0
+    prompts = [p for e in episodes_of(make_game("FruitStore", people=12), range(30), 4) for p in prompts_of(e)]
+    for prompt, found in zip(prompts, agent.predict(prompts), strict=True):
+        choices = prompt.asked.choices
+        assert all(text.startswith(" ") for text in choices)
+        scores = [
+            [x / (len(text.encode()) - k) for x, text in zip(found.logprobs, choices, strict=True)] for k in (0, 1)
+        ]
+        assert found.choice_byte == scores[0].index(max(scores[0]))
+        other += scores[0].index(max(scores[0])) != scores[1].index(max(scores[1]))
+    assert other > 0
+
+
+def test_greedy_decoding_goes_on_to_the_longest_choice(folders: dict[str, Path]) -> None:
+    """Choices are what the model itself would write, cut after one, two and three tokens, in either order."""
+    agent = LanguageModel(str(folders["gpt2"]), device="cpu")
+    tested = 0
+    for episode in episodes_of(make_game("Box", boxes=3), range(12), 1):
+        step = episode.steps[0]
+        tails: list[list[int]] = []
+        for _ in range(3):
+            text, before = (step.narration, step.questions[0].stem), tails[-1] if tails else []
+            row = [*agent.encoder.opening(episode.opening), *(t for x in text for t in agent.encoder.piece(x)), *before]
+            tails.append([*before, int(agent.model(torch.tensor([row])).logits[0, -1].argmax())])
+        texts = [agent.tokenizer.decode(tail) for tail in tails]
+        if [list(agent.encoder.piece(text)) if text.strip() else [] for text in texts] != tails:
+            continue  # a text that is tokenised differently cannot be a choice
+        tested += 1
+        for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+            asked = step.questions[0]._replace(choices=tuple(texts[k] for k in order), truth=0, accepted=(0,))
+            prompt = Prompt(replace(episode, steps=(step._replace(questions=(asked,)),)), 0, 0)
+            assert agent.predict([prompt])[0].greedy == order.index(2)
+    assert tested > 0
 
 
 def make_fruit() -> Any:

@@ -198,7 +198,9 @@ def test_numbers_of_heatmaps_curves_and_bars_are_those_of_the_figure(real: dict[
     assert all(float(r["low"]) <= float(r["y"]) <= float(r["high"]) for r in model)
     apart = rows(real["determined-and-undetermined-questions-tests-analysis-conftest-noisy"])
     assert {r["y"] for r in apart} == {"Box", "Cycle", "DFA middle", "DFA min", "FruitStore"}
-    assert {r["series"] for r in apart} == {"ceiling", "chance", "determined", "undetermined"}
+    assert {r["series"] for r in apart} == {
+        "ideal reader (ceiling)", "lookup reader", "chance", "determined", "undetermined",
+    }  # fmt: skip
 
 
 def test_a_slider_is_drawn_at_its_step_and_saved_whole() -> None:

@@ -295,3 +295,48 @@ def test_how_each_model_was_run_and_what_was_left_out(run_path: Path, tmp_path: 
     plain = [{k: v for k, v in a.items() if k != "certificates"} for a in opened(run_path).record["agents"]]
     path = rewritten(run_path, tmp_path / "plain", agents=plain)
     assert "How each model was run" not in text_of(path)
+
+
+def test_the_trained_range_is_marked_where_it_is_known(run_path: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(run_path, tmp_path / "run"))
+    study, run = open_run(path)
+    rows = [(MODEL, "DFA", 3, 4), (MODEL, "Cycle", 3, 6), (MODEL, "Cycle", 5, 6)]
+    run.keep("summary/trained", pl.DataFrame(rows, schema=run.summary("trained").schema, orient="row"), {})
+    write_page(study, run)
+    page = Page(text_of(path))
+    drawn: Any = page.data("figures")
+
+    def lines(name: str) -> set[tuple[float, ...]]:
+        shapes = drawn[name]["layout"].get("shapes", ())
+        return {tuple(shape[k] for k in ("x0", "y0", "x1", "y1")) for shape in shapes}
+
+    (dfa,) = {name for name in drawn if name.startswith("dfa-density-min-accuracy-of-")}
+    # Columns are steps 1 to 6, rows 3 and 5 states; 3 states were trained to step 4.
+    assert lines(dfa) == {(x - 0.5, 0.5, x + 0.5, 0.5) for x in range(4)} | {(3.5, -0.5, 3.5, 0.5)}
+    assert {line[0] for line in lines("dfa-density-min-accuracy-against-states-all-steps")} == {3}
+    assert {line[0] for line in lines("dfa-density-min-accuracy-against-step-all-sizes")} == {4}
+    for name in drawn:
+        if name.startswith(("cycle", "box")):  # trained on every cell, or not known
+            assert lines(name) == set(), name
+    cells: Any = page.data("cells")
+    columns, names = cells["columns"], cells["names"]
+    found = zip(*(columns[c] for c in ("agent", "game", "size", "step", "beyond")), strict=True)
+    for agent, game, size, step, beyond in found:
+        known = names["agent"][agent] == MODEL and names["game"][game] in ("DFA", "Cycle")
+        inside = step <= 4 and size == 3 if names["game"][game] == "DFA" else step <= 6
+        assert beyond == ((not inside) if known else None)
+    words = words_of(path)
+    assert f"{MODEL} was trained on sizes 3 to 3, to at most 4 steps" in words
+    assert "trained on sizes" not in words_of(run_path)
+
+
+def test_too_few_episodes_have_no_band_and_a_reason(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "few", [("Box", {"boxes": n}, 3) for n in (2, 3)], episodes=4)
+    page, words = Page(text_of(path)), words_of(path)
+    drawn: Any = page.data("figures")
+    assert not [t for figure in drawn.values() for t in figure["data"] if t.get("fill") == "toself"]
+    assert "no interval: 4 episodes are too few" in words
+    assert "(–): no interval, because there are fewer than 5 episodes" in words
+    hover = drawn[next(name for name in drawn if "accuracy-of" in name)]["data"][0]["customdata"]
+    assert {cell[1] for row in hover for cell in row} == {"no interval: fewer than 5 episodes"}
+    assert words_of(make_run(tmp_path / "more", [("Box", {"boxes": 2}, 3)], episodes=6)).count(") †") > 0

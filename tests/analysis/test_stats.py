@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as some
 
+from benchmarks import coverage
 from nextstate.analysis import stats
 
 LEVELS = (0.5, 0.8, 0.95, 0.99)
@@ -38,6 +39,14 @@ def test_wilson_is_scipys(n: int, hits: int, level: float) -> None:
     theirs = scipy.stats.binomtest(hits, n).proportion_ci(level, method="wilson")
     ends = stats.wilson(np.array([float(hits)]), np.array([float(n)]), level)
     np.testing.assert_allclose(ends[:, 0], theirs, atol=1e-12)
+
+
+@given(some.integers(1, 200), some.integers(0, 200), some.sampled_from(LEVELS))
+def test_clopper_pearson_is_scipys(n: int, hits: int, level: float) -> None:
+    hits = min(hits, n)
+    theirs = scipy.stats.binomtest(hits, n).proportion_ci(level, method="exact")
+    ends = stats.clopper_pearson(np.array([float(hits)]), np.array([float(n)]), level)
+    np.testing.assert_allclose(ends[:, 0], theirs, atol=1e-9)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -78,6 +87,37 @@ def test_percentiles_are_numpys_of_the_draws_that_are_numbers(level: float) -> N
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_the_half_episode_t_is_its_formula_added_up_by_hand() -> None:
+    hits, trials = [4.0, 0.0, 7.0, 2.0, 5.0, 5.0], [5.0, 3.0, 9.0, 2.0, 5.0, 8.0]
+    e, size = 6, sum(trials) / 6
+    r = (sum(hits) + size / 2) / (sum(trials) + size)
+    spread = sum((h - r * d) ** 2 for h, d in zip(hits, trials, strict=True)) + size**2 / 2 * (r**2 + (1 - r) ** 2)
+    variance = (e + 1) / e * spread / ((e + 1) * size) ** 2 * (e + 1) / e
+    half = scipy.stats.t.ppf(0.975, e - 1) * math.sqrt(variance)
+    given = [np.array(x)[:, None] for x in (hits, trials)]
+    np.testing.assert_allclose(stats.half_episode_t(*given)[:, 0], [r - half, r + half])
+    share, ends = stats.accuracy(*given)
+    assert share[0] == sum(hits) / sum(trials)
+    np.testing.assert_allclose(ends[:, 0], [r - half, min(1, r + half)])
+
+
+def test_the_variance_of_a_share_is_at_least_that_of_independent_questions() -> None:
+    """Episodes in which each share is the same hardly spread; then the variance is r (1 - r) / n."""
+    hits, trials = np.full((200, 1), 5.0), np.full((200, 1), 10.0)
+    half = scipy.stats.t.ppf(0.975, 199) * math.sqrt(0.25 / 2000)
+    np.testing.assert_allclose(stats.accuracy(hits, trials)[1][:, 0], [0.5 - half, 0.5 + half])
+
+
+def test_the_sign_flip_test_is_the_enumeration_of_all_signs() -> None:
+    for seed in range(20):
+        totals = rng(seed).integers(-4, 6, size=9)
+        signs = np.array(list(product((-1, 1), repeat=len(totals))))
+        expected = (np.abs(signs @ totals) >= abs(totals.sum())).mean()
+        assert stats.sign_flip(totals) == pytest.approx(expected, abs=1e-12)
+    assert stats.sign_flip(np.zeros(8, int)) == 1
+    assert stats.sign_flip(np.full(8, 3)) == pytest.approx(2 / 2**8)
+
+
 def test_spearman_is_pearsons_correlation_of_ranks() -> None:
     one, two = numbers(4, 50).round(1), numbers(5, 50).round(1)  # with ties
     ranks = [scipy.stats.rankdata(x) for x in (one, two)]
@@ -102,11 +142,16 @@ def test_wilson_is_the_same_for_successes_and_failures_and_narrows() -> None:
 def test_a_higher_level_holds_a_lower_one() -> None:
     x, y = numbers(6, 25, 3), numbers(7, 25) + 1
     sums = stats.resampled_sums(x, rng())
+    trials = np.full((25, 3), 8.0)
+    hits = rng(1).binomial(8, 0.5, trials.shape).astype(float)
     made = {
         "wilson": [stats.wilson(np.array([3.0]), np.array([9.0]), level) for level in LEVELS],
         "student": [stats.student(x[:, 0], level) for level in LEVELS],
         "percentiles": [stats.percentiles(sums, level) for level in LEVELS],
-        "paired": [stats.paired_interval(sums[:, 0] / 200, 25, level) for level in LEVELS],
+        "accuracy": [stats.accuracy(hits, trials, level)[1] for level in LEVELS],
+        "exact": [stats.accuracy(hits[:, :1] / 8, trials[:, :1] / 8, level)[1] for level in LEVELS],
+        "over ceiling": [stats.over_ceiling(hits, trials, trials / 2, trials / 4, level)[1] for level in LEVELS],
+        "paired": [stats.paired_difference(hits - 4, trials, level)[1] for level in LEVELS],
     }
     bands = [stats.ratio_band((x, y), rng(), level=level) for level in LEVELS]
     made |= {"cell": [np.stack([b.low, b.high]) for b in bands]}
@@ -156,18 +201,53 @@ def test_resampled_sums_are_sums_of_resampled_units() -> None:
     np.testing.assert_allclose(stats.resampled_sums(x, rng(), 50), by_hand)
 
 
-def test_where_units_agree_the_interval_is_wilsons() -> None:
-    hits, trials = np.full((20, 3), 4.0), np.full((20, 3), 8.0)
-    hits[::2, 0], trials[:, 2], hits[:, 2] = 2.0, 0.0, 0.0
-    share, ends = stats.pooled_share(hits, trials, rng())
-    np.testing.assert_allclose(share, [3 / 8, 1 / 2, np.nan])
-    np.testing.assert_array_equal(ends[:, 1], stats.wilson(np.array([10.0]), np.array([20.0]))[:, 0])
-    assert 0.25 < ends[0, 0] < 3 / 8 < ends[1, 0] < 0.5
-    assert np.isnan(ends[:, 2]).all()
-    scaled = stats.wilson_where_flat(np.zeros((2, 1)), np.array([0.5]), np.array([20.0]), 0.5)
-    np.testing.assert_array_equal(scaled, 2 * ends[:, 1:2])
-    low, high = stats.paired_interval(np.zeros(100), 20)
-    assert -low == high == stats.wilson(np.zeros(1), np.array([20.0]))[1, 0]
+def test_right_and_wrong_answers_have_the_same_interval_turned_round() -> None:
+    hits, trials = rng().binomial(7, 0.8, size=(12, 5)).astype(float), np.full((12, 5), 7.0)
+    ends, turned = stats.accuracy(hits, trials)[1], stats.accuracy(trials - hits, trials)[1]
+    np.testing.assert_allclose(ends, 1 - turned[::-1], atol=1e-12)
+
+
+def test_where_all_episodes_agree_the_interval_still_has_a_width() -> None:
+    for right in (0.0, 4.0, 8.0):
+        hits, trials = np.full((20, 1), right), np.full((20, 1), 8.0)
+        share, ends = stats.accuracy(hits, trials)
+        assert ends[1, 0] - ends[0, 0] > 0.05
+        assert ends[0, 0] <= share[0] <= ends[1, 0]
+    gap, ends = stats.paired_difference(np.zeros((20, 1)), np.full((20, 1), 8.0))
+    assert gap[0] == 0
+    assert -ends[0, 0] == ends[1, 0] > 0.05
+
+
+def test_episodes_without_questions_and_empty_groups_do_not_count() -> None:
+    hits, trials = rng().binomial(6, 0.7, size=(9, 1)).astype(float), np.full((9, 1), 6.0)
+    none = np.zeros((4, 1))
+    for function in (stats.accuracy, stats.paired_difference):
+        more = function(np.vstack([hits, none]), np.vstack([trials, none]))
+        for one, two in zip(more, function(hits, trials), strict=True):
+            np.testing.assert_allclose(one, two)
+        assert all(np.isnan(x).all() for x in function(np.zeros((9, 1)), np.zeros((9, 1))))
+
+
+@pytest.mark.parametrize("asked", [1.0, 6.0])
+def test_fewer_than_five_episodes_have_no_interval(asked: float) -> None:
+    for episodes, known in ((stats.FEWEST_EPISODES - 1, False), (stats.FEWEST_EPISODES, True)):
+        hits, trials = np.full((episodes, 1), asked), np.full((episodes, 1), asked)
+        made = (stats.accuracy(hits, trials), stats.paired_difference(0 * hits, trials),
+                stats.over_ceiling(hits, trials, trials / 2, trials / 4))  # fmt: skip
+        for value, ends in made:
+            assert np.isfinite(value).all()
+            assert np.isfinite(ends).all() == known
+
+
+@pytest.mark.parametrize("asked", [1, 6])
+def test_over_a_ceiling_of_one_the_interval_is_that_of_the_accuracy(asked: int) -> None:
+    trials = np.full((15, 200), float(asked))
+    hits = rng().binomial(asked, 0.8, size=trials.shape).astype(float)
+    for one, two in zip(stats.over_ceiling(hits, trials, trials, trials), stats.accuracy(hits, trials), strict=True):
+        np.testing.assert_array_equal(one, two)
+    half = stats.over_ceiling(hits / 2, trials, trials / 2, trials / 4)
+    assert (half[1][1] - half[1][0] > 0.1).all()
+    np.testing.assert_allclose(half[0], stats.accuracy(hits, trials)[0])
 
 
 def test_what_cannot_be_known_is_not_claimed() -> None:
@@ -201,13 +281,40 @@ def test_student_covers_and_the_bootstrap_of_few_units_is_too_narrow(n: int) -> 
     assert (0.91 <= inside(drawn, 3) <= 0.97) if n == 40 else (0.75 <= inside(drawn, 3) <= 0.90)
 
 
-def test_shares_of_clusters_cover() -> None:
-    """Units have probabilities of their own, 0.6 on average; trials taken as independent would cover far less."""
-    source, units, trials = rng(2), 50, 8
-    hits = source.binomial(trials, source.beta(1.8, 1.2, size=(units, 1000))).astype(float)
-    _, ends = stats.pooled_share(hits, np.full_like(hits, trials), source)
-    assert 0.92 <= inside(ends, 0.6) <= 0.975
-    assert inside(stats.wilson(hits.sum(0), np.full(1000, float(units * trials))), 0.6) < 0.85
+@pytest.mark.parametrize("part", [part for part in coverage.ACCURACIES if not part.startswith("for comparison")])
+@pytest.mark.slow
+def test_every_cell_of_the_simulation_is_covered(part: str) -> None:
+    """The table of docs/statistics.md: at least 0.93 in every cell, of intervals of 95 %."""
+    (cells,) = coverage.simulate([part]).values()
+    assert [cell for cell in cells if cell.coverage < coverage.WANTED] == []
+
+
+@pytest.mark.parametrize("questions", [1, 2, 10])
+def test_accuracies_of_clusters_cover(questions: int) -> None:
+    """A few cells of that table, to 3 standard errors of 2000 draws."""
+    for icc, p in ((0.1, 0.9), (0.5, 0.97)):
+        trials = np.full((20, 2000), float(questions))
+        hits = rng(2).binomial(questions, coverage.probabilities(rng(3), p, icc, trials.shape)).astype(float)
+        assert inside(stats.accuracy(hits, trials)[1], p) >= 0.95 - 0.015
+        pooled = inside(stats.wilson(hits.sum(0), trials.sum(0)), p)
+        assert (pooled < 0.9) == (questions == 10)  # questions of an episode are no independent trials
+
+
+def test_ratios_and_differences_cover() -> None:
+    ratios = [c for c in coverage.ratios(rng(4), 300) if c.setting["episodes"] == 20]
+    pairs = [c for c in coverage.differences(rng(5), 300, shared=False) if c.setting["episodes"] == 20]
+    for cells in (ratios, pairs):
+        assert min(cell.coverage for cell in cells) >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / 300)
+        assert np.mean([cell.coverage for cell in cells]) >= 0.95
+
+
+def test_equal_agents_seldom_fail_the_sign_flip_test() -> None:
+    totals = rng(6).binomial(10, 0.8, (2, 1000, 12))
+    values = np.array([stats.sign_flip(x) for x in totals[0] - totals[1]])
+    for level in (0.05, 0.2):
+        assert (values <= level).mean() <= level + 3 * math.sqrt(level * (1 - level) / 1000)
+    ahead = rng(7).binomial(10, 0.95, (100, 12)) - rng(8).binomial(10, 0.5, (100, 12))
+    assert max(stats.sign_flip(x) for x in ahead) < 0.01
 
 
 def test_bands_cover_all_cells_at_once() -> None:

@@ -36,8 +36,21 @@ def test_cells_agree_with_plain_python(which: str, request: pytest.FixtureReques
         assert cell["over_ceiling"] == pytest.approx(
             sum(r["greedy_correct"] for r in mine) / sum(r["ceiling"] for r in mine)
         )
-        assert cell["accuracy_low"] - 1e-9 <= cell["accuracy"] <= cell["accuracy_high"] + 1e-9
-        assert cell["over_ceiling_low"] - 1e-9 <= cell["over_ceiling"] <= cell["over_ceiling_high"] + 1e-9
+        assert cell["few"] == (cell["episodes"] < 10)
+        each: dict[int, list[float]] = defaultdict(lambda: [0.0] * 5)
+        for r in mine:
+            values = (1, r["greedy_correct"], r["choice_correct"], r["ceiling"], r["ceiling"] ** 2)
+            for k, value in enumerate(values):
+                each[r["episode"]][k] += value
+        trials, greedy, choice, ceilings, squares = np.array([*each.values()]).T[:, :, None]
+        expected = {
+            "accuracy": stats.accuracy(greedy, trials), "choice": stats.accuracy(choice, trials),
+            "over_ceiling": stats.over_ceiling(greedy, trials, ceilings, squares),
+        }  # fmt: skip
+        for name, (value, ends) in expected.items():
+            assert cell[name] == pytest.approx(value[0])
+            found = [cell[f"{name}_low"], cell[f"{name}_high"]]
+            assert found == (pytest.approx(ends[:, 0].tolist()) if len(each) >= 5 else [None, None])
 
 
 def test_curves_pool_over_the_other_axis(run_path: Path) -> None:
@@ -91,18 +104,35 @@ def test_a_copier_of_the_shortcut_is_found_out(run_path: Path) -> None:
     assert mine["accuracy"].to_list() == [0.0] * len(mine)
 
 
-def test_paired_is_zero_against_itself(run_path: Path) -> None:
+def test_paired_is_the_difference_of_two_accuracies_on_the_same_questions(run_path: Path) -> None:
     rows = frame(run_path)
-    same = statistics.paired(rows, MODEL, MODEL)
-    assert same.select("difference", "low", "high").to_numpy().any() == False  # noqa: E712
-    gaps = statistics.paired(rows, MODEL).filter(pl.col("subset") == "determined")
-    assert gaps["difference"].max() <= 0  # type: ignore[operator]
+    for row in statistics.paired(rows, MODEL, "chance").iter_rows(named=True):
+        by: dict[str, dict[tuple[Any, ...], bool]] = {}
+        for agent in (MODEL, "chance"):
+            asked = rows.filter(agent=agent, game=row["game"], variant=row["variant"])
+            if row["subset"] != "all":
+                asked = asked.filter(determined=row["subset"] == "determined")
+            by[agent] = {tuple(r[k] for k in QUESTION): r["greedy_correct"] for r in asked.iter_rows(named=True)}
+        totals: dict[int, int] = defaultdict(int)
+        for key, right in by[MODEL].items():
+            totals[key[1]] += int(right) - int(by["chance"][key])
+        n = len(by[MODEL])
+        assert (row["n"], row["episodes"], row["few"]) == (n, len(totals), len(totals) < 10)
+        assert row["accuracy"] == pytest.approx(sum(by[MODEL].values()) / n)
+        assert row["theirs"] == pytest.approx(sum(by["chance"].values()) / n)
+        assert row["difference"] == pytest.approx(sum(totals.values()) / n)
+        assert row["p"] == pytest.approx(stats.sign_flip(np.array([*totals.values()])))
+        if row["episodes"] >= 5:
+            assert row["low"] <= row["difference"] <= row["high"]
+    determined = statistics.paired(rows, MODEL, "chance").filter(subset="determined")
+    assert determined["difference"].min() > 0.2  # type: ignore[operator]
+    assert statistics.paired(rows, MODEL).filter(subset="determined")["difference"].max() <= 0  # type: ignore[operator]
 
 
-def test_the_same_generator_gives_the_same_intervals(many_path: Path) -> None:
-    rows = frame(many_path)
-    one, two = (statistics.cells(rows, np.random.default_rng(3)) for _ in range(2))
-    assert one.equals(two)
+def test_an_agent_paired_with_itself_differs_by_nothing(run_path: Path) -> None:
+    same = statistics.paired(frame(run_path), MODEL, MODEL)
+    assert same["difference"].to_list() == [0] * len(same)
+    assert same["p"].to_list() == [1] * len(same)
 
 
 def clustered(rng: np.random.Generator, agent: str, episodes: int = 50, asked: int = 8) -> pl.DataFrame:
@@ -111,21 +141,30 @@ def clustered(rng: np.random.Generator, agent: str, episodes: int = 50, asked: i
     hit = rng.random((episodes, asked)) < p[:, None]
     episode, question = np.indices(hit.shape)
     base = {"agent": agent, "game": "G", "setting": "s", "size": 1, "variant": "", "step": 1, "determined": True}
-    rest = {"ceiling": 1.0, "chance": 0.5, "p_accepted": 0.5, "rank": 1, "states": 1}
+    rest = {"lookup": 1.0, "ceiling": 1.0, "chance": 0.5, "p_accepted": 0.5, "rank": 1, "states": 1}
     flat = {c: hit.ravel() for c in ("greedy_correct", "choice_correct", "choice_token_correct", "choice_byte_correct")}
     data = {"episode": episode.ravel(), "question": question.ravel(), **flat}
     return pl.DataFrame(data).with_columns(**{k: pl.lit(v) for k, v in (base | rest).items()})
 
 
-def test_bootstrap_over_episodes_covers() -> None:
+def test_intervals_over_episodes_cover() -> None:
     rng = np.random.default_rng(1)
     rows = pl.concat([clustered(rng, f"agent {i}") for i in range(400)])
     cells = statistics.cells(rows).filter(pl.col("subset") == "all")
     covered = ((cells["accuracy_low"] <= 0.6) & (cells["accuracy_high"] >= 0.6)).mean()
-    assert 0.92 <= float(covered) <= 0.975  # type: ignore[arg-type]
+    assert float(covered) >= 0.95 - 3 * math.sqrt(0.95 * 0.05 / 400)  # type: ignore[arg-type]
     # Wilson's with n questions would be far too narrow here.
     low, high = stats.wilson((cells["accuracy"] * cells["n"]).to_numpy(), cells["n"].to_numpy().astype(float))
     assert float(((low <= 0.6) & (high >= 0.6)).mean()) < 0.85
+
+
+def test_few_episodes_are_marked_and_very_few_have_no_interval() -> None:
+    rng = np.random.default_rng(2)
+    for episodes, few, known in ((4, True, False), (5, True, True), (9, True, True), (10, False, True)):
+        row = statistics.cells(clustered(rng, "a", episodes)).row(0, named=True)
+        ends = [row[f"{name}_{end}"] for name in statistics.BOUNDED for end in ("low", "high")]
+        assert (row["episodes"], row["few"], None not in ends) == (episodes, few, known)
+        assert known or ends == [None] * 6
 
 
 def test_settings_with_the_same_seeds_are_no_new_evidence() -> None:
@@ -143,7 +182,8 @@ def test_settings_with_the_same_seeds_are_no_new_evidence() -> None:
 def test_all_right_still_has_an_interval(many_path: Path) -> None:
     cells = statistics.cells(frame(many_path)).filter((pl.col("agent") == "ideal") & (pl.col("game") == "Box"))
     assert cells["accuracy"].min() == 1
-    assert 0.5 < cells["accuracy_low"].max() < 1  # type: ignore[operator]
+    assert cells["few"].all()
+    assert 0.4 < cells["accuracy_low"].max() < 1  # type: ignore[operator]
 
 
 def test_rows_join_answers_with_their_questions_and_read_only_what_is_selected(run_path: Path) -> None:
@@ -160,6 +200,17 @@ def test_rows_join_answers_with_their_questions_and_read_only_what_is_selected(r
     plan = rows(run).select("agent", "greedy_correct", *CELL).explain()
     assert "prompt" not in plan
     assert "logprobs" not in plan
+
+
+def test_ranks_are_places_in_the_sorted_list(run_path: Path) -> None:
+    ranks = set()
+    for row in frame(run_path).filter(agent=MODEL).iter_rows(named=True):
+        best = max(
+            x for x, text in zip(row["logprobs"], row["choices"], strict=True) if text.strip() in row["accepted"]
+        )
+        assert row["rank"] == sorted(row["logprobs"], reverse=True).index(best) + 1
+        ranks.add(row["rank"])
+    assert {1, 2} < ranks
 
 
 def test_agents_are_in_a_readers_order(run_path: Path) -> None:
