@@ -103,9 +103,8 @@ def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
     specs = sorted(config.trainings, key=lambda spec: (spec.untrained, spec.perturbation is not None))
     found = {part: _gathered(run, part, specs) for part in SCHEMAS}
     grammar = describe(CFG(**config.grammar))
-    models = (
-        _models(config, specs).join(found["training"], on="name", maintain_order="left").join(found["speed"], on="name")
-    )
+    measured = found["training"].join(found["speed"], on="name")
+    models = _models(config, specs).join(measured, on="name", maintain_order="left")
     paper = published(grammar["name"][0])
     to_end, probed = found["attention-ends"], _deepest(found["probes"])
     ends = averaged(to_end, "level", "delta")
@@ -159,16 +158,8 @@ def _models(config: GrammarConfig, specs: Sequence[ModelSpec]) -> pl.DataFrame:
         given = spec.perturbation
         perturbed = (given.kind, given.fraction, given.rate) if given else ("", None, None)
         rows.append((spec.title, spec.family, config.seed_of(spec), spec.architecture, spec.untrained, *perturbed))
-    schema = {
-        "name": _T,
-        "family": _T,
-        "seed": _N,
-        "architecture": _T,
-        "untrained": _B,
-        "perturbation": _T,
-        "fraction": _F,
-        "rate": _F,
-    }
+    schema = {"name": _T, "family": _T, "seed": _N, "architecture": _T, "untrained": _B}
+    schema |= {"perturbation": _T, "fraction": _F, "rate": _F}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
