@@ -5,13 +5,16 @@ learning), `generation/MODEL`, `diversity/MODEL` and `symbols/MODEL` (what it wr
 `probe-curve/MODEL`, `embeddings/MODEL` and `similarity/MODEL` (of grammars with hidden terminals), and
 `attention-profile/MODEL`, `attention-heads/MODEL`, `attention-scales/MODEL`, `attention-ends/MODEL`,
 `attention-peaks/MODEL`, `attention-pairs/MODEL`, `attention-adjacent/MODEL`, `attention-falls/MODEL`. The models
-themselves are in `models/MODEL`.
+themselves are in `models/MODEL`. With several seeds, each training is a MODEL.
+
+With `models_of`, a run measures the trained models of an earlier one, for example with longer training of probes.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,9 +65,9 @@ class GrammarStudy(Study[GrammarConfig]):
         check_training(config.training, _grammar(config))
         steps = config.training.steps
         share = max(1, steps // 10)  # of a measurement, in steps of training
-        out = [_job("training", spec, 1 if spec.untrained else steps) for spec in config.models]
+        out = [_job("training", spec, 1 if spec.untrained else steps) for spec in config.trainings]
         hidden = bags(_grammar(config)) is not None
-        for spec in config.models:
+        for spec in config.trainings:
             parts = ["generation", "diversity"] if spec.writes else []
             parts += ["probes"] if config.probes is not None else []
             parts += ["embeddings"] if hidden else []
@@ -81,7 +84,10 @@ class GrammarStudy(Study[GrammarConfig]):
         return changed(run, job.given) if job.key.startswith("training/") else ""
 
     def do(self, job: Job, run: Run[GrammarConfig]) -> pl.DataFrame | Tables:
+        import torch
+
         part = job.key.partition("/")[0]
+        torch.set_num_threads(run.config.training.threads)  # measurements too repeat only with the same number
         if part == "training":
             return _train(run, job.given, identity_of(self, job, run))
         if part == "attention-profile":
@@ -113,10 +119,13 @@ class GrammarStudy(Study[GrammarConfig]):
         """Train along with the first process, which does everything else."""
         from nextstate.agents.grammar_training import train
 
+        if config.models_of:
+            return
         while not (out / "run.json").exists():  # the first process has not yet checked that `out` can be used
             time.sleep(0.1)
-        for spec in config.models:
-            train(config.training, spec, _grammar(config), model_folder(out, spec), config.seed, config.wandb)
+        for spec in config.trainings:
+            folder = model_folder(out, spec)
+            train(config.training, spec, _grammar(config), folder, config.seed_of(spec), config.wandb)
 
 
 def model_folder(out: Path, spec: ModelSpec) -> Path:
@@ -148,21 +157,26 @@ def _grammar(config: GrammarConfig) -> Grammar:
 
 def _train(run: Run[GrammarConfig], spec: ModelSpec, identity: dict[str, Any]) -> Tables:
     """Train a model, from its last checkpoint if that was made under the same identity."""
-    from nextstate.agents.grammar_training import train
+    from nextstate.agents.grammar_training import settings, train
 
     config, folder, done = run.config, model_folder(run.path, spec), 0
-    if reason := _unusable(folder, identity):
+    # What else the config says, of probes and the like, does not decide the weights.
+    identity |= {"config": settings(config.training, spec, _grammar(config), config.seed_of(spec))}
+    if config.models_of:
+        _copy(model_folder(Path(config.models_of), spec), folder, identity)
+    elif reason := _unusable(folder, identity):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the others may have seen the folder as it was
             raise RunError(f"{folder} cannot be used: {reason}; remove it, and run the same command again")
         run.set_aside(f"models/{folder.name}", reason, suffix="")
-    write_json(folder / "identity.json", identity)
+    if not config.models_of:
+        write_json(folder / "identity.json", identity)
 
     def advance(step: int) -> None:
         nonlocal done
         run.advance(step - done)
         done = step
 
-    train(config.training, spec, _grammar(config), folder, config.seed, config.wandb, advance)
+    train(config.training, spec, _grammar(config), folder, config.seed_of(spec), config.wandb, advance)
     history, name = read_json(folder / "history.json"), {"name": spec.title}
     curve = [dict.fromkeys(SCHEMAS["curve"]) | name | row for row in history.pop("curve")]
     return {f"{part}/{folder.name}": pl.DataFrame(rows, schema=SCHEMAS[part], orient="row") for part, rows in (
@@ -171,12 +185,25 @@ def _train(run: Run[GrammarConfig], spec: ModelSpec, identity: dict[str, Any]) -
     )}  # fmt: skip
 
 
+def _copy(source: Path, folder: Path, identity: dict[str, Any]) -> None:
+    """Copy a trained model of another run."""
+    reason = _unusable(source, identity)
+    if reason or not (source / "history.json").exists():
+        raise RunError(
+            f"models_of cannot use {source}: {reason or 'no model was trained there'}; name a finished run with the "
+            "same grammar, models and training, or remove models_of to train here"
+        )
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints", "wandb"))
+
+
 def _unusable(folder: Path, identity: dict[str, Any]) -> str:
     """Return why the training in a folder can neither be continued nor used, "" where it can."""
     if not folder.exists():
         return ""
     if read_json(folder / "identity.json") != identity:
-        return "its training was begun with other code, versions or devices"
+        return "its training was begun with other settings, code, versions or devices"
     history = folder / "history.json"
     if history.exists() and read_json(history).get("weights") != files_digest(str((folder / "model").resolve())):
         return "the trained model was changed or removed"

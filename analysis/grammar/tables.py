@@ -23,7 +23,7 @@ from nextstate.envs.grammar import sizes
 LISTED = 100_000  # strings of a grammar are counted up to this many derivations of a symbol
 _T, _N, _F, _B = pl.String, pl.Int64, pl.Float64, pl.Boolean
 SCHEMAS: dict[str, dict[str, Any]] = {  # columns of the tables that jobs make, by the first part of their keys
-    "training": {"name": _T, "parameters": _N, "steps": _N, "tokens": _N, "weights": _T},
+    "training": {"name": _T, "parameters": _N, "steps": _N, "tokens": _N, "threads": _N, "weights": _T},
     "speed": {"name": _T, "seconds": _F, "tokens_per_second": _F, "utilisation": _F, "device": _T},
     "curve": {"name": _T, "step": _N, "tokens": _N, "loss": _F, "accuracy": _F, "kl": _F},
     "generation": {"name": _T, "prefix": _T, "given": _N, "temperature": _F, "strings": _N, "right": _N},
@@ -111,10 +111,11 @@ def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
       `adjacent`; `at_ends`: a row a model; `strongest`: the head of trained models that attends most to ends.
     """
     config = run.config
-    specs = sorted(config.models, key=lambda spec: (spec.untrained, spec.perturbation is not None))
+    specs = sorted(config.trainings, key=lambda spec: (spec.untrained, spec.perturbation is not None))
     found = {part: _gathered(run, part, specs) for part in SCHEMAS}
     grammar = describe(CFG(**config.grammar))
-    models = _models(specs).join(found["training"], on="name", maintain_order="left").join(found["speed"], on="name")
+    measured = found["training"].join(found["speed"], on="name")
+    models = _models(config, specs).join(measured, on="name", maintain_order="left")
     paper = published(grammar["name"][0])
     to_end, probed = found["attention-ends"], _deepest(found["probes"])
     ends = averaged(to_end, "level", "delta")
@@ -162,13 +163,14 @@ def describe(game: CFG) -> pl.DataFrame:
     }], schema_overrides={"strings": _N})  # fmt: skip
 
 
-def _models(specs: Sequence[ModelSpec]) -> pl.DataFrame:
+def _models(config: GrammarConfig, specs: Sequence[ModelSpec]) -> pl.DataFrame:
     rows = []
     for spec in specs:
         given = spec.perturbation
         perturbed = (given.kind, given.fraction, given.rate) if given else ("", None, None)
-        rows.append((spec.title, spec.architecture, spec.untrained, *perturbed))
-    schema = {"name": _T, "architecture": _T, "untrained": _B, "perturbation": _T, "fraction": _F, "rate": _F}
+        rows.append((spec.title, spec.family, config.seed_of(spec), spec.architecture, spec.untrained, *perturbed))
+    schema = {"name": _T, "family": _T, "seed": _N, "architecture": _T, "untrained": _B}
+    schema |= {"perturbation": _T, "fraction": _F, "rate": _F}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
