@@ -33,6 +33,7 @@ from nextstate.envs.grammar.derivation import Derivation
 NEAR = (-2, -1, 0, 1, 2)  # Result 7: offsets of the attended token from an end
 NEXT = (-1, 0, 1)  # Result 8: offsets of both tokens from their ends
 APART = (0, 1, 2, 3, 4)  # Result 9: distances between two ends, in constituents
+_MEAN = 0  # no level; stands for their mean
 _EVEN = 1e-12  # a head whose weights vary by less, relative to their squares, attends evenly
 GROUPS = 20  # of strings at most, which the jackknife leaves out one at a time
 
@@ -172,19 +173,24 @@ def means(measure: Measure, rng: np.random.Generator) -> pl.DataFrame:
     return _table(draws[0], stats.percentiles(draws[1:]), measure.cells, measure.pairs.ravel())
 
 
-def peaks(to_end: Measure, rng: np.random.Generator) -> pl.DataFrame:
-    """Return the excess of attention to ends over adjacent tokens: Result 7 at delta = 0 minus its mean at the others.
+def peaks(measure: Measure, rng: np.random.Generator) -> pl.DataFrame:
+    """Return the excess of attention at ends over that beside them: Results 7 and 8 at offset 0 minus the rest's mean.
+
+    Args:
+        measure: `to_end` or `between_ends`, by level and one or two offsets, all 0 at ends.
+        rng: for the intervals.
 
     Returns:
-        One row for each layer (null: mean of all) and level: `value`, `low`, `high` as in `means`, `pairs` (of δ = 0).
+        One row for each layer (null: mean of all) and level (null: mean over levels): `value`, `low`, `high` as in
+        `means`, `pairs` (at offset 0).
     """
-    draws = _draws(to_end, rng)
-    draws = draws.reshape(*draws.shape[:2], len(to_end.axes["level"]), len(NEAR))
-    middle, others = NEAR.index(0), [k for k, delta in enumerate(NEAR) if delta]
-    excess = draws[..., middle] - draws[..., others].mean(-1)
-    return _table(
-        excess[0], stats.percentiles(excess[1:]), {"level": np.array(to_end.axes["level"])}, to_end.pairs[:, middle]
-    )
+    levels, *offsets = measure.axes.values()
+    middle = int(np.ravel_multi_index([axis.index(0) for axis in offsets], [len(axis) for axis in offsets]))
+    draws = _draws(measure, rng)
+    draws = draws.reshape(*draws.shape[:2], len(levels), -1)
+    excess = draws[..., middle] - np.delete(draws, middle, axis=-1).mean(-1)
+    pairs = measure.pairs.reshape(len(levels), -1)[:, middle]
+    return _with_mean(excess, np.array(levels), pairs)
 
 
 class Scales(NamedTuple):
@@ -255,34 +261,34 @@ def spread(scales: Scales) -> pl.DataFrame:
 
 
 def falls(adjacent: Measure, rng: np.random.Generator) -> pl.DataFrame:
-    """Return how much attention falls from adjacent constituents to distant ones, between ends of the same level.
-
-    Result 9 at r = 1 minus its mean over the r > 1 that occur, averaged over layers and heads.
+    """Return how much attention falls with distance between ends of the same level: Result 9.
 
     Returns:
-        One row for each level, and one for the mean over levels (null): `near`, `far`, `value` (their difference),
-        `low`, `high` as in `means`, and `pairs` (of r = 1). Null where either occurs in no string.
+        One row for each layer (null: mean of all) and level (null: mean over levels): `value`, the mean at r = 1 minus
+        that at the r > 1 that occur, `low`, `high` as in `means`, `pairs` (at r = 1).
     """
-    every, apart = adjacent.axes["query_level"], np.array(adjacent.axes["apart"])
-    draws = _draws(adjacent, rng)[:, -1].reshape(-1, len(every), len(every), len(apart))
-    same = np.diagonal(draws, axis1=1, axis2=2).swapaxes(1, 2)  # [draw level apart]
+    levels, apart = adjacent.axes["query_level"], np.array(adjacent.axes["apart"])
+    draws = _draws(adjacent, rng)
+    draws = draws.reshape(*draws.shape[:2], len(levels), len(levels), len(apart))
+    same = np.moveaxis(np.diagonal(draws, axis1=2, axis2=3), -1, 2)  # [draw layer level apart]
     near, rest = same[..., apart == 1][..., 0], same[..., apart > 1]
     known = ~np.isnan(rest)
     with np.errstate(invalid="ignore", divide="ignore"):
         far = np.where(known, rest, 0).sum(-1) / known.sum(-1)
-    counted = ~np.isnan((near - far)[0])
     pairs = np.diagonal(adjacent.pairs)[np.flatnonzero(apart == 1)[0]]
-    rows = []
-    alone = np.eye(len(every), dtype=bool)
-    for level, which in zip((*every, None), (*alone, counted), strict=True):
-        if not which.any():
-            continue
-        one, two = near[:, which].mean(1), far[:, which].mean(1)
-        low, high = stats.percentiles((one - two)[1:])
-        rows.append((level, one[0], two[0], one[0] - two[0], low, high, int(pairs[which].sum())))
-    schema = {"level": pl.Int64, "near": pl.Float64, "far": pl.Float64, "value": pl.Float64, "low": pl.Float64,
-              "high": pl.Float64, "pairs": pl.Int64}  # fmt: skip
-    return pl.DataFrame(rows, schema=schema, orient="row").fill_nan(None)
+    return _with_mean(near - far, np.array(levels), pairs)
+
+
+def _with_mean(
+    draws: Float[np.ndarray, "draw layer level"], levels: Int[np.ndarray, " level"], pairs: Int[np.ndarray, " level"]
+) -> pl.DataFrame:
+    """Return the table of the first draw with intervals from the others, and a level (null) for the mean of levels."""
+    counted = ~np.isnan(draws[0]).any(0)
+    mean = draws[..., counted].mean(-1, keepdims=True) if counted.any() else draws[..., :1] * np.nan
+    draws = np.concatenate([draws, mean], axis=-1)
+    cells = {"level": np.append(levels, _MEAN)}
+    table = _table(draws[0], stats.percentiles(draws[1:]), cells, np.append(pairs, pairs[counted].sum()))
+    return table.with_columns(level=pl.col("level").replace(_MEAN, None))
 
 
 @dataclass(frozen=True)

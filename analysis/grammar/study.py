@@ -4,8 +4,8 @@ Tables, one for each MODEL: `training/MODEL` (size, steps, digest of the weights
 learning), `generation/MODEL`, `diversity/MODEL` and `symbols/MODEL` (what it writes), `probes/MODEL` and
 `probe-curve/MODEL`, `embeddings/MODEL` and `similarity/MODEL` (of grammars with hidden terminals), and
 `attention-profile/MODEL`, `attention-heads/MODEL`, `attention-scales/MODEL`, `attention-ends/MODEL`,
-`attention-peaks/MODEL`, `attention-pairs/MODEL`, `attention-adjacent/MODEL`, `attention-falls/MODEL`. The models
-themselves are in `models/MODEL`. With several seeds, each training is a MODEL.
+`attention-peaks/MODEL`, `attention-pairs/MODEL`, `attention-centres/MODEL`, `attention-adjacent/MODEL`,
+`attention-falls/MODEL`. The models themselves are in `models/MODEL`. With several seeds, each training is a MODEL.
 
 With `models_of`, a run measures the trained models of an earlier one, for example with longer training of probes.
 """
@@ -356,7 +356,12 @@ def _attend(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
         "attention-adjacent": means(found.adjacent, run.rng("attention", "intervals")).filter(every).rename({
             "value": "residual", "query_level": "level_from", "key_level": "level_to", "apart": "distance",
         }),
-        "attention-falls": falls(found.adjacent, run.rng("attention", "intervals")).rename({"value": "residual"}),
+        "attention-centres": peaks(found.between_ends, run.rng("attention", "intervals")).filter(every).rename({
+            "value": "residual",
+        }),
+        "attention-falls": falls(found.adjacent, run.rng("attention", "intervals")).filter(every).rename({
+            "value": "residual",
+        }),
     }  # fmt: skip
     return {f"{part}/{slug(spec.title)}": _named(spec, part, table) for part, table in tables.items()}
 

@@ -211,7 +211,7 @@ def test_attention_to_the_last_end_of_a_level_is_found_there_and_nowhere_else(le
     value[at] = -1
     assert value.max() <= 0
     table = peaks(found.to_end, np.random.default_rng(0)).filter(pl.col("layer").is_null())
-    own, other = (table.filter((pl.col("level") == level) == same) for same in (True, False))
+    own, other = (table.filter((pl.col("level") == level) == same) for same in (True, False))  # without the mean
     assert own["low"].item() > 0.1
     assert other["high"].item() < 0.05
 
@@ -266,7 +266,15 @@ def test_means_are_over_heads_and_layers() -> None:
         assert table.equals(means(measure, np.random.default_rng(0)))
     delta = found.to_end.value.mean((0, 1))
     table = peaks(found.to_end, np.random.default_rng(0)).filter(pl.col("layer").is_null())
-    np.testing.assert_allclose(table["value"], delta[:, 2] - np.delete(delta, 2, axis=1).mean(1), atol=1e-12)
+    excess = delta[:, 2] - np.delete(delta, 2, axis=1).mean(1)
+    np.testing.assert_allclose(table["value"], [*excess, excess.mean()], atol=1e-12)
+    assert table["level"].to_list() == [2, 3, None]
+    both = found.between_ends.value.mean((0, 1)).reshape(2, 9)
+    table = peaks(found.between_ends, np.random.default_rng(0)).filter(pl.col("layer").is_null())
+    excess = both[:, 4] - np.delete(both, 4, axis=1).mean(1)
+    known = ~np.isnan(excess)
+    np.testing.assert_allclose(table["value"].drop_nulls(), [*excess[known], excess[known].mean()], atol=1e-12)
+    assert ((table["low"] <= table["value"]) & (table["value"] <= table["high"])).all()
 
 
 @pytest.mark.slow
@@ -380,11 +388,10 @@ def test_attention_falls_from_neighbours_to_farther_constituents() -> None:
     strings = drawn(200, 0, WIDE)
     adjacent = constituents(Looking(strings, neighbour).eval(), CODES, strings).adjacent
     table = falls(adjacent, np.random.default_rng(0))
+    table = table.filter(pl.col("layer").is_null())
     own = table.filter(level=3).row(0, named=True)
     same = {r: adjacent.value[:, :, 1, 1, r].mean() for r in (1, 2, 3, 4)}
-    assert own["near"] == pytest.approx(same[1])
-    assert own["far"] == pytest.approx(np.nanmean([same[r] for r in (2, 3, 4)]))
-    assert own["value"] == pytest.approx(own["near"] - own["far"])
+    assert own["value"] == pytest.approx(same[1] - np.nanmean([same[r] for r in (2, 3, 4)]))
     assert own["low"] > 0.2
     mean = table.filter(pl.col("level").is_null()).row(0, named=True)
     assert mean["value"] == pytest.approx(table.drop_nulls("level").drop_nulls("value")["value"].mean())
