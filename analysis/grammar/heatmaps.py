@@ -13,7 +13,7 @@ from nextstate.analysis.figures import DARK, SCALE, TURN, layout, plain
 from nextstate.analysis.figures import LIGHT as PALE
 from nextstate.analysis.grammar.figures import brief, significant
 from nextstate.analysis.heads.figures import LIGHT
-from nextstate.analysis.page.formats import thousandths
+from nextstate.analysis.page.formats import thousandths, two
 
 DEEPEST = 0.5  # share of the diverging scale that is used, so that numbers are legible on all of its colours
 FLOOR = 1e-4  # smaller attention weights have the colour of this value
@@ -211,11 +211,9 @@ def similarity(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     """
     names = rows["one"].unique(maintain_order=True).to_list()
     found = {(row["one"], row["two"]): row for row in rows.iter_rows(named=True)}
-    z = [[found[one, two]["cosine"] for two in names] for one in names]
-    text = [["" if v is None else f"{v:.2f}".replace("-", "−") for v in line] for line in z]
-    hover = [
-        [f"bags {plain(one)} and {plain(two)}<br>{found[one, two]['pairs']:,} pairs" for two in names] for one in names
-    ]
+    z = [[found[a, b]["cosine"] for b in names] for a in names]
+    text = [["" if v is None else two(v) for v in line] for line in z]
+    hover = [[f"bags {plain(a)} and {plain(b)}<br>{found[a, b]['pairs']:,} pairs" for b in names] for a in names]
     labels = [brief(name) for name in names]
     places = [str(k) for k in range(len(names))]
     ticks = {"tickvals": places, "ticktext": labels}

@@ -75,6 +75,13 @@ def test_planted_clusters_are_found_and_perfect_ones_are_perfect() -> None:
     assert abs(found.between) < 0.1
 
 
+def test_equal_embeddings_say_nothing() -> None:
+    _, member = hidden(False)
+    found = clustering(np.ones((30, 4)), member, np.random.default_rng(0))
+    assert (found.auc, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert found.p == 1
+
+
 @pytest.mark.slow
 def test_embeddings_without_clusters_are_not_called_clustered() -> None:
     """Under the null, p is uniform, and the interval holds one half in 95 of 100 samples."""
