@@ -13,7 +13,7 @@ from nextstate.analysis.figures import DARK, SCALE, TURN, layout, plain
 from nextstate.analysis.figures import LIGHT as PALE
 from nextstate.analysis.grammar.figures import brief, significant
 from nextstate.analysis.heads.figures import LIGHT
-from nextstate.analysis.page.formats import thousandths
+from nextstate.analysis.page.formats import thousandths, two
 
 DEEPEST = 0.5  # share of the diverging scale that is used, so that numbers are legible on all of its colours
 FLOOR = 1e-4  # smaller attention weights have the colour of this value
@@ -196,4 +196,26 @@ def _between(row: Mapping[str, Any] | None, where: str) -> str:
     mean = _residual(_value(row), where)
     if row is None or row["low"] is None or row["high"] is None:
         return mean
+    if row["trainings"] > 1:
+        mean = f"{mean}, mean of {row['trainings']} trainings"
     return f"{mean} (95 % interval {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"
+
+
+def similarity(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
+    """Draw the mean cosine of the embeddings of tokens, by the bags that the two tokens are in.
+
+    Args:
+        rows: `one`, `two`, `cosine` of one model.
+        title: title of the figure.
+        reach: the colours run from -reach to reach.
+    """
+    names = rows["one"].unique(maintain_order=True).to_list()
+    found = {(row["one"], row["two"]): row for row in rows.iter_rows(named=True)}
+    z = [[found[a, b]["cosine"] for b in names] for a in names]
+    text = [["" if v is None else two(v) for v in line] for line in z]
+    hover = [[f"bags {plain(a)} and {plain(b)}<br>{found[a, b]['pairs']:,} pairs" for b in names] for a in names]
+    labels = [brief(name) for name in names]
+    places = [str(k) for k in range(len(names))]
+    ticks = {"tickvals": places, "ticktext": labels}
+    return _cells(title, z, text, hover, places, places, "bags of a token", "", reach=reach, xaxis=ticks,
+                  yaxis=ticks)  # fmt: skip

@@ -75,7 +75,8 @@ def copied(small: Run[GrammarConfig], tmp_path: Path) -> Path:
 
 
 def test_a_study_makes_all_its_tables(whole: Run[GrammarConfig]) -> None:
-    assert {key.partition("/")[0] for key in whole.keys("*")} == {*SCHEMAS, "summary"}
+    of_hidden_terminals = {"embeddings", "similarity"}
+    assert {key.partition("/")[0] for key in whole.keys("*")} == {*SCHEMAS, "summary"} - of_hidden_terminals
     for part, schema in SCHEMAS.items():
         for key in whole.keys(f"{part}/*"):
             assert whole.table(key).schema == pl.Schema(schema), key
@@ -100,6 +101,18 @@ def test_a_study_makes_all_its_tables(whole: Run[GrammarConfig]) -> None:
     for name, key in (("rotary", "rotary"), ("random", "random")):
         folder = whole.path / "models" / name / "model"
         assert whole.table(f"training/{key}")["weights"][0] == files_digest(str(folder))
+
+
+def test_embeddings_are_measured_where_terminals_are_hidden(tmp_path: Path) -> None:
+    grammar = {"levels": 3, "distinct_symbols": True, "vocabulary": 9}
+    run = start(tmp_path, SMALL | {"grammar": grammar, "models": [{"untrained": True}]})
+    for part in ("embeddings", "similarity"):
+        assert run.table(f"{part}/random").schema == pl.Schema(SCHEMAS[part])
+    (found,) = run.table("embeddings/random").rows(named=True)
+    assert found["tokens"] == 9
+    assert found["low"] <= found["auc"] <= found["high"]
+    assert run.table("similarity/random")["pairs"].sum() == 9 * 8
+    assert "The terminals of this grammar are hidden" in (run.path / "report.html").read_text()
 
 
 def test_a_finished_run_is_left_alone_and_needs_no_torch(small: Run[GrammarConfig]) -> None:
