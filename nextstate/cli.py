@@ -297,12 +297,12 @@ def reproduce(
     A claim is measured by running a config as its study does. What is finished is not run again, and claims of one run
     share its tables.
     """
-    from nextstate.analysis.findings.claims import ledger
+    from nextstate.analysis.findings.claims import read_claims
     from nextstate.analysis.findings.document import document
     from nextstate.analysis.findings.record import read_records, record_of, write_record
     from nextstate.envs.files import write_text
 
-    found = ledger()
+    found = read_claims()
     if name is None and (out or record):
         raise typer.BadParameter("--out and --record go with a claim or a run: nextstate reproduce NAME")
     if name is not None:

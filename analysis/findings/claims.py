@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,12 +262,13 @@ class Ledger(Strict):
         raise ConfigError(f"there is no claim and no run {name!r}; {hint}")
 
 
-def read_claims(path: Path = CLAIMS) -> Ledger:
-    """Read a file of claims.
+def read_claims(path: Path | None = None) -> Ledger:
+    """Read a file of claims, by default that of this package.
 
     Raises:
         ConfigError: it is not valid; the message names the file, the place and what was expected.
     """
+    path = path or CLAIMS
     try:
         return Ledger.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
@@ -277,9 +277,3 @@ def read_claims(path: Path = CLAIMS) -> Ledger:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "top level"
         raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
-
-
-@cache
-def ledger() -> Ledger:
-    """Return the claims of this package."""
-    return read_claims()

@@ -76,25 +76,25 @@ def record_of(found: Ledger, name: str, run: Run[object]) -> Record:  # type: ig
     )  # fmt: skip
 
 
-def write_record(record: Record, folder: Path = RECORDS) -> Path:
-    """Write a record to `folder`; return its file.
+def write_record(record: Record, folder: Path | None = None) -> Path:
+    """Write a record to a folder, by default that of this package; return its file.
 
     Raises:
         PathError: it cannot be written.
     """
-    path = folder / f"{record.run}.json"
+    path = (folder or RECORDS) / f"{record.run}.json"
     write_json(path, record.model_dump(mode="json"))
     return path
 
 
-def read_records(folder: Path = RECORDS) -> dict[str, Record]:
-    """Return all records of a folder, by the names of their runs.
+def read_records(folder: Path | None = None) -> dict[str, Record]:
+    """Return all records of a folder, by default that of this package, by the names of their runs.
 
     Raises:
         ConfigError: a file is not a record.
     """
     found = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted((folder or RECORDS).glob("*.json")):
         try:
             record = Record.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
