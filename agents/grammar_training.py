@@ -151,6 +151,11 @@ def quick_evaluation(model: Any, grammar: Grammar, rng: np.random.Generator, str
     return {"accuracy": right(grammar, written) / strings, "kl": float(np.mean(kl))}
 
 
+def settings(config: GrammarTraining, spec: ModelSpec, grammar: Grammar, seed: int) -> dict[str, Any]:
+    """Return everything that decides the weights, besides code, versions and device, in JSON types."""
+    return {**config.model_dump(), **spec.model_dump(exclude={"name"}), "grammar": str(grammar), "seed": seed}
+
+
 def train(
     config: GrammarTraining,
     spec: ModelSpec,
@@ -162,7 +167,7 @@ def train(
 ) -> Path:
     """Train a model, from the last checkpoint in `out` if there is one; return the folder of the trained model.
 
-    Once it is trained, `out` holds `history.json`: parameters, steps, tokens, seconds, the learning curve, and
+    Once it is trained, `out` holds `history.json`: parameters, steps, tokens, threads, seconds, the learning curve, and
     `weights`, the digest of the trained model's files.
 
     Args:
@@ -180,7 +185,7 @@ def train(
     check_training(config, grammar)
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        init_train_dir({**config.model_dump(), **spec.model_dump(), "grammar": str(grammar), "seed": seed}, out)
+        init_train_dir(settings(config, spec, grammar, seed), out)
     final, history = out / "model", out / "history.json"
     if history.exists() or (spec.untrained and not first):
         return final
@@ -194,7 +199,7 @@ def train(
         *map(SPECIAL.index, (BEGIN, END, PAD)),
     )  # fmt: skip
     found: dict[str, Any] = {"parameters": model.num_parameters(), "steps": 0, "tokens": 0, "seconds": 0.0}
-    found |= {"tokens_per_second": None, "utilisation": None, "device": "cpu", "curve": []}
+    found |= {"threads": config.threads, "tokens_per_second": None, "utilisation": None, "device": "cpu", "curve": []}
     if not spec.untrained:
         watch = Watch(grammar, config, seed, masked, progress)
         data = Windows(grammar, config.window, config.rows * config.steps, seed, spec.perturbs, masked)

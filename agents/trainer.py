@@ -2,6 +2,9 @@
 
 It resumes from its last checkpoint, logs to W&B (offline by default), and runs on several GPUs under
 torchrun, where the rows of a step are shared out.
+
+On CPUs of one kind, one process with the same number of threads gives the same weights bit by bit, whether or not it
+was interrupted. Another number of threads adds up in another order. GPUs use algorithms that do not repeat.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,8 +66,7 @@ def fit(
         quiet: print nothing.
         given: further arguments of the trainer: model, train_dataset, data_collator.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.rows % processes:
         raise ConfigError(f"rows={settings.rows} cannot be divided among {processes} processes: expected a multiple")
@@ -103,10 +106,22 @@ def fit(
         if hasattr(callback, "trainer"):
             callback.trainer = trainer
     saved = out / "checkpoints"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
+    with _deterministic(not gpu):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(saved)) if saved.exists() else None)
     if wandb_run is not None:
         wandb_run.finish()
     return trainer
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch use only algorithms that repeat bit by bit."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class _Logger(TrainerCallback):  # type: ignore[misc]

@@ -25,7 +25,7 @@ class Optimisation(Strict):
     weight_decay: float = Field(default=0.01, description="of AdamW")
     evaluate_every: int = Field(default=500, ge=1, description="steps from one evaluation to the next")
     save_every: int = Field(default=500, ge=1, description="steps from one checkpoint to the next")
-    threads: int | None = Field(default=None, description="of the CPU; by default as PyTorch has it")
+    threads: int = Field(default=1, ge=1, description="of the CPU; with another number, the weights differ")
 
 
 class GrammarTraining(Optimisation):
@@ -59,10 +59,16 @@ class ModelSpec(Strict):
     untrained: bool = Field(default=False, description="keep the initial random weights, as a control for probes")
     perturbation: PerturbationConfig | None = Field(default=None, description="of some of its training strings")
     name: str = Field(default="", description="in tables and figures; by default made from the other keys")
+    seed: int | None = Field(default=None, ge=0, description="of its weights and training data; by default the run's")
 
     @property
     def title(self) -> str:
-        """The model's name."""
+        """The model's name; trainings of one family that differ in their seed have different ones."""
+        return self.family if self.seed is None else f"{self.family}, seed {self.seed}"
+
+    @property
+    def family(self) -> str:
+        """The model's name without its seed."""
         if self.name or self.perturbation is None:
             return self.name or ("random" if self.untrained else self.architecture)
         given = self.perturbation

@@ -154,6 +154,24 @@ def mean_interval(values: Float[np.ndarray, " unit"], rng: np.random.Generator) 
     return percentiles(resampled_sums(values, rng) / len(values))
 
 
+def jackknife(
+    whole: Float[np.ndarray, ...], without: Float[np.ndarray, "group ..."], level: float = LEVEL
+) -> Float[np.ndarray, "2 ..."]:
+    """Return the delete-one-group jackknife interval of smooth statistics (Quenouille 1956, Biometrika 43, 353-360).
+
+    Args:
+        whole: the statistics of all groups of units.
+        without: the same without each group; with fewer than two groups the interval is NaN.
+        level: confidence level, of Student's t with as many degrees of freedom as groups less one.
+    """
+    n = len(without)
+    if n < 2:
+        return np.full((2, *np.shape(whole)), np.nan)
+    error = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
+    half = float(student_t.ppf((1 + level) / 2, n - 1)) * error
+    return np.stack([whole - half, whole + half])
+
+
 def paired_interval(draws: Float[np.ndarray, " draw"], units: int, level: float = LEVEL) -> Float[np.ndarray, " 2"]:
     """Return the percentile interval of draws of a difference of two shares, from -1 to 1.
 

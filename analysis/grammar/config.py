@@ -23,9 +23,9 @@ class Writing(Strict):
     )
     temperatures: list[float] = Field(default=[1.0], min_length=1, description="at which tokens are sampled")
     corruption: float = Field(
-        default=0.15, ge=0, le=1,
-        description="share of the tokens of a corrupted prefix that are replaced; continuations are judged with the "
-        "original prefix",
+        default=0.15, gt=0, le=1,
+        description="probability with which a token of a corrupted prefix is drawn anew, given that at least one token "
+        "changes; continuations are judged with the original prefix",
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ class Attending(Strict):
     """Which models' attention is measured, and on how many strings."""
 
     strings: int = Field(default=100, ge=1, description="on which attention is measured")
-    models: list[str] = Field(default=[], description="names of models; all by default")
+    models: list[str] = Field(default=[], description="names of models, without seeds; all by default")
 
 
 class GrammarConfig(RunConfig):
@@ -66,6 +66,10 @@ class GrammarConfig(RunConfig):
 
     grammar: dict[str, Any] = Field(default={}, description="arguments of the game CFG")
     models: list[ModelSpec] = Field(default=[ModelSpec()], min_length=1, description="what is trained")
+    seeds: int = Field(default=1, ge=1, description="trainings of each model; their seeds are seed, seed + 1, ...")
+    models_of: str = Field(
+        default="", description="folder of an earlier run whose trained models are measured, instead of training"
+    )
     training: GrammarTraining = Field(GrammarTraining(), description="shape of the models, and how they are trained")
     writing: Writing = Field(Writing(), description="what the models write")
     probes: Probing | None = Field(None, description="what probes read off the states; by default nothing")
@@ -73,13 +77,17 @@ class GrammarConfig(RunConfig):
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> GrammarConfig:
+        seeded = [spec.title for spec in self.models if spec.seed is not None]
+        if self.seeds > 1 and seeded:
+            raise ValueError(f"seeds={self.seeds} trains all models with several seeds: remove the seed of {seeded[0]}")
         titles = [spec.title for spec in self.models]
         twice = sorted({t for t in titles if titles.count(t) > 1})
         if twice:
             raise ValueError(f"models has {', '.join(twice)} more than once: give each a different name")
-        unknown = sorted(set(self.attention.models if self.attention else ()) - set(titles))
+        families = dict.fromkeys(spec.family for spec in self.models)
+        unknown = sorted(set(self.attention.models if self.attention else ()) - set(families))
         if unknown:
-            raise ValueError(f"attention.models names {', '.join(unknown)}: expected some of {'; '.join(titles)}")
+            raise ValueError(f"attention.models names {', '.join(unknown)}: expected some of {'; '.join(families)}")
         for part, name in ((self.writing, "kinds"), (self.writing, "temperatures"), (self.probes, "layers"),
                            (self.probes, "reaches")):  # fmt: skip
             given = getattr(part, name, [])
@@ -87,6 +95,18 @@ class GrammarConfig(RunConfig):
                 raise ValueError(f"{name}={given} names one twice")
         return self
 
+    @property
+    def trainings(self) -> list[ModelSpec]:
+        """Every model with each of its seeds; with one seed, `models` itself."""
+        if self.seeds == 1:
+            return self.models
+        seeds = range(self.seed, self.seed + self.seeds)
+        return [spec.model_copy(update={"seed": seed}) for spec in self.models for seed in seeds]
+
+    def seed_of(self, spec: ModelSpec) -> int:
+        """Return the seed of the weights and the training data of a model."""
+        return self.seed if spec.seed is None else spec.seed
+
     def attends(self, spec: ModelSpec) -> bool:
         """Whether the attention of this model is measured."""
-        return self.attention is not None and (not self.attention.models or spec.title in self.attention.models)
+        return self.attention is not None and (not self.attention.models or spec.family in self.attention.models)

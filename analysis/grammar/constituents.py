@@ -12,7 +12,7 @@ root and the terminals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -33,6 +33,9 @@ from nextstate.envs.grammar.derivation import Derivation
 NEAR = (-2, -1, 0, 1, 2)  # Result 7: offsets of the attended token from an end
 NEXT = (-1, 0, 1)  # Result 8: offsets of both tokens from their ends
 APART = (0, 1, 2, 3, 4)  # Result 9: distances between two ends, in constituents
+_MEAN = 0  # no level; stands for their mean
+_EVEN = 1e-12  # a head whose weights vary by less, relative to their squares, attends evenly
+GROUPS = 20  # of strings at most, which the jackknife leaves out one at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,28 @@ class Measure:
         return {name: values.ravel() for name, values in zip(self.axes, grid, strict=True)}
 
 
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums of weights A by distance, in disjoint groups of strings.
+
+    Args:
+        distance: distance, in tokens, of each place of the last axis of `weights`.
+        weights: sum of A; shape [group layer head distance].
+        squares: sum of A squared over all distances; shape [group layer head].
+        pairs: number of pairs of tokens; shape [group distance].
+    """
+
+    distance: Int[np.ndarray, " distance"]
+    weights: Float[np.ndarray, "group layer head distance"]
+    squares: Float[np.ndarray, "group layer head"]
+    pairs: Int[np.ndarray, "group distance"]
+
+    def without(self, group: int | None) -> Sums:
+        """Return the sums over all groups but one, or over all of them, as one group."""
+        kept = [k for k in range(len(self.pairs)) if k != group]
+        return Sums(self.distance, *(x[kept].sum(0, keepdims=True) for x in (self.weights, self.squares, self.pairs)))
+
+
 class Constituents(NamedTuple):
     """Statistics of attention. B = A - `profile` is a weight A minus the mean of its head at the same distance."""
 
@@ -68,6 +93,7 @@ class Constituents(NamedTuple):
     between_ends: Measure  # Result 8, mean B over b#(i + query_delta) = b#(j + key_delta) = level; axes level and both
     adjacent: Measure  # Result 9, mean B over b#(i) = query_level, b#(j) = key_level, p_l(i) - p_l(j) = apart
     # with l = key_level; in a causal model, apart = 0 is a token and itself.
+    scales: Scales  # Result 6
 
 
 def constituents(
@@ -95,6 +121,8 @@ def constituents(
     require(len(strings[0].symbols) > 2, "levels", len(strings[0].symbols), "3 or more, so that some are between")
     plan = _Plan.of(strings, room(model), causal)
     total, own = np.zeros(0), np.zeros(0)
+    groups = min(GROUPS, len(strings))
+    by_group, squares = np.zeros(0), np.zeros(0)
     for low in range(0, len(strings), batch):
         some = strings[low : low + batch]
         weights = _weights(model, codes, [x.tokens[: plan.longest] for x in some])
@@ -102,6 +130,8 @@ def constituents(
             layers, heads = len(weights), weights[0].shape[1]
             total = np.zeros((layers, heads, plan.cells))
             own = np.zeros((len(strings), layers, plan.cells))
+            by_group = np.zeros((groups, layers, heads, plan.distances))
+            squares = np.zeros((groups, layers, heads))
         for k, string in enumerate(some):
             cells, pairs = plan.pairs(string)
             n = min(len(string.tokens), plan.longest)
@@ -112,7 +142,13 @@ def constituents(
                 sums = _summed(of_string, cells, pairs, plan.cells)
                 total[layer] += sums
                 own[low + k, layer] = sums.mean(0)
-    return _residual(plan, strings, total, own)
+                by_group[(low + k) % groups, layer] += sums[:, : plan.distances]
+                squares[(low + k) % groups, layer] += (of_string**2).sum((1, 2)).cpu().numpy()
+    group = np.arange(len(strings)) % groups
+    pairs_of = plan.pairs_by_distance(strings)
+    pairs_in = np.stack([pairs_of[group == g].sum(0) for g in range(groups)])
+    sums_in = Sums(np.array(plan.axes[0]["distance"]), by_group, squares, pairs_in)
+    return _residual(plan, strings, total, own, sums_in)
 
 
 def rows(measure: Measure) -> pl.DataFrame:
@@ -137,19 +173,122 @@ def means(measure: Measure, rng: np.random.Generator) -> pl.DataFrame:
     return _table(draws[0], stats.percentiles(draws[1:]), measure.cells, measure.pairs.ravel())
 
 
-def peaks(to_end: Measure, rng: np.random.Generator) -> pl.DataFrame:
-    """Return the excess of attention to ends over adjacent tokens: Result 7 at delta = 0 minus its mean at the others.
+def peaks(measure: Measure, rng: np.random.Generator) -> pl.DataFrame:
+    """Return the excess of attention at ends over that beside them: Results 7 and 8 at offset 0 minus the rest's mean.
+
+    Args:
+        measure: `to_end` or `between_ends`, by level and one or two offsets, all 0 at ends.
+        rng: for the intervals.
 
     Returns:
-        One row for each layer (null: mean of all) and level: `value`, `low`, `high` as in `means`, `pairs` (of δ = 0).
+        One row for each layer (null: mean of all) and level (null: mean over levels): `value`, `low`, `high` as in
+        `means`, `pairs` (at offset 0).
     """
-    draws = _draws(to_end, rng)
-    draws = draws.reshape(*draws.shape[:2], len(to_end.axes["level"]), len(NEAR))
-    middle, others = NEAR.index(0), [k for k, delta in enumerate(NEAR) if delta]
-    excess = draws[..., middle] - draws[..., others].mean(-1)
-    return _table(
-        excess[0], stats.percentiles(excess[1:]), {"level": np.array(to_end.axes["level"])}, to_end.pairs[:, middle]
+    levels, *offsets = measure.axes.values()
+    middle = int(np.ravel_multi_index([axis.index(0) for axis in offsets], [len(axis) for axis in offsets]))
+    draws = _draws(measure, rng)
+    draws = draws.reshape(*draws.shape[:2], len(levels), -1)
+    excess = draws[..., middle] - np.delete(draws, middle, axis=-1).mean(-1)
+    pairs = measure.pairs.reshape(len(levels), -1)[:, middle]
+    return _with_mean(excess, np.array(levels), pairs)
+
+
+class Scales(NamedTuple):
+    """Result 6 in numbers; each with the ends of its 95 % interval: value, low, high.
+
+    Intervals are over groups of strings, by the jackknife; NaN for a single string.
+    """
+
+    reach: Float[np.ndarray, "3 layer head"]  # mean distance that a head attends to, in tokens
+    spread: Float[np.ndarray, " 3"]  # reach of the farthest head over that of the nearest one
+    explained: Float[np.ndarray, "3 layer head"]  # share of the variance of A that distance explains
+    mean: Float[np.ndarray, " 3"]  # `explained`, averaged over heads
+
+
+def measure_scales(sums: Sums) -> Scales:
+    """Return how far each head attends, how much heads differ in that, and how much distance alone explains.
+
+    The reach of a head is the mean of |i - j|, weighted by A. `spread` is 1 if all heads attend equally far; its
+    interval is for the two heads that have the extreme reaches in all strings. `explained` is the variance of A
+    between distances, as a share of its variance over all pairs: 1 if A is a function of distance.
+    """
+
+    def reach(one: Sums) -> Float[np.ndarray, "layer head"]:
+        weights = one.weights[0]
+        return np.asarray((weights @ np.abs(one.distance)) / weights.sum(-1))
+
+    def explained(one: Sums) -> Float[np.ndarray, "layer head"]:
+        weights, squares, pairs = one.weights[0], one.squares[0], one.pairs[0]
+        middle = weights.sum(-1) ** 2 / pairs.sum()
+        between = (weights**2 / np.maximum(pairs, 1)).sum(-1) - middle
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(np.where(squares - middle > _EVEN * squares, between / (squares - middle), 1.0))
+
+    whole, many = sums.without(None), len(sums.pairs)
+    parts = [sums.without(k) for k in range(many)] if many > 1 else []
+    far = reach(whole)
+    nearest, farthest = (np.unravel_index(k, far.shape) for k in (far.argmin(), far.argmax()))
+
+    def octaves(one: Sums) -> Float[np.ndarray, ""]:
+        found = reach(one)
+        return np.asarray(np.log(found[farthest] / found[nearest]))
+
+    def with_ends(measure: Callable[[Sums], Any]) -> Float[np.ndarray, "3 ..."]:
+        value = np.asarray(measure(whole))
+        return np.stack([value, *stats.jackknife(value, np.array([measure(part) for part in parts]))])
+
+    shares = with_ends(explained), with_ends(lambda one: explained(one).mean())
+    return Scales(with_ends(reach), np.exp(with_ends(octaves)), *shares)
+
+
+def heads(scales: Scales) -> pl.DataFrame:
+    """Return one row for each layer and head: `reach` with `low` and `high`, and `explained`."""
+    layers, many = scales.reach.shape[1:]
+    layer, head = (x.ravel() for x in np.indices((layers, many)))
+    numbers = dict(zip(("reach", "low", "high"), scales.reach.reshape(3, -1), strict=True))
+    return pl.DataFrame({"layer": layer, "head": head, **numbers, "explained": scales.explained[0].ravel()}).fill_nan(
+        None
     )
+
+
+def spread(scales: Scales) -> pl.DataFrame:
+    """Return one row: `nearest` and `farthest`, reaches of heads, and `spread` and `explained` with their intervals."""
+    reach = scales.reach[0]
+    row = {"nearest": float(reach.min()), "farthest": float(reach.max())}
+    for name, numbers in (("spread", scales.spread), ("explained", scales.mean)):
+        row |= dict(zip((name, f"{name}_low", f"{name}_high"), numbers.tolist(), strict=True))
+    return pl.DataFrame([row]).fill_nan(None)
+
+
+def falls(adjacent: Measure, rng: np.random.Generator) -> pl.DataFrame:
+    """Return how much attention falls with distance between ends of the same level: Result 9.
+
+    Returns:
+        One row for each layer (null: mean of all) and level (null: mean over levels): `value`, the mean at r = 1 minus
+        that at the r > 1 that occur, `low`, `high` as in `means`, `pairs` (at r = 1).
+    """
+    levels, apart = adjacent.axes["query_level"], np.array(adjacent.axes["apart"])
+    draws = _draws(adjacent, rng)
+    draws = draws.reshape(*draws.shape[:2], len(levels), len(levels), len(apart))
+    same = np.moveaxis(np.diagonal(draws, axis1=2, axis2=3), -1, 2)  # [draw layer level apart]
+    near, rest = same[..., apart == 1][..., 0], same[..., apart > 1]
+    known = ~np.isnan(rest)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        far = np.where(known, rest, 0).sum(-1) / known.sum(-1)
+    pairs = np.diagonal(adjacent.pairs)[np.flatnonzero(apart == 1)[0]]
+    return _with_mean(near - far, np.array(levels), pairs)
+
+
+def _with_mean(
+    draws: Float[np.ndarray, "draw layer level"], levels: Int[np.ndarray, " level"], pairs: Int[np.ndarray, " level"]
+) -> pl.DataFrame:
+    """Return the table of the first draw with intervals from the others, and a level (null) for the mean of levels."""
+    counted = ~np.isnan(draws[0]).any(0)
+    mean = draws[..., counted].mean(-1, keepdims=True) if counted.any() else draws[..., :1] * np.nan
+    draws = np.concatenate([draws, mean], axis=-1)
+    cells = {"level": np.append(levels, _MEAN)}
+    table = _table(draws[0], stats.percentiles(draws[1:]), cells, np.append(pairs, pairs[counted].sum()))
+    return table.with_columns(level=pl.col("level").replace(_MEAN, None))
 
 
 @dataclass(frozen=True)
@@ -184,6 +323,11 @@ class _Plan:
     @property
     def distances(self) -> int:
         return self.sizes[0]
+
+    def pairs_by_distance(self, strings: Sequence[Derivation]) -> Int[np.ndarray, "string distance"]:
+        """Return the number of pairs of tokens at each distance in each string."""
+        lengths = np.array([min(len(x.tokens), self.longest) for x in strings])
+        return np.asarray(np.maximum(lengths[:, None] - np.abs(self.axes[0]["distance"]), 0))
 
     def pairs(self, string: Derivation) -> tuple[Int[np.ndarray, " entry"], Int[np.ndarray, " entry"]]:
         """Return the cells and the pairs, i * n + j, of all entries; each pair has at least one."""
@@ -251,22 +395,22 @@ def _residual(
     strings: Sequence[Derivation],
     total: Float[np.ndarray, "layer head cell"],
     own: Float[np.ndarray, "string layer cell"],
+    sums: Sums,
 ) -> Constituents:
     """Turn sums of A into means of A (the profile) and of B (the rest), which is linear: no second pass is needed."""
-    p, apart = plan.distances, np.abs(plan.axes[0]["distance"])
-    lengths = np.array([min(len(x.tokens), plan.longest) for x in strings])
+    p = plan.distances
     own_pairs = np.zeros((len(strings), plan.cells), dtype=np.int64)
-    own_pairs[:, :p] = np.maximum(lengths[:, None] - apart, 0)
+    own_pairs[:, :p] = plan.pairs_by_distance(strings)
     at = own_pairs[:, :p].sum(0)
-    profile = total[..., :p] / at  # the longest string has pairs of every distance
-    mean = profile.mean(1)  # [layer distance]
+    by_distance = total[..., :p] / at  # the longest string has pairs of every distance
+    mean = by_distance.mean(1)  # [layer distance]
     every = np.zeros((plan.cells - p, p), dtype=np.int64)
     for k, string in enumerate(strings):
         counts = plan.by_distance(string)
         every += counts
         own_pairs[k, p:] = counts.sum(1)
         own[k, :, p:] -= mean @ counts.T
-    total[..., p:] -= profile @ every.T
+    total[..., p:] -= by_distance @ every.T
     # What a string adds to a cell's B depends on the other strings through the profile. To first order, what it moves
     # the profile by goes to each cell by how many pairs of that distance the cell has in all strings.
     own[..., p:] -= (own[..., :p] - mean * own_pairs[:, None, :p]) / at @ every.T
@@ -278,7 +422,8 @@ def _residual(
             value = np.where(pairs[part] > 0, total[..., part] / pairs[part], np.nan)
         value = value.reshape(*total.shape[:2], *shape)
         out.append(Measure(axes, value, pairs[part].reshape(shape), own[..., part], own_pairs[:, part]))
-    return Constituents(*out)
+    profile, to_end, between_ends, adjacent = out
+    return Constituents(profile, to_end, between_ends, adjacent, measure_scales(sums))
 
 
 def _draws(measure: Measure, rng: np.random.Generator) -> Float[np.ndarray, "draw layer cell"]:

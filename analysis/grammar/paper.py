@@ -12,6 +12,7 @@ class Published(NamedTuple):
     """What the paper reports of a grammar; shares from 0 to 1, by architecture ("random": the untrained network)."""
 
     accuracy: Mapping[str, Mapping[str, float]]  # by prefix
+    truth: float  # bits of the strings of the grammar
     bits: Mapping[str, float]  # of the strings that a model writes
     kl: Mapping[str, float]
     probes: Mapping[tuple[str, str], Mapping[str, Mapping[int, float]]]  # ancestors by reach and where, then by level
@@ -30,6 +31,7 @@ _WRITTEN = {  # per cent: from nothing, then after 50 tokens; bits; divergence i
     "cfg3e1": "98.1 98.4 98.2 98.3 98.6 / 98.9 99.0 98.9 98.9 99.0 / 214 213 213 214 213 / 19 14 16 13 11",
     "cfg3e2": "99.3 99.6 99.6 99.5 99.4 / 99.5 99.7 99.7 99.7 99.6 / 252 255 251 253 252 / 31 25 25 11 11",
 }
+_TRUTH = {"cfg3b": 169, "cfg3i": 185, "cfg3h": 204, "cfg3g": 268, "cfg3f": 268, "cfg3e1": 216, "cfg3e2": 256}
 _ALL = dict.fromkeys(_FIVE, "100 100 100 100 100")
 _FULL: dict[str, dict[str, str]] = {  # per cent of ancestors read at all tokens, levels 6 to 2
     "cfg3b": _ALL | {"masked": "100 100 100 99.7 99.9", "random": "85.0 65.7 56.8 61.5 62.7"},
@@ -82,6 +84,7 @@ def published(name: str) -> Published | None:
     accuracy = {"nothing": [x / 100 for x in nothing], "clean": [x / 100 for x in clean]}
     return Published(
         {prefix: dict(zip(_FIVE, values, strict=True)) for prefix, values in accuracy.items()},
+        float(_TRUTH[name]),
         dict(zip(_FIVE, bits, strict=True)),
         {who: x * 1e-5 for who, x in zip(_FIVE, kl, strict=True)},
         probes,

@@ -8,6 +8,7 @@ finds is linear in the states. The control with shuffled labels is after Hewitt 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -162,7 +163,7 @@ def train_probes(
     rng: np.random.Generator,
     config: ProbeConfig,
     wanted: Sequence[Wanted],
-    progress: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int, Mapping[Wanted, PositionProbe]], None] = lambda step, probes: None,
 ) -> dict[Wanted, PositionProbe]:
     """Train probes of a frozen model on fresh strings; all see the same ones, so that the model runs once a step.
 
@@ -178,7 +179,7 @@ def train_probes(
         rng: where strings and first weights are drawn from.
         config: sizes of probes and training.
         wanted: what to train.
-        progress: is called with the number of steps done.
+        after_step: called with the number of completed steps and the probes.
 
     Raises:
         GameError: the model is in training mode or has no such layer, the grammar has other terminals than `codes`, a
@@ -211,11 +212,60 @@ def train_probes(
             losses = [functional.cross_entropy(x.flatten(0, 1), labels[..., t].flatten()) for t, x in enumerate(logits)]
             torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        progress(step + 1)
+        after_step(step + 1, probes)
     for want, probe in probes.items():
         if not all(bool(p.isfinite().all()) for p in probe.parameters()):
             raise GameError(f"{want} diverged: its weights are no numbers; lower learning_rate={config.learning_rate}")
     return probes
+
+
+class _Group(NamedTuple):
+    """What an accuracy is of: a target, and the tokens that count."""
+
+    target: int  # index into `targets`
+    where: str  # "all" tokens, or "ends", those with which the ancestor of the level ends
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Answers of probes on the same strings, as counts.
+
+    Args:
+        targets: what was predicted.
+        right: number of right answers of each probe; shape [string group].
+        tokens: number of answers; shape [string group].
+        chance: share of the most frequent class, NaN without tokens; shape [group].
+        seed: of the resamples.
+    """
+
+    targets: tuple[Target, ...]
+    right: Mapping[Wanted, Float[np.ndarray, "string group"]]
+    tokens: Float[np.ndarray, "string group"]
+    chance: Float[np.ndarray, " group"]
+    seed: int
+
+    @property
+    def groups(self) -> list[_Group]:
+        """What each column of the arrays is of."""
+        return _groups(self.targets)
+
+    def about(self, want: Wanted, group: int) -> dict[str, Any]:
+        """Return the columns that say which probe an accuracy is of, and of what."""
+        target, where = self.groups[group]
+        _, level, _ = self.targets[target]
+        return {"layer": want.layer, "reach": want.reach, "shuffled": want.shuffled,
+                "target": self.targets[target].target, "level": level, "where": where}  # fmt: skip
+
+    def share(
+        self, hits: Float[np.ndarray, "string group"]
+    ) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, "2 group"]]:
+        """Return hits out of all tokens, and the interval over strings."""
+        return stats.pooled_share(hits, self.tokens, np.random.default_rng(self.seed))
+
+
+def _groups(every: Sequence[Target]) -> list[_Group]:
+    half = len(every) // 2  # for each ancestor, then for each boundary
+    return [_Group(t, "all") for t in range(2 * half)] + [_Group(t, "ends") for t in range(half)]
 
 
 @torch.no_grad()
@@ -227,23 +277,17 @@ def evaluate_probes(
     probes: Mapping[Wanted, PositionProbe],
     strings: int = 200,
     rows: int = 60,
-) -> pl.DataFrame:
-    """Test probes on fresh strings, against the true labels, whatever they were trained on.
+) -> Tested:
+    """Let probes answer on fresh strings, against the true labels, whatever they were trained on.
 
     Args:
         model: the one that they were trained on.
         codes: its tokens.
         grammar: where strings and labels come from.
-        rng: where strings and resamples are drawn from.
+        rng: where strings and resamples are drawn from; the same one gives the same strings.
         probes: from `train_probes`.
-        strings: how many.
-        rows: strings at once.
-
-    Returns:
-        a row a (layer, reach, shuffled; target, level, where). `where` is "all" tokens, or "ends", those with which
-        the ancestor of the level ends (for ancestors only). `accuracy` is a share of `tokens` in `strings`; `low` and
-        `high` its 95 % interval, bootstrap over strings (where all strings have the same share, Wilson's of as many
-        trials as there are strings); `chance` the share of the commonest class. Null where there are no tokens.
+        strings: number of strings.
+        rows: strings in each forward pass.
 
     Raises:
         GameError: as for `train_probes`.
@@ -252,8 +296,7 @@ def evaluate_probes(
     require_whole("strings", strings, 2, 10_000_000)
     drawn, resampled = rng.spawn(2)
     given, every = sample(grammar, drawn, strings), targets(grammar)
-    half = len(every) // 2  # for each ancestor, then for each boundary
-    groups = [(t, "all") for t in range(2 * half)] + [(t, "ends") for t in range(half)]
+    half, groups = len(every) // 2, _groups(every)
     right = {want: np.zeros((strings, len(groups))) for want in probes}
     tokens, classes = np.zeros((strings, len(groups))), [np.zeros(every[t].classes) for t, _ in groups]
     for low in range(0, strings, rows):
@@ -271,18 +314,57 @@ def evaluate_probes(
             classes[g] += torch.bincount(labels[counted], minlength=every[t].classes).cpu().numpy()
             for want in probes:
                 right[want][own, g] = (counted & (guesses[want][t] == labels)).sum(1).cpu().numpy()
-    seed = int(resampled.integers(2**63))
+    n = tokens.sum(0)
+    chance = np.array([own.max() / count if count else np.nan for own, count in zip(classes, n, strict=True)])
+    return Tested(every, right, tokens, chance, int(resampled.integers(2**63)))
+
+
+def accuracies(tested: Tested) -> pl.DataFrame:
+    """Return the accuracy of each probe.
+
+    Returns:
+        One row for each (layer, reach, shuffled; target, level, where). `where` is "all" tokens, or "ends", those with
+        which the ancestor of the level ends (for ancestors only). `accuracy` is a share of `tokens` in `strings`; `low`
+        and `high` its 95 % interval, bootstrap over strings (where all strings have the same share, Wilson's of as many
+        trials as there are strings); `chance` the share of the most frequent class. Null where there are no tokens.
+    """
     out = []
-    for want in probes:
-        accuracy, ends = stats.pooled_share(right[want], tokens, np.random.default_rng(seed))
-        for g, (t, where) in enumerate(groups):
-            n = tokens[:, g].sum()
-            out.append(
-                {"layer": want.layer, "reach": want.reach, "shuffled": want.shuffled, "target": every[t].target,
-                 "level": every[t].level, "where": where, "accuracy": accuracy[g], "low": ends[0, g],
-                 "high": ends[1, g], "chance": classes[g].max() / n if n else np.nan, "tokens": int(n),
-                 "strings": strings}
-            )  # fmt: skip
+    for want, right in tested.right.items():
+        accuracy, ends = tested.share(right)
+        out += [
+            tested.about(want, g) | {
+                "accuracy": accuracy[g], "low": ends[0, g], "high": ends[1, g], "chance": tested.chance[g],
+                "tokens": int(tested.tokens[:, g].sum()), "strings": len(tested.tokens),
+            }
+            for g in range(len(tested.groups))
+        ]  # fmt: skip
+    return pl.DataFrame(out, schema_overrides={"reach": pl.Int64}).fill_nan(None)
+
+
+def learning(tested: Mapping[int, Tested]) -> pl.DataFrame:
+    """Return how the accuracy of each probe for ancestors grew with its training.
+
+    Args:
+        tested: by number of training steps, on the same strings; one or more, in order.
+
+    Returns:
+        One row for each number of steps (`step`) and each row of `accuracies` about ancestors, with `accuracy`, `low`,
+        `high`, and `gain`, the difference from the fewer steps before, with its interval `gain_low`, `gain_high`,
+        paired over strings. Null where there are no tokens, and the gain at the fewest steps.
+    """
+    out, before = [], None
+    for step, now in tested.items():
+        for want, right in now.right.items():
+            accuracy, ends = now.share(right)
+            gain, around = (accuracy * np.nan, ends * np.nan) if before is None else now.share(right - before[want])
+            out += [
+                {"step": step} | about | {
+                    "accuracy": accuracy[g], "low": ends[0, g], "high": ends[1, g], "gain": gain[g],
+                    "gain_low": around[0, g], "gain_high": around[1, g],
+                }
+                for g in range(len(now.groups)) if (about := now.about(want, g))["target"] == "ancestor"
+            ]  # fmt: skip
+        before = now.right
     return pl.DataFrame(out, schema_overrides={"reach": pl.Int64}).fill_nan(None)
 
 
@@ -293,12 +375,22 @@ def probe(
     rng: np.random.Generator,
     config: ProbeConfig,
     wanted: Sequence[Wanted],
-    progress: Callable[[int], None] = lambda step: None,
-) -> pl.DataFrame:
-    """Train probes and test them on strings from another stream; see `train_probes` and `evaluate_probes`."""
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Train probes, and test them on strings of another stream, at an eighth, a quarter, half and all of the steps.
+
+    Returns:
+        The tables of `accuracies`, after all steps, and of `learning`.
+    """
     trained, tested = rng.spawn(2)
-    probes = train_probes(model, codes, grammar, trained, config, wanted, progress)
-    return evaluate_probes(model, codes, grammar, tested, probes, config.strings, config.rows)
+    due = sorted({max(1, config.steps // part) for part in (8, 4, 2, 1)})
+    found: dict[int, Tested] = {}
+
+    def test(step: int, probes: Mapping[Wanted, PositionProbe]) -> None:
+        if step in due:
+            found[step] = evaluate_probes(model, codes, grammar, deepcopy(tested), probes, config.strings, config.rows)
+
+    train_probes(model, codes, grammar, trained, config, wanted, test)
+    return accuracies(found[config.steps]), learning(found)
 
 
 @dataclass(frozen=True)

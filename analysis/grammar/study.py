@@ -1,16 +1,22 @@
 """The study of grammars: models are trained on strings of a grammar; what do they write, hold and attend to?
 
 Tables, one for each MODEL: `training/MODEL` (size, steps, digest of the weights), `speed/MODEL`, `curve/MODEL` (of
-learning), `generation/MODEL` and `diversity/MODEL` (what it writes), `probes/MODEL`, and `attention-profile/MODEL`,
-`attention-ends/MODEL`, `attention-peaks/MODEL`, `attention-pairs/MODEL`, `attention-adjacent/MODEL`. The models
-themselves are in `models/MODEL`.
+learning), `generation/MODEL`, `diversity/MODEL` and `symbols/MODEL` (what it writes), `probes/MODEL` and
+`probe-curve/MODEL`, `embeddings/MODEL` and `similarity/MODEL` (of grammars with hidden terminals), and
+`attention-profile/MODEL`, `attention-heads/MODEL`, `attention-scales/MODEL`, `attention-ends/MODEL`,
+`attention-peaks/MODEL`, `attention-pairs/MODEL`, `attention-centres/MODEL`, `attention-adjacent/MODEL`,
+`attention-falls/MODEL`. The models themselves are in `models/MODEL`. With several seeds, each training is a MODEL.
+
+With `models_of`, a run measures the trained models of an earlier one, for example with longer training of probes.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +27,8 @@ from nextstate.agents.config import AgentConfig
 from nextstate.agents.identity import device_kind, files_digest
 from nextstate.agents.training_config import ModelSpec, check_training
 from nextstate.analysis.grammar.config import REACHES, GrammarConfig, ProbeConfig
+from nextstate.analysis.grammar.embeddings import bags, clustering, similarity
+from nextstate.analysis.grammar.symbols import by_symbol
 from nextstate.analysis.grammar.tables import SCHEMAS, summaries
 from nextstate.analysis.run import Run, RunError
 from nextstate.analysis.study import Job, Study, identity_of
@@ -35,9 +43,10 @@ if TYPE_CHECKING:
 
 TITLES = {
     "training": "training", "generation": "writing", "diversity": "diversity and divergence", "probes": "probes",
-    "attention-profile": "attention",
+    "attention-profile": "attention", "embeddings": "embeddings",
 }  # fmt: skip
 Tables = dict[str, pl.DataFrame]
+PARSED = 500  # strings of a model, at most, whose symbols are compared with the grammar's
 
 
 TRAINS = (  # the code that decides the weights
@@ -56,10 +65,12 @@ class GrammarStudy(Study[GrammarConfig]):
         check_training(config.training, _grammar(config))
         steps = config.training.steps
         share = max(1, steps // 10)  # of a measurement, in steps of training
-        out = [_job("training", spec, 1 if spec.untrained else steps) for spec in config.models]
-        for spec in config.models:
+        out = [_job("training", spec, 1 if spec.untrained else steps) for spec in config.trainings]
+        hidden = bags(_grammar(config)) is not None
+        for spec in config.trainings:
             parts = ["generation", "diversity"] if spec.writes else []
             parts += ["probes"] if config.probes is not None else []
+            parts += ["embeddings"] if hidden else []
             parts += ["attention-profile"] if config.attends(spec) else []
             out += [_job(part, spec, share) for part in parts]
         return out
@@ -73,12 +84,17 @@ class GrammarStudy(Study[GrammarConfig]):
         return changed(run, job.given) if job.key.startswith("training/") else ""
 
     def do(self, job: Job, run: Run[GrammarConfig]) -> pl.DataFrame | Tables:
+        import torch
+
         part = job.key.partition("/")[0]
+        torch.set_num_threads(run.config.training.threads)  # measurements too repeat only with the same number
         if part == "training":
             return _train(run, job.given, identity_of(self, job, run))
         if part == "attention-profile":
             return _attend(run, job.given)
-        return {"generation": _write, "diversity": _diversity, "probes": _probe}[part](run, job.given)
+        measures: dict[str, Callable[[Run[GrammarConfig], ModelSpec], pl.DataFrame | Tables]]
+        measures = {"generation": _write, "diversity": _diversity, "probes": _probe, "embeddings": _embeddings}
+        return measures[part](run, job.given)
 
     def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
         part = job.key.partition("/")[0]
@@ -103,10 +119,13 @@ class GrammarStudy(Study[GrammarConfig]):
         """Train along with the first process, which does everything else."""
         from nextstate.agents.grammar_training import train
 
+        if config.models_of:
+            return
         while not (out / "run.json").exists():  # the first process has not yet checked that `out` can be used
             time.sleep(0.1)
-        for spec in config.models:
-            train(config.training, spec, _grammar(config), model_folder(out, spec), config.seed, config.wandb)
+        for spec in config.trainings:
+            folder = model_folder(out, spec)
+            train(config.training, spec, _grammar(config), folder, config.seed_of(spec), config.wandb)
 
 
 def model_folder(out: Path, spec: ModelSpec) -> Path:
@@ -138,21 +157,26 @@ def _grammar(config: GrammarConfig) -> Grammar:
 
 def _train(run: Run[GrammarConfig], spec: ModelSpec, identity: dict[str, Any]) -> Tables:
     """Train a model, from its last checkpoint if that was made under the same identity."""
-    from nextstate.agents.grammar_training import train
+    from nextstate.agents.grammar_training import settings, train
 
     config, folder, done = run.config, model_folder(run.path, spec), 0
-    if reason := _unusable(folder, identity):
+    # What else the config says, of probes and the like, does not decide the weights.
+    identity |= {"config": settings(config.training, spec, _grammar(config), config.seed_of(spec))}
+    if config.models_of:
+        _copy(model_folder(Path(config.models_of), spec), folder, identity)
+    elif reason := _unusable(folder, identity):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the others may have seen the folder as it was
             raise RunError(f"{folder} cannot be used: {reason}; remove it, and run the same command again")
         run.set_aside(f"models/{folder.name}", reason, suffix="")
-    write_json(folder / "identity.json", identity)
+    if not config.models_of:
+        write_json(folder / "identity.json", identity)
 
     def advance(step: int) -> None:
         nonlocal done
         run.advance(step - done)
         done = step
 
-    train(config.training, spec, _grammar(config), folder, config.seed, config.wandb, advance)
+    train(config.training, spec, _grammar(config), folder, config.seed_of(spec), config.wandb, advance)
     history, name = read_json(folder / "history.json"), {"name": spec.title}
     curve = [dict.fromkeys(SCHEMAS["curve"]) | name | row for row in history.pop("curve")]
     return {f"{part}/{folder.name}": pl.DataFrame(rows, schema=SCHEMAS[part], orient="row") for part, rows in (
@@ -161,12 +185,25 @@ def _train(run: Run[GrammarConfig], spec: ModelSpec, identity: dict[str, Any]) -
     )}  # fmt: skip
 
 
+def _copy(source: Path, folder: Path, identity: dict[str, Any]) -> None:
+    """Copy a trained model of another run."""
+    reason = _unusable(source, identity)
+    if reason or not (source / "history.json").exists():
+        raise RunError(
+            f"models_of cannot use {source}: {reason or 'no model was trained there'}; name a finished run with the "
+            "same grammar, models and training, or remove models_of to train here"
+        )
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints", "wandb"))
+
+
 def _unusable(folder: Path, identity: dict[str, Any]) -> str:
     """Return why the training in a folder can neither be continued nor used, "" where it can."""
     if not folder.exists():
         return ""
     if read_json(folder / "identity.json") != identity:
-        return "its training was begun with other code, versions or devices"
+        return "its training was begun with other settings, code, versions or devices"
     history = folder / "history.json"
     if history.exists() and read_json(history).get("weights") != files_digest(str((folder / "model").resolve())):
         return "the trained model was changed or removed"
@@ -222,24 +259,31 @@ def _write(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SCHEMAS["generation"], orient="row")
 
 
-def _diversity(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
-    """Compare what the model writes from nothing, and its next tokens, with the grammar's; one row."""
+def _diversity(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
+    """Compare what the model writes from nothing, and its next tokens, with the grammar's."""
     from nextstate.agents.generation import divergences, diversity, write
     from nextstate.agents.grammar_training import token_map
     from nextstate.envs.grammar.derivation import sample
-    from nextstate.envs.grammar.inside import log_probabilities
+    from nextstate.envs.grammar.inside import log_probabilities, parse
 
     n, grammar, model = run.config.writing.strings, _grammar(run.config), _load(run, spec)
     codes, nothing = token_map(grammar), [np.zeros(0, dtype=np.int64)] * n
-    found = diversity(model, codes, write(model, codes, nothing, run.rng("diversity"), sizes.bounds(grammar)[0][1]))
-    drawn = [each.tokens for each in sample(grammar, run.rng("truth"), n)]
+    written = write(model, codes, nothing, run.rng("diversity"), sizes.bounds(grammar)[0][1])
+    found = diversity(model, codes, written)
+    truth = sample(grammar, run.rng("truth"), n)
+    drawn = [each.tokens for each in truth]
+    parsed = [parse(grammar, x) for x in written[:PARSED] if x is not None]
+    right = [x for x in parsed if x is not None]
+    symbols = by_symbol(grammar, right, truth[:PARSED], run.rng("diversity", "intervals"))
     row = {
         "name": spec.title, "strings": n, "ended": len(found.bits), "distinct": found.distinct,
         "equal_pairs": found.equal_pairs, "equal_pairs_expected": n * (n - 1) / 2 * sizes.collision(grammar),
         "bits_truth": float((-log_probabilities(grammar, drawn) / math.log(2)).mean()),
         **_mean("bits", found.bits), **_mean("kl", divergences(model, codes, grammar, drawn)),
     }  # fmt: skip
-    return pl.DataFrame([row], schema=SCHEMAS["diversity"])
+    name = slug(spec.title)
+    return {f"diversity/{name}": pl.DataFrame([row], schema=SCHEMAS["diversity"]),
+            f"symbols/{name}": _named(spec, "symbols", symbols)}  # fmt: skip
 
 
 def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
@@ -251,7 +295,23 @@ def _mean(name: str, values: np.ndarray) -> dict[str, float | None]:
     return {column: x if math.isfinite(x) else None for column, x in zip(names, found, strict=True)}
 
 
-def _probe(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
+def _embeddings(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
+    """Measure whether the embeddings of tokens cluster by the hidden terminals that they stand for."""
+    from nextstate.agents.grammar_training import token_map
+
+    grammar = _grammar(run.config)
+    member = bags(grammar)
+    assert member is not None
+    every = _load(run, spec).get_input_embeddings().weight.detach().double().cpu().numpy()
+    own, name = every[list(token_map(grammar).terminals)], slug(spec.title)
+    found = clustering(own, member, run.rng("embeddings"))._asdict() | {"tokens": len(own)}
+    return {
+        f"embeddings/{name}": _named(spec, "embeddings", pl.DataFrame([found])),
+        f"similarity/{name}": _named(spec, "similarity", similarity(own, member, grammar.levels[-2])),
+    }
+
+
+def _probe(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
     """Read ancestors and ends of constituents off the model's states."""
     from nextstate.agents.grammar_training import token_map
     from nextstate.analysis.grammar.probe import Wanted, probe
@@ -263,15 +323,17 @@ def _probe(run: Run[GrammarConfig], spec: ModelSpec) -> pl.DataFrame:
         wanted += [Wanted(layer, REACHES[given.reaches[0]], True) for layer in given.layers]
     settings = ProbeConfig(**given.model_dump(include=set(ProbeConfig.model_fields)))
     found = probe(_load(run, spec), token_map(grammar), grammar, run.rng("probes"), settings, wanted)
-    names = {reach: name for name, reach in REACHES.items()}
-    named = [names[reach] for reach in found["reach"]]
-    return _named(spec, "probes", found.with_columns(reach=pl.Series(named, dtype=pl.String)))
+    names, tables = {reach: name for name, reach in REACHES.items()}, {}
+    for part, table in zip(("probes", "probe-curve"), found, strict=True):
+        reach = pl.Series([names[reach] for reach in table["reach"]], dtype=pl.String)
+        tables[f"{part}/{slug(spec.title)}"] = _named(spec, part, table.with_columns(reach=reach))
+    return tables
 
 
 def _attend(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
     """Measure where attention goes: by distance, to the ends of constituents, between them."""
     from nextstate.agents.grammar_training import token_map
-    from nextstate.analysis.grammar.constituents import constituents, means, peaks, rows
+    from nextstate.analysis.grammar.constituents import constituents, falls, heads, means, peaks, rows, spread
     from nextstate.envs.grammar.derivation import sample
 
     grammar = _grammar(run.config)
@@ -282,6 +344,8 @@ def _attend(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
     every = pl.col("layer").is_null()  # the mean over layers
     tables = {
         "attention-profile": rows(found.profile).rename({"value": "weight"}),
+        "attention-heads": heads(found.scales),
+        "attention-scales": spread(found.scales).with_columns(strings=pl.lit(len(drawn))),
         "attention-ends": rows(found.to_end).rename({"value": "residual"}),
         "attention-peaks": peaks(found.to_end, run.rng("attention", "intervals")).filter(every).rename({
             "value": "residual",
@@ -291,6 +355,12 @@ def _attend(run: Run[GrammarConfig], spec: ModelSpec) -> Tables:
         }),
         "attention-adjacent": means(found.adjacent, run.rng("attention", "intervals")).filter(every).rename({
             "value": "residual", "query_level": "level_from", "key_level": "level_to", "apart": "distance",
+        }),
+        "attention-centres": peaks(found.between_ends, run.rng("attention", "intervals")).filter(every).rename({
+            "value": "residual",
+        }),
+        "attention-falls": falls(found.adjacent, run.rng("attention", "intervals")).filter(every).rename({
+            "value": "residual",
         }),
     }  # fmt: skip
     return {f"{part}/{slug(spec.title)}": _named(spec, part, table) for part, table in tables.items()}

@@ -12,6 +12,7 @@ import polars as pl
 from jaxtyping import Int
 
 from nextstate.agents.training_config import ModelSpec
+from nextstate.analysis.grammar.claims import claims, estimate
 from nextstate.analysis.grammar.config import GrammarConfig
 from nextstate.analysis.grammar.paper import Published, published
 from nextstate.analysis.run import Run
@@ -23,7 +24,7 @@ from nextstate.envs.grammar import sizes
 LISTED = 100_000  # strings of a grammar are counted up to this many derivations of a symbol
 _T, _N, _F, _B = pl.String, pl.Int64, pl.Float64, pl.Boolean
 SCHEMAS: dict[str, dict[str, Any]] = {  # columns of the tables that jobs make, by the first part of their keys
-    "training": {"name": _T, "parameters": _N, "steps": _N, "tokens": _N, "weights": _T},
+    "training": {"name": _T, "parameters": _N, "steps": _N, "tokens": _N, "threads": _N, "weights": _T},
     "speed": {"name": _T, "seconds": _F, "tokens_per_second": _F, "utilisation": _F, "device": _T},
     "curve": {"name": _T, "step": _N, "tokens": _N, "loss": _F, "accuracy": _F, "kl": _F},
     "generation": {"name": _T, "prefix": _T, "given": _N, "temperature": _F, "strings": _N, "right": _N},
@@ -33,12 +34,23 @@ SCHEMAS: dict[str, dict[str, Any]] = {  # columns of the tables that jobs make, 
     "probes": {"name": _T, "layer": _N, "reach": _T, "shuffled": _B, "target": _T, "level": _N, "where": _T,
                "accuracy": _F, "low": _F, "high": _F, "chance": _F, "tokens": _N, "strings": _N},
     "attention-profile": {"name": _T, "layer": _N, "head": _N, "distance": _N, "weight": _F},
+    "probe-curve": {"name": _T, "step": _N, "layer": _N, "reach": _T, "shuffled": _B, "target": _T, "level": _N,
+                    "where": _T, "accuracy": _F, "low": _F, "high": _F, "gain": _F, "gain_low": _F, "gain_high": _F},
+    "symbols": {"name": _T, "level": _N, "symbol": _T, "occurrences": _N, "compared": _N, "distinct": _N,
+                "distinct_truth": _N, "possible": _N, "bits": _F, "low": _F, "high": _F, "bits_truth": _F},
+    "embeddings": {"name": _T, "auc": _F, "low": _F, "high": _F, "p": _F, "within": _F, "between": _F, "tokens": _N},
+    "similarity": {"name": _T, "one": _T, "two": _T, "cosine": _F, "pairs": _N},
+    "attention-heads": {"name": _T, "layer": _N, "head": _N, "reach": _F, "low": _F, "high": _F, "explained": _F},
+    "attention-scales": {"name": _T, "nearest": _F, "farthest": _F, "spread": _F, "spread_low": _F, "spread_high": _F,
+                         "explained": _F, "explained_low": _F, "explained_high": _F, "strings": _N},
     "attention-ends": {"name": _T, "layer": _N, "head": _N, "level": _N, "delta": _N, "residual": _F, "pairs": _N},
     "attention-peaks": {"name": _T, "level": _N, "residual": _F, "low": _F, "high": _F, "pairs": _N},
     "attention-pairs": {"name": _T, "layer": _N, "head": _N, "level": _N, "delta_query": _N, "delta_key": _N,
                         "residual": _F, "pairs": _N},
     "attention-adjacent": {"name": _T, "level_from": _N, "level_to": _N, "distance": _N, "residual": _F, "low": _F,
                            "high": _F, "pairs": _N},
+    "attention-centres": {"name": _T, "level": _N, "residual": _F, "low": _F, "high": _F, "pairs": _N},
+    "attention-falls": {"name": _T, "level": _N, "residual": _F, "low": _F, "high": _F, "pairs": _N},
 }  # fmt: skip
 HEADLINE = {"nothing": "from_nothing", "clean": "after_clean", "corrupted": "after_corrupted"}  # columns, by prefix
 
@@ -61,23 +73,42 @@ class Summary:
 
     @cached_property
     def models(self) -> dict[str, dict[str, Any]]:
-        """The models by name: trained on clean strings first, then on perturbed ones, then untrained."""
+        """The trainings by name: trained on clean strings first, then on perturbed ones, then untrained."""
         return {row["name"]: row for row in self.tables["models"].iter_rows(named=True)}
+
+    @cached_property
+    def families(self) -> dict[str, dict[str, Any]]:
+        """The first training of each model, by the model's name without the seed."""
+        out: dict[str, dict[str, Any]] = {}
+        for row in self.models.values():
+            out.setdefault(row["family"], row)
+        return out
+
+    @property
+    def seeds(self) -> int:
+        """Number of trainings of each model."""
+        return len(self.models) // len(self.families)
 
     @property
     def plain(self) -> list[str]:
-        """Models that saw no perturbed strings, the untrained ones included."""
-        return [name for name, model in self.models.items() if not model["perturbation"]]
+        """Families that saw no perturbed strings, the untrained ones included."""
+        return [name for name, model in self.families.items() if not model["perturbation"]]
 
     @property
     def trained(self) -> list[str]:
-        """Models that were trained, and only on clean strings."""
-        return [name for name in self.plain if not self.models[name]["untrained"]]
+        """Families that were trained, and only on clean strings."""
+        return [name for name in self.plain if not self.families[name]["untrained"]]
 
     def of(self, table: str) -> list[str]:
-        """Return the models that a table has rows of, in the order of `models`."""
+        """Return the models, or families, that a table has rows of, in the order of `models`."""
         seen = set(self.tables[table]["name"]) if table in self.tables else set()
-        return [name for name in self.models if name in seen]
+        return [name for name in dict.fromkeys([*self.families, *self.models]) if name in seen]
+
+    def own(self, table: str, family: str, **constraints: Any) -> list[dict[str, Any]]:
+        """Return the rows of a table about the trainings of a family, in their order."""
+        rows = self.rows(table, **constraints)
+        names = [name for name, model in self.models.items() if model["family"] == family]
+        return [row for name in names for row in rows if row["name"] == name]
 
     def rows(self, table: str, **constraints: Any) -> list[dict[str, Any]]:
         """Return the rows of a table in which columns have certain values."""
@@ -92,46 +123,155 @@ def kind_of(model: Mapping[str, Any]) -> str:
 def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
     """Return the statistics of a grammar study.
 
-    - `headline`: a row a model; `grammar`: one row; `models`: a row a model, in the order of the page.
-    - `curve`, `generation`, `diversity`, `probes`: as in the tables of the models, with intervals, the paper's numbers,
-      `nearest` (at the temperature nearest to 1) and `deepest` (the deepest layer that was probed of that model).
-    - `ancestors`: how much of the ancestors the states of each model hold, over levels; `chance`: of each probe.
-    - `profile`: attention of each head by bins of distances; `ends`, `depth`, `pairs`: means over heads; `peaks`,
-      `adjacent`; `at_ends`: a row a model; `strongest`: the head of trained models that attends most to ends.
+    - `headline`: a row a model, over its trainings; `grammar`: one row; `models`: a row a training, in the order of
+      the page; `claims`: what the paper says, and whether the models agree (`nextstate.analysis.grammar.claims`).
+    - `trainings`: the main numbers of each model, with the range and the interval over its trainings.
+    - `curve`, `generation`, `diversity`, `probes`: as in the tables of the trainings, with intervals, the paper's
+      numbers, `nearest` (at the temperature nearest to 1) and `deepest` (the deepest layer that was probed).
+    - `entropy`, `rules`: entropy of strings less that of the grammar's, and of the choice of rules, relative to it.
+    - `probed`: accuracies of probes, over trainings; `ancestors`: how much of the ancestors the states of each model
+      hold, over levels; `chance`: of each probe; `learning`: as in the tables of the trainings.
+    - `profile`: attention of each head by bins of distances, of the first training; `heads`, `scales`; `ends`, `depth`,
+      `pairs`, `adjacent`: means over heads and trainings; `peaks`, `centres`, `falls`; `at_ends`: a row a model;
+      `strongest`: the head of trained models that attends most to ends.
     """
     config = run.config
-    specs = sorted(config.models, key=lambda spec: (spec.untrained, spec.perturbation is not None))
+    specs = sorted(config.trainings, key=lambda spec: (spec.untrained, spec.perturbation is not None))
     found = {part: _gathered(run, part, specs) for part in SCHEMAS}
     grammar = describe(CFG(**config.grammar))
-    models = _models(specs).join(found["training"], on="name", maintain_order="left").join(found["speed"], on="name")
+    measured = found["training"].join(found["speed"], on="name")
+    models = _models(config, specs).join(measured, on="name", maintain_order="left")
+    families = models.unique("family", keep="first", maintain_order=True)
     paper = published(grammar["name"][0])
-    to_end, probed = found["attention-ends"], _deepest(found["probes"])
+    probed, merged = _deepest(found["probes"]), {part: _merged(found[part], models) for part in _HEADS}
+    to_end = merged["attention-ends"]
     ends = averaged(to_end, "level", "delta")
     trained = models.filter(~pl.col("untrained"))["name"].implode()
-    at_end = to_end.drop_nulls("residual").filter(pl.col("name").is_in(trained), delta=0)
-    profiles = found["attention-profile"].drop_nulls("weight").partition_by("name", maintain_order=True)
-    ancestors = _ancestors(probed, models)
-    generation = _judged(found["generation"], models, paper)
+    at_end = found["attention-ends"].drop_nulls("residual").filter(pl.col("name").is_in(trained), delta=0)
+    first = found["attention-profile"].filter(pl.col("name").is_in(families["name"].implode()))
+    profiles = first.drop_nulls("weight").partition_by("name", maintain_order=True)
+    generation, diversity = _judged(found["generation"], models, paper), _compared(found["diversity"], models, paper)
     by_probe = probed.filter("deepest").group_by("reach", "target", "where", "level", maintain_order=True)
-    return {
-        "headline": _headline(models, generation, found["diversity"], ancestors, config.writing.kinds),
+    by_family = over_trainings(probed, models, ("layer", "reach", "shuffled", "target", "level", "where", "deepest"),
+                               "accuracy", ("low", "high"), ("tokens", "strings"))  # fmt: skip
+    alone = families.with_columns(name=pl.col("family"))
+    ancestors = _ancestors(by_family, alone)
+    trainings = _trainings(models, generation, diversity, probed, config.writing.kinds)
+    tables = {
+        "headline": _headline(families, trainings, config.writing.kinds),
+        "trainings": trainings,
         "grammar": grammar,
         "models": models,
         "curve": found["curve"],
         "generation": generation,
-        "diversity": _compared(found["diversity"], models, paper),
+        "diversity": diversity,
+        "entropy": _excess(found["diversity"]),
+        "symbols": found["symbols"],
+        "rules": _rules(found["symbols"]),
         "probes": probed,
+        "probed": by_family,
         "ancestors": ancestors,
         "chance": by_probe.agg(pl.col("chance").drop_nulls().mean()).drop_nulls(),
+        "learning": _deepest(found["probe-curve"]),
+        "embeddings": found["embeddings"],
+        "similarity": found["similarity"],
         "profile": pl.concat([pl.DataFrame(schema=_PROFILE), *map(binned, profiles)]),
+        "heads": found["attention-heads"],
+        "scales": found["attention-scales"].with_columns(
+            pl.col(f"spread{end}").log(2).alias(f"octaves{end}") for end in ("", "_low", "_high")
+        ),
         "ends": ends,
         "depth": averaged(to_end, "layer", "level", "delta").filter(delta=0),
-        "pairs": averaged(found["attention-pairs"], "level", "delta_query", "delta_key"),
+        "pairs": averaged(merged["attention-pairs"], "level", "delta_query", "delta_key"),
         "peaks": found["attention-peaks"],
-        "adjacent": found["attention-adjacent"],
-        "at_ends": _at_ends(ends, models),
+        "centres": found["attention-centres"],
+        "adjacent": over_trainings(
+            found["attention-adjacent"], models, ("level_from", "level_to", "distance"), "residual", ("low", "high"),
+            ("pairs",),
+        ),
+        "falls": found["attention-falls"],
+        "at_ends": _at_ends(ends, alone),
         "strongest": at_end.sort("residual", descending=True, maintain_order=True).head(1),
-    }
+    }  # fmt: skip
+    return tables | {"claims": claims(tables)}
+
+
+_HEADS = ("attention-ends", "attention-pairs")  # tables of heads, which means over trainings are taken of
+
+
+def _merged(rows: pl.DataFrame, models: pl.DataFrame) -> pl.DataFrame:
+    """Return rows under the names of families, so that what is averaged is averaged over trainings too."""
+    family = dict(models.select("name", "family").iter_rows())
+    return rows.with_columns(name=pl.col("name").replace(family))
+
+
+def over_trainings(
+    rows: pl.DataFrame, models: pl.DataFrame, by: Sequence[str], value: str, ends: tuple[str, str], kept: Sequence[str]
+) -> pl.DataFrame:
+    """Return the mean of a number over the trainings of each family, as `nextstate.analysis.grammar.claims.estimate`.
+
+    Args:
+        rows: one for each training (`name`) and `by`.
+        models: the table of this name.
+        by: columns that tell numbers of one training apart.
+        value: the column of the number.
+        ends: the columns of its interval.
+        kept: columns of which the first training's value is kept.
+
+    Returns:
+        One row for each family (`name`) and `by`, with the columns `value` and `ends` as they were called, `trainings`,
+        `least` and `most`.
+    """
+    types = rows.schema
+    schema = {c: types[c] for c in ("name", *by, value, *ends)} | {"trainings": _N, "least": _F, "most": _F}
+    schema |= {c: types[c] for c in kept}
+    out = []
+    for key, own in _merged(rows, models).group_by("name", *by, maintain_order=True):
+        known = own.drop_nulls(value)
+        numbers = (
+            estimate(*(known[c].to_list() for c in (value, *ends))) if len(known) else (None,) * 3 + (0, None, None)
+        )
+        out.append((*key, *numbers, *own.select(kept).row(0)))
+    return pl.DataFrame(out, schema=schema, orient="row").fill_nan(None)
+
+
+def _excess(diversity: pl.DataFrame) -> pl.DataFrame:
+    """Return the entropy of each training's strings relative to that of as many of the grammar, less 1.
+
+    The interval is wider than that of `bits` by the root of 2, since the grammar's strings are a sample too.
+    """
+    truth, bits = pl.col("bits_truth"), pl.col("bits")
+    ends = {end: (bits + 2**0.5 * (pl.col(f"bits_{end}") - bits)) / truth - 1 for end in ("low", "high")}
+    return diversity.select("name", excess=bits / truth - 1, **ends)
+
+
+def _rules(symbols: pl.DataFrame) -> pl.DataFrame:
+    """Return the mean over symbols of the entropy of their choice of a rule relative to the grammar's, less 1.
+
+    The ends of the interval are means of the ends, as if all symbols erred together: it is wider than need be.
+    """
+    known = symbols.filter(pl.col("bits_truth") > 0).group_by("name", maintain_order=True)
+    return known.agg((pl.col(c) / pl.col("bits_truth")).mean() - 1 for c in ("bits", "low", "high")).rename(
+        {"bits": "excess"}
+    )
+
+
+def _trainings(
+    models: pl.DataFrame, generation: pl.DataFrame, diversity: pl.DataFrame, probes: pl.DataFrame, kinds: Sequence[str]
+) -> pl.DataFrame:
+    """Return the main numbers of each family (`name`): `measure`, `value`, `low`, `high`, `trainings`, range."""
+    shares = generation.filter("nearest").rename({"accuracy": "value"})
+    parts = [shares.filter(prefix=kind).with_columns(measure=pl.lit(HEADLINE[kind])) for kind in kinds]
+    for number in ("kl", "bits"):
+        ends = {f"{number}_{end}": end for end in ("low", "high")}
+        parts.append(diversity.select("name", *ends, value=number).rename(ends).with_columns(measure=pl.lit(number)))
+    full = probes.filter("deepest", ~pl.col("shuffled"), reach="full", target="ancestor", where="all")
+    means = full.drop_nulls("accuracy").group_by("name", maintain_order=True).agg(value=pl.col("accuracy").mean())
+    none = pl.lit(None, dtype=_F)
+    parts.append(means.with_columns(measure=pl.lit("ancestors"), low=none, high=none))
+    columns = ("name", "measure", "value", "low", "high")
+    rows = pl.concat([part.select(columns) for part in parts]).drop_nulls("value")
+    return over_trainings(rows, models, ("measure",), "value", ("low", "high"), ())
 
 
 def _gathered(run: Run[GrammarConfig], part: str, specs: Sequence[ModelSpec]) -> pl.DataFrame:
@@ -151,13 +291,14 @@ def describe(game: CFG) -> pl.DataFrame:
     }], schema_overrides={"strings": _N})  # fmt: skip
 
 
-def _models(specs: Sequence[ModelSpec]) -> pl.DataFrame:
+def _models(config: GrammarConfig, specs: Sequence[ModelSpec]) -> pl.DataFrame:
     rows = []
     for spec in specs:
         given = spec.perturbation
         perturbed = (given.kind, given.fraction, given.rate) if given else ("", None, None)
-        rows.append((spec.title, spec.architecture, spec.untrained, *perturbed))
-    schema = {"name": _T, "architecture": _T, "untrained": _B, "perturbation": _T, "fraction": _F, "rate": _F}
+        rows.append((spec.title, spec.family, config.seed_of(spec), spec.architecture, spec.untrained, *perturbed))
+    schema = {"name": _T, "family": _T, "seed": _N, "architecture": _T, "untrained": _B}
+    schema |= {"perturbation": _T, "fraction": _F, "rate": _F}
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
@@ -199,22 +340,18 @@ def support(ended: int, equal_pairs: int) -> float:
     return ended**2 / 2 / max(equal_pairs, 1)
 
 
-def _headline(
-    models: pl.DataFrame, generation: pl.DataFrame, diversity: pl.DataFrame, ancestors: pl.DataFrame,
-    kinds: Sequence[str],
-) -> pl.DataFrame:  # fmt: skip
-    parts = [
-        generation.filter("nearest", prefix=kind).select(
-            "name", **{HEADLINE[kind]: "accuracy", f"{HEADLINE[kind]}_low": "low", f"{HEADLINE[kind]}_high": "high"}
+def _headline(families: pl.DataFrame, trainings: pl.DataFrame, kinds: Sequence[str]) -> pl.DataFrame:
+    out = families.select(name="family")
+    for measure in (*(HEADLINE[kind] for kind in kinds), "kl"):
+        own = trainings.filter(measure=measure).select(
+            "name", **{measure: "value", f"{measure}_low": "low", f"{measure}_high": "high"}
         )
-        for kind in kinds
-    ]
-    parts += [diversity.select("name", "kl", "kl_low", "kl_high")]
-    parts += [ancestors.filter(~pl.col("shuffled")).select("name", ancestors="mean")]
-    out = models.select("name")
-    for part in parts:
-        out = out.join(part, on="name", how="left", maintain_order="left")
-    return out.rename({"name": "model"})
+        out = out.join(own, on="name", how="left", maintain_order="left")
+    own = trainings.filter(measure="ancestors").select("name", ancestors="value")
+    many = pl.lit(len(trainings) and trainings["trainings"].max(), dtype=_N)
+    return out.join(own, on="name", how="left", maintain_order="left").with_columns(trainings=many).rename(
+        {"name": "model"}
+    )  # fmt: skip
 
 
 # --- probes

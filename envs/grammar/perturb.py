@@ -65,5 +65,21 @@ def draw(
 
 
 def corrupt(string: np.ndarray, rng: np.random.Generator, rate: float, terminals: int) -> np.ndarray:
-    """Return the string with each token replaced, with probability `rate`, by one drawn from all terminals."""
-    return np.where(rng.random(len(string)) < rate, rng.integers(terminals, size=len(string)), string)
+    """Return the string with each token replaced, with probability `rate`, by one drawn from all terminals.
+
+    The draw is conditional on at least one token being different: what a model writes after an unchanged prefix says
+    nothing of its robustness. An empty string stays as it is.
+
+    Raises:
+        GameError: `rate` is not above 0, or there is only one terminal, so that no token can differ.
+    """
+    require(0 < rate <= 1, "rate", rate, "a number above 0, up to 1")
+    require(terminals > 1, "terminals", terminals, "2 or more, so that a token can be another one")
+    if not len(string):
+        return string
+    differs = rate * (terminals - 1) / terminals  # for each token, without the condition
+    chances = differs * (1 - differs) ** np.arange(len(string))
+    first = rng.choice(len(string), p=chances / chances.sum())
+    place = np.arange(len(string))
+    changed = (place == first) | ((place > first) & (rng.random(len(string)) < differs))
+    return np.where(changed, (string + rng.integers(1, terminals, size=len(string))) % terminals, string)

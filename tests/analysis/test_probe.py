@@ -22,7 +22,9 @@ from nextstate.analysis.grammar.probe import (
     PositionProbe,
     Target,
     Wanted,
+    accuracies,
     evaluate_probes,
+    learning,
     probe,
     targets,
     train_probes,
@@ -101,7 +103,7 @@ def least(table: pl.DataFrame, layer: int, reach: int | None) -> float:
 @cache
 def oracle_table() -> pl.DataFrame:
     wanted = [Wanted(layer, reach) for layer in (SAME, BEFORE, FAR) for reach in (0, 1, None)]
-    return probe(Oracle().eval(), CODES, GRAMMAR, np.random.default_rng(0), SMALL, wanted)
+    return probe(Oracle().eval(), CODES, GRAMMAR, np.random.default_rng(0), SMALL, wanted)[0]
 
 
 @pytest.mark.parametrize("reach", [0, 1, 2, 40, None])
@@ -178,7 +180,7 @@ def test_a_shuffled_probe_knows_what_positions_tell() -> None:
     rng, wanted = np.random.default_rng(2), [Wanted(PLACED, 0, shuffled=True), Wanted(PLACED, 0)]
     config = SMALL.model_copy(update={"steps": 1000, "learning_rate": 0.01})
     trained = train_probes(Oracle().eval(), CODES, GRAMMAR, rng, config, wanted)
-    table = evaluate_probes(Oracle().eval(), CODES, GRAMMAR, rng, trained, strings=2000, rows=500)
+    table = accuracies(evaluate_probes(Oracle().eval(), CODES, GRAMMAR, rng, trained, strings=2000, rows=500))
     given, below = sample(GRAMMAR, np.random.default_rng(3), 20_000), 0
     for row in table.filter("shuffled").iter_rows(named=True):
         expected = by_position(given, row["target"], row["level"], "all")
@@ -193,7 +195,11 @@ def test_what_is_trained_together_is_what_is_trained_alone() -> None:
     model, config = Oracle().eval(), SMALL.model_copy(update={"steps": 5})
     wanted = [Wanted(SAME, None), Wanted(FAR, 1), Wanted(SAME, None, shuffled=True)]
     steps: list[int] = []
-    together = train_probes(model, CODES, GRAMMAR, np.random.default_rng(7), config, wanted, steps.append)
+
+    def note(step: int, probes: object) -> None:
+        steps.append(step)
+
+    together = train_probes(model, CODES, GRAMMAR, np.random.default_rng(7), config, wanted, note)
     assert model.passes == 5
     assert steps == [1, 2, 3, 4, 5]
     for want in wanted:
@@ -222,9 +228,9 @@ def test_a_probe_of_a_real_model(bidirectional: bool) -> None:
     model, config = tiny(bidirectional), SMALL.model_copy(update={"steps": 20, "strings": 50})
     before = [p.clone() for p in model.parameters()]
     wanted = [Wanted(-1, None), Wanted(0, 0), Wanted(1, 1, shuffled=True)]
-    table = probe(model, CODES, GRAMMAR, np.random.default_rng(0), config, wanted)
-    assert table.equals(probe(model, CODES, GRAMMAR, np.random.default_rng(0), config, wanted))
-    assert not table.equals(probe(model, CODES, GRAMMAR, np.random.default_rng(1), config, wanted))
+    table, _ = probe(model, CODES, GRAMMAR, np.random.default_rng(0), config, wanted)
+    assert table.equals(probe(model, CODES, GRAMMAR, np.random.default_rng(0), config, wanted)[0])
+    assert not table.equals(probe(model, CODES, GRAMMAR, np.random.default_rng(1), config, wanted)[0])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert len(table) == 18
     for name in ("accuracy", "low", "high", "chance"):
@@ -237,7 +243,8 @@ def test_rows_at_once_change_nothing() -> None:
     config = SMALL.model_copy(update={"steps": 3})
     trained = train_probes(tiny(), CODES, GRAMMAR, np.random.default_rng(0), config, [Wanted(), Wanted(reach=1)])
     tables = [
-        evaluate_probes(tiny(), CODES, GRAMMAR, np.random.default_rng(0), trained, 40, rows) for rows in (1, 7, 40)
+        accuracies(evaluate_probes(tiny(), CODES, GRAMMAR, np.random.default_rng(0), trained, 40, rows))
+        for rows in (1, 7, 40)
     ]
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
@@ -258,9 +265,41 @@ def test_tables_count_tokens_and_base_rates() -> None:
     np.testing.assert_allclose(table["low"], 100 / (100 + 1.959964**2), atol=1e-6)
 
 
+@pytest.mark.slow
+def test_learning_is_what_shorter_trainings_give() -> None:
+    """A training of an eighth, a quarter or half of the steps ends where the whole one is tested on its way."""
+    wanted, config = [Wanted(BEFORE, 1), Wanted(SAME, 0)], SMALL.model_copy(update={"steps": 40, "strings": 60})
+    model = Oracle().eval()
+    table, curve = probe(model, CODES, GRAMMAR, np.random.default_rng(5), config, wanted)
+    assert curve["step"].unique(maintain_order=True).to_list() == [5, 10, 20, 40]
+    key = ["layer", "reach", "shuffled", "target", "level", "where"]
+    numbers = ["accuracy", "low", "high"]
+    before: pl.DataFrame | None = None
+    for step in (5, 10, 20, 40):
+        shorter = config.model_copy(update={"steps": step})
+        alone = probe(model, CODES, GRAMMAR, np.random.default_rng(5), shorter, wanted)[0].filter(target="ancestor")
+        own = curve.filter(step=step)
+        assert own.select(key + numbers).equals(alone.select(key + numbers))
+        if before is not None:
+            assert own["gain"].to_list() == pytest.approx((alone["accuracy"] - before["accuracy"]).to_list())
+        before = alone
+    assert curve.filter(step=5)["gain"].null_count() == len(curve.filter(step=5))
+    later = curve.filter(pl.col("step") > 5)
+    assert ((later["gain_low"] <= later["gain"]) & (later["gain"] <= later["gain_high"])).all()
+    assert table.filter(target="ancestor")["accuracy"].equals(curve.filter(step=40)["accuracy"])
+
+
+def test_a_probe_that_no_longer_learns_gains_nothing() -> None:
+    trained = train_probes(tiny(), CODES, GRAMMAR, np.random.default_rng(0), SMALL.model_copy(update={"steps": 2}),
+                           [Wanted()])  # fmt: skip
+    one, two = (evaluate_probes(tiny(), CODES, GRAMMAR, np.random.default_rng(0), trained, 40) for _ in range(2))
+    curve = learning({1: one, 2: two}).filter(step=2)
+    assert set(curve["gain"]) == {0}
+
+
 def test_of_strings_too_long_for_the_model_the_beginning_counts() -> None:
     config = SMALL.model_copy(update={"steps": 2, "strings": 60})
-    table = probe(tiny(positions=9), CODES, GRAMMAR, np.random.default_rng(0), config, [Wanted(), Wanted(reach=1)])
+    table, _ = probe(tiny(positions=9), CODES, GRAMMAR, np.random.default_rng(0), config, [Wanted(), Wanted(reach=1)])
     given = sample(GRAMMAR, np.random.default_rng(0).spawn(2)[1].spawn(2)[0], 60)
     ends = table.filter(pl.col("where") == "ends", pl.col("level") == 2)["tokens"].to_list()
     assert set(table.filter(pl.col("where") == "all")["tokens"]) == {60 * 8}
