@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,23 @@ def test_corrupted_tokens_are_drawn_anew() -> None:
     x = np.zeros(9000, dtype=np.int64)
     y = corrupt(x, np.random.default_rng(0), 0.15, 3)
     assert (y != 0).mean() == pytest.approx(0.1, abs=0.01)
-    assert corrupt(x, np.random.default_rng(0), 0.0, 3).tolist() == x.tolist()
+    assert corrupt(x[:0], np.random.default_rng(0), 0.15, 3).tolist() == []
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.3, 1.0])
+def test_corruption_is_conditional_on_a_change(rate: float) -> None:
+    """Frequencies of all corrupted strings equal those of independent redraws, given that one token differs."""
+    x, n, many = np.array([0, 2, 1]), 3, 20_000
+    chances = {}
+    for y in itertools.product(range(n), repeat=len(x)):
+        same = [1 - rate + rate / n if a == b else rate / n for a, b in zip(x, y, strict=True)]
+        chances[y] = float(np.prod(same)) if y != tuple(x) else 0.0
+    rng = np.random.default_rng(1)
+    drawn = Counter(tuple(corrupt(x, rng, rate, n).tolist()) for _ in range(many))
+    for y, chance in chances.items():
+        p = chance / sum(chances.values())
+        assert drawn[y] == pytest.approx(many * p, abs=4 * np.sqrt(many * p * (1 - p)) + 1e-9), y
+    assert drawn[tuple(x.tolist())] == 0
 
 
 @pytest.mark.parametrize("architecture", ["rotary", "relative", "masked"])
@@ -145,6 +163,33 @@ def test_a_run_goes_on_where_it_was_killed(architecture: Any, tmp_path: Path) ->
     codes = token_map(GRAMMAR)
     assert tokenizer.encode("1 2 3", add_special_tokens=False) == list(codes.terminals)
     assert tokenizer.encode("1 2 3") == [codes.begin, *codes.terminals]
+
+
+def fresh_training(out: Path, threads: int, architecture: str) -> dict[str, Any]:
+    """Train a small model in a process of its own; return its history."""
+    shape = TINY | {"hidden_size": 32, "rows": 32, "steps": 60, "threads": threads, "evaluate_every": 60}
+    code = f"""
+from pathlib import Path
+import numpy as np
+from nextstate.agents.grammar_training import train
+from nextstate.agents.training_config import GrammarTraining, ModelSpec
+from nextstate.envs.grammar.sources import random_grammar
+train(GrammarTraining(**{shape | {"evaluation_strings": 100}!r}), ModelSpec(architecture={architecture!r}),
+      random_grammar(np.random.default_rng(0), levels=3), Path({str(out)!r}), mode="disabled")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(json.loads((out / "history.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["rotary", "relative"])
+def test_a_training_repeats_bit_by_bit_at_a_fixed_number_of_threads(architecture: str, tmp_path: Path) -> None:
+    found = [fresh_training(tmp_path / str(k), threads, architecture) for k, threads in enumerate((2, 2, 1))]
+    assert [x["threads"] for x in found] == [2, 2, 1]
+    assert found[0]["weights"] == found[1]["weights"]
+    losses = [x["curve"][0]["loss"] for x in found]
+    assert losses[0] == pytest.approx(losses[2], abs=0.02)  # rounding apart, the same training
 
 
 def test_an_untrained_model_is_that_which_training_begins_with(tmp_path: Path) -> None:
@@ -213,5 +258,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         check_training(config, Grammar.read("S -> <mask> b"))
     with pytest.raises(GameError, match=r"rate=1\.5 is not possible"):
         Perturbation("token", 0.5, 1.5)
+    with pytest.raises(GameError, match=r"rate=0 is not possible: expected a number above 0"):
+        corrupt(np.zeros(3, dtype=np.int64), np.random.default_rng(0), 0, 3)
+    with pytest.raises(GameError, match=r"terminals=1 is not possible: expected 2 or more"):
+        corrupt(np.zeros(3, dtype=np.int64), np.random.default_rng(0), 0.1, 1)
     with pytest.raises(GameError, match="kind='word' is not possible"):
         Perturbation("word", 0.5, 0.5)  # type: ignore[arg-type]

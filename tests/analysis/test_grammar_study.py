@@ -222,6 +222,36 @@ def test_the_page_needs_the_summary_alone(whole: Run[GrammarConfig], tmp_path: P
     assert (copy / "report.html").read_text() == page
 
 
+def test_every_model_is_trained_with_every_seed(tmp_path: Path) -> None:
+    models = [{"architecture": "rotary"}, {"architecture": "rotary", "untrained": True}]
+    given = SMALL | {"models": models, "seeds": 2, "attention": {"strings": 5, "models": ["rotary"]}}
+    run = start(tmp_path / "two", given | {"seed": 4})
+    found = run.summary("models")
+    assert found["name"].to_list() == ["rotary, seed 4", "rotary, seed 5", "random, seed 4", "random, seed 5"]
+    assert found["family"].to_list() == ["rotary", "rotary", "random", "random"]
+    assert found["seed"].to_list() == [4, 5, 4, 5]
+    assert found["weights"].n_unique() == 4
+    assert len(run.keys("attention-ends/*")) == 2
+    alone = start(tmp_path / "one", SMALL | {"seed": 5})
+    assert alone.summary("models")["weights"][0] == found["weights"][1]
+    assert alone.summary("models").select("name", "family", "seed").row(0) == ("rotary", "rotary", 5)
+
+
+def test_models_of_another_run_are_measured_again(small: Run[GrammarConfig], tmp_path: Path) -> None:
+    probes = {"heads": 2, "dim": 4, "steps": 3, "rows": 4, "strings": 6}
+    again = SMALL | {"models_of": str(small.path), "probes": probes, "name": "again"}
+    run = start(tmp_path / "again", again)
+    assert run.table("training/rotary").equals(small.table("training/rotary"))
+    assert run.table("speed/rotary").equals(small.table("speed/rotary"))
+    assert run.table("diversity/rotary").equals(small.table("diversity/rotary"))
+    assert len(run.summary("probes"))
+    other = again | {"training": TINY["training"] | {"steps": 5}}
+    with pytest.raises(RunError, match=r"models_of cannot use .*rotary: its training was begun with other settings"):
+        start(tmp_path / "other", other)
+    with pytest.raises(RunError, match="no model was trained there; name a finished run with the same grammar"):
+        start(tmp_path / "none", again | {"models_of": str(tmp_path / "nowhere")})
+
+
 def test_the_same_numbers_come_out_again(whole: Run[GrammarConfig]) -> None:
     found = verify(whole.path, cells=12, seed=1)
     assert len(found) == 12
@@ -259,7 +289,7 @@ def test_what_follows_a_corrupted_prefix_is_judged_after_the_right_one(tmp_path:
     for one, other, shown in zip(clean[0], corrupted[0], clean[1], strict=True):
         assert one.tolist() == other.tolist() == shown.tolist()
         assert len(one) == 3
-    assert any((a != b).any() for a, b in zip(corrupted[0], corrupted[1], strict=True))
+    assert all((a != b).any() for a, b in zip(corrupted[0], corrupted[1], strict=True))
     assert all(len(a) == len(b) for a, b in zip(corrupted[0], corrupted[1], strict=True))
     assert [len(x) for x in nothing[0]] == [0] * 50
     draws = [np.concatenate(prefixes(run, "corrupted")[1]).tolist() for _ in range(2)]
@@ -291,6 +321,8 @@ def test_what_is_said_of_a_published_grammar() -> None:
 def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="models has rotary more than once"):
         GrammarConfig(name="x", models=[{"architecture": "rotary"}, {"architecture": "rotary"}])  # type: ignore[list-item]
+    with pytest.raises(ValidationError, match=r"seeds=2 trains all models with several seeds: remove the seed of rot"):
+        GrammarConfig(name="x", seeds=2, models=[{"architecture": "rotary", "seed": 3}])  # type: ignore[list-item]
     with pytest.raises(ValidationError, match=r"attention\.models names rope: expected some of rotary"):
         GrammarConfig(name="x", attention={"models": ["rope"]})  # type: ignore[arg-type]
     with pytest.raises(ValidationError, match=r"temperatures=.* names one twice"):
