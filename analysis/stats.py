@@ -304,3 +304,60 @@ def _unknown(band: Band, reach: float) -> Band:
 def _shaped(band: Band, ratio: Ratio) -> Band:
     shape = ratio[0].shape[1:]
     return Band(*(x.reshape(shape) for x in (band.value, band.low, band.high, band.band_low, band.band_high)))
+
+
+# --- sign-flip test of many cells
+
+
+FEWEST_PAIRS = 6  # with fewer, not even the smallest possible p is below .05
+FEW_PAIRS = 24  # with fewer, an effect of one standard deviation is missed about as often as it is found
+FLIPS = 10_000
+_ENUMERATED = 14  # with at most as many units, every combination of signs is used
+_TIED = 1e-9  # statistics that differ by less are equal: they only differ by rounding
+
+
+def sign_flip_test(
+    values: Float[np.ndarray, "unit ..."], rng: np.random.Generator, *, flips: int = FLIPS
+) -> Float[np.ndarray, ...]:
+    """Return p-values for "the mean is 0" in each cell, corrected for testing all cells.
+
+    The values of a unit must be distributed symmetrically around 0 under the null hypothesis, jointly over its cells.
+    This holds by design for differences between two conditions that are then exchangeable, however skewed each of them
+    is. The signs of whole units are flipped at random, and p is the share of flips, with the observed signs among
+    them, in which the largest |t| over the cells is at least the observed |t|. The cells are taken in the order of
+    their |t|, each compared with the maximum over itself and those after it (step-down: Westfall & Young 1993,
+    "Resampling-based multiple testing", algorithm 2.8), so that the probability of any false discovery is at most the
+    level, whichever null hypotheses hold.
+
+    Args:
+        values: one row for each unit. Cells without variance at 0 have p = 1.
+        rng: draws the signs, for more than 14 units; for fewer all combinations are used.
+        flips: number of random flips.
+
+    Returns:
+        p-values in the shape of a unit's values; NaN for fewer than `FEWEST_PAIRS` units.
+    """
+    n, shape = len(values), values.shape[1:]
+    if n < FEWEST_PAIRS:
+        return np.full(shape, np.nan)
+    flat = values.reshape(n, -1).astype(np.float64)
+    # Flips do not change a cell's sum of squares, and |t| increases with |sum| / sqrt(n * sum of squares).
+    norm = np.sqrt(n * (flat**2).sum(0))
+    unit = np.divide(flat, norm, out=np.zeros_like(flat), where=norm > 0)
+    found = np.abs(unit.sum(0))
+    order = np.argsort(-found, kind="stable")
+    unit, found = unit[:, order], found[order]
+    if n <= _ENUMERATED:  # the first sign is fixed, since |t| is the same for opposite signs
+        codes = np.arange(2 ** (n - 1))
+        signs = 1.0 - 2.0 * ((codes[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = np.concatenate([np.ones((1, n)), 1.0 - 2.0 * rng.integers(0, 2, (flips, n))])
+    reached = np.zeros(len(found))
+    size = max(1, (1 << 22) // max(1, len(found)))
+    for k in range(0, len(signs), size):
+        drawn = np.abs(signs[k : k + size] @ unit)
+        largest = np.maximum.accumulate(drawn[:, ::-1], axis=1)[:, ::-1]
+        reached += (largest >= found - _TIED).sum(0)
+    p = np.empty(len(found))
+    p[order] = np.maximum.accumulate(reached / len(signs))
+    return p.reshape(shape)

@@ -1,6 +1,7 @@
 """Transfer of heads between games: do the heads that carry state in one game carry it in another?
 
-Tables: `heads/KIND/GAME`, an exact sweep with one row for each head and pair; `transfer/KIND/GAME-to-GAME`, one row for
+Tables: `heads/KIND/GAME`, an exact sweep with one row for each head and pair (`control_patched`: patched from an
+unrelated prompt instead, for the test of which heads carry the kind); `transfer/KIND/GAME-to-GAME`, one row for
 each set of heads that is patched together and each pair of the second game. Heads are chosen on half of a game's pairs,
 and sets of heads are patched in the other half, so that no set is measured on pairs by which it was chosen.
 """
@@ -8,6 +9,7 @@ and sets of heads are patched in the other half, so that no set is measured on p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import combinations, permutations
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -24,6 +26,7 @@ from nextstate.analysis.study import Job, Skip, Study
 if TYPE_CHECKING:
     from nextstate.agents.language import LanguageModel
     from nextstate.analysis.heads.pairs import TokenPair
+    from nextstate.analysis.heads.recovery import Tested
     from nextstate.analysis.page.page import Page
 
 Heads = tuple[tuple[int, int], ...]  # layer and head of each
@@ -90,7 +93,7 @@ class Transfer(Study[TransferConfig]):
         given: Given = job.given
         pairs = _pairs(run, model, given)
         if given.heads_of is None:
-            frame = _swept(model, pairs, given)
+            frame = _swept(run, model, pairs, given)
             run.describe_model(model)  # with what was proved of longer prompts
             return frame
         theirs, own = (run.table(_key(given.kind, made)) for made in (given.heads_of, given.made))
@@ -110,25 +113,37 @@ class Transfer(Study[TransferConfig]):
         return {f"{job.key}/recovery": float(top.mean() / gap.mean())}
 
     def summarise(self, run: Run[TransferConfig]) -> dict[str, pl.DataFrame]:
+        from nextstate.analysis.heads.recovery import too_few
+
         heads, agreement, transfer = [], [], []
+        named: dict[tuple[str, str], set[tuple[int, ...]]] = {}
         for kind in run.config.kinds:
             ratios = {}
             for game, rows in run.tables(f"heads/{kind}/*").items():
                 ratios[game] = _ratio(rows)
                 band = stats.ratio_band(ratios[game], run.rng("heads", kind, game))
+                test = _tested(rows, band.value, run.rng("test", kind, game))
+                if reason := too_few(test.pairs):
+                    run.warn(f"{kind} pairs of {game}: {reason}")
                 cells = rows.unique(["layer", "head"], maintain_order=True).select(
                     pl.lit(kind).alias("kind"), pl.lit(game).alias("game"), "layer", "head"
                 )
                 names = ("value", "low", "high", "band_low", "band_high")
                 numbers = {name.replace("value", "recovery"): getattr(band, name) for name in names}
-                heads.append(cells.with_columns(**numbers, pairs=pl.lit(len(ratios[game][1]))))
+                counts = {"pairs": pl.lit(len(ratios[game][1])), "tested": pl.lit(test.pairs)}
+                known = pl.Series(test.carries) if test.known else pl.lit(None, pl.Boolean)
+                cells = cells.with_columns(**numbers, p=pl.Series(test.p).fill_nan(None), carries=known, **counts)
+                named[kind, game] = set(cells.filter("carries").select("layer", "head").iter_rows())
+                heads.append(cells)
             for one, two in combinations(ratios, 2):
                 value, ends = stats.ratio_spearman(ratios[one], ratios[two], run.rng("spearman", kind, one, two))
                 agreement.append({"kind": kind, "one": one, "two": two, "spearman": value,
                                   "spearman_low": ends[0], "spearman_high": ends[1]})  # fmt: skip
             for key in run.keys(f"transfer/{kind}/*"):
-                transfer.append({"kind": kind, **dict(zip(("heads_of", "pairs_of"), _games(key), strict=True)),
-                                 **_compared(run.table(key), run.rng(key))})  # fmt: skip
+                one, two = _games(key)
+                row = {"kind": kind, "heads_of": one, "pairs_of": two, **_compared(run.table(key), run.rng(key))}
+                chosen = {tuple(map(int, name.split("."))) for name in row["heads"].split()}
+                transfer.append(row | {"carrying": len(chosen & named[kind, one])})
         tables = {"heads": pl.concat(heads), "agreement": pl.DataFrame(agreement, schema=AGREEMENT)}
         return tables | {"transfer": pl.DataFrame(transfer, schema=TRANSFER)}
 
@@ -145,23 +160,29 @@ class Transfer(Study[TransferConfig]):
             mine = transfer.filter(kind=kind)
             above = int((mine["p"] <= ALPHA).sum())
             lead.append(
-                f"In {above} of {len(mine)} ordered pairs of games the heads that carry {kind} in the first recover "
-                f"more of it in the second than random heads of the same layers (p ≤ {ALPHA})."
+                f"In {above} of {len(mine)} ordered pairs of games the {run.config.top} heads with the largest effect "
+                f"on {kind} pairs of the first recover more in pairs of the second than random heads of the same "
+                f"layers (p ≤ {ALPHA}). {_carrying(heads.filter(kind=kind))}"
             )
         text = (
-            f"The {run.config.top} heads that carry most in one game (down) are patched together, at the answering "
-            "token, in minimal pairs of another (right); on the diagonal those are the game's own heads. 0: nothing of "
-            "the difference between both prompts is recovered; 1: all of it.\n\nHeads are chosen on one half of a "
-            "game's pairs and patched in the other half. Intervals are 95 % over pairs; “random” is the range that "
-            "holds 95 % of the random sets of as many heads of the same layers (they may hold some of the other sets' "
-            "heads), and p the share of these sets, this one included, that recover as much as the other game's heads."
+            f"The {run.config.top} heads with the largest mean effect in one game (down) are patched together, at the "
+            "answering token, in minimal pairs of another (right); on the diagonal those are the game's own heads. 0: "
+            "nothing of the difference between both prompts is recovered; 1: all of it.\n\nHeads are chosen on "
+            "one half of a game's pairs and patched in the other half. Intervals are 95 % over pairs; “random” is the "
+            "range that holds 95 % of the random sets of as many heads of the same layers (they may hold some of the "
+            "other sets' heads), and p the share of these sets, this one included, that recover as much as the other game's heads."
         )
         figures = [_matrix(transfer, kind) for kind in transfer["kind"].unique(maintain_order=True)]
         ranks = "Spearman's rank correlation of the recovery of single heads in two games, over all pairs."
+        all_heads = (
+            "The recovery of each head patched by itself, with 95 % intervals and approximate bands over all heads of "
+            "a game, which describe it. A head carries the kind if its effect from the other prompt of a pair exceeds "
+            "its effect from an unrelated prompt of the same token layout (sign-flip test of the largest |t| over all "
+            "heads of the game, p ≤ 0.05) and its recovery is at least 0.02 in absolute value."
+        )
         sections = [Section("Heads of one game in another", text, figures, transfer),
                     Section("Agreement of all heads", ranks, table=agreement),
-                    Section("All heads", "The recovery of each head patched by itself, with 95 % intervals and bands "
-                            "that hold for all heads of a game at once.", table=heads)]  # fmt: skip
+                    Section("All heads", all_heads, table=heads)]  # fmt: skip
         words = {"recovery": "(patched − base) / (source − base) of the mean logit difference between both answers."}
         return Page(f"{run.config.name}: heads of {run.config.agent} across games", lead, sections, words)
 
@@ -174,6 +195,7 @@ TRANSFER: dict[str, Any] = {
     "kind": pl.String, "heads_of": pl.String, "pairs_of": pl.String,
     **{f"{name}{end}": pl.Float64 for name in ("recovery", "own", "difference", "random") for end in _ENDS},
     "p": pl.Float64, "pairs": pl.Int64, "shared": pl.Int64, "heads": pl.String, "own_heads": pl.String,
+    "carrying": pl.Int64,
 }  # fmt: skip
 
 
@@ -204,19 +226,48 @@ def _pairs(run: Run[TransferConfig], model: LanguageModel, given: Given) -> list
     return found
 
 
-def _swept(model: LanguageModel, pairs: Sequence[TokenPair], given: Given) -> pl.DataFrame:
-    """Patch each head by itself; return one row for each head and pair that the model gets right."""
-    from nextstate.analysis.heads.patch import sweep
+def _carrying(heads: pl.DataFrame) -> str:
+    """Return how many heads of each game carry a kind."""
+    found = heads.group_by("game", maintain_order=True).agg(pl.col("carries").sum(), pl.col("p").count(), n=pl.len())
+    return "Heads that carry it: " + "; ".join(
+        f"{carries} of {n} in {game}" if tested else f"not tested in {game}"
+        for game, carries, tested, n in found.iter_rows()
+    ) + "."  # fmt: skip
 
-    found = sweep(model, pairs, vocabulary=False)
+
+def _tested(rows: pl.DataFrame, value: np.ndarray[Any, Any], rng: np.random.Generator) -> Tested:
+    from nextstate.analysis.heads.recovery import carried
+
+    n = rows["pair"].n_unique()
+    base, patched, control = (
+        rows[x].to_numpy().reshape(-1, n).T for x in ("base", "patched", "control_patched")
+    )  # [pair head]
+    return carried(patched - base, control - base, value, rng)
+
+
+def _swept(run: Run[TransferConfig], model: LanguageModel, pairs: Sequence[TokenPair], given: Given) -> pl.DataFrame:
+    """Patch each head by itself; return one row for each head and pair that the model gets right."""
+    from nextstate.analysis.heads.config import CONTROL_ROUNDS
+    from nextstate.analysis.heads.controls import control_prompts
+    from nextstate.analysis.heads.patch import sweep
+    from nextstate.analysis.heads.routing import baseline, prefers
+
+    kind, made, rng = given.kind, given.made, run.rng("controls", given.kind, given.made.slug)
+    right = [(i, pairs[i]) for i in prefers(*baseline(model, pairs)).nonzero()[0].tolist()]
+    controls = control_prompts(model, right, lambda _: made.game.contrast(rng, kind, steps=given.steps), CONTROL_ROUNDS)
+    pairs = [replace(pair, control=controls.get(i, ())) for i, pair in enumerate(pairs)]
+    found = sweep(model, pairs, controls=bool(controls), vocabulary=False)
     kept = found.kept.nonzero()[0].tolist()
     if len(kept) < MIN_PAIRS:
         raise Skip(f"{model.name} gets {len(kept)} pairs of {given.made.slug} right, but {MIN_PAIRS} are needed")
     cells = [(layer, head) for layer in found.layers for head in range(found.patched.difference.shape[2])]
     columns = {"layer": [layer for layer, _ in cells], "head": [head for _, head in cells]}
-    patched = found.patched.difference[kept, ..., 0].reshape(len(kept), -1).T
+    unrelated = found.control_patched
+    if unrelated is None:
+        unrelated = np.full_like(found.patched.difference, np.nan)
+    patched, control = (x[kept, ..., 0].reshape(len(kept), -1).T for x in (found.patched.difference, unrelated))
     rows = _rows(columns, kept, found.base.difference, found.source.difference, patched)
-    return rows.with_columns(chooses=pl.col("pair").is_in(kept[::2]))
+    return rows.with_columns(chooses=pl.col("pair").is_in(kept[::2]), control_patched=pl.Series(control.ravel()))
 
 
 def _rows(columns: dict[str, Any], kept: Sequence[int], base: Any, source: Any, patched: Any) -> pl.DataFrame:

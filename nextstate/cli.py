@@ -194,7 +194,7 @@ def _show(frame: pl.DataFrame) -> None:
     Where two columns hold text, there is one table for each value of the first.
     """
     if frame.is_empty():
-        console.print("The headline has no rows: nothing is significant.")
+        console.print("The headline has no rows: see the page for the reason.")
         return
     text = [name for name, kind in frame.schema.items() if not kind.is_numeric()]
     groups = frame.partition_by(text[0], maintain_order=True) if len(text) > 1 else [frame]

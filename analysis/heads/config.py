@@ -15,7 +15,10 @@ from nextstate.envs.game import Game
 PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # lengths of the published state pairs
 PAPER_DISTANCES = (1, 5, 10, 20, 40)  # distances of the published noop pairs
 SHOWN = 12  # most heads whose attention is kept
-MIN_EFFECT = 0.02  # recoveries of smaller size are never significant, however narrow their band
+PAPER_TRIALS = 5  # trials of each length in the published aggregation, of which at most one is patched
+MIN_EFFECT = 0.02  # a head with a smaller recovery is never said to carry anything, however small its p
+ADVISED_PAIRS = 48  # as the documentation says; 96 before saying that no head carries
+CONTROL_ROUNDS = 20  # most fresh prompts drawn for each pair in search of a control of the same layout
 EXAMPLES = 2  # pairs of each kind shown on the page
 PATCHES = ("denoise", "noise")  # the other directions ablate
 SITES = ("head", "resid_pre", "attn_out", "mlp_out")
@@ -26,7 +29,10 @@ class PatchConfig(ModelRunConfig):
 
     game: str = Field("DFA", description="name of a game, or pkg.module:Name")
     game_args: dict[str, Any] = Field({}, description="settings of the game")
-    pairs: int = Field(64, ge=2, le=100_000, description="pairs of each kind; published designs have fixed numbers")
+    pairs: int = Field(
+        64, ge=2, le=100_000, description="pairs of each kind and design; 48 are advised, and 96 before saying that no "
+        "head carries"
+    )  # fmt: skip
     kinds: list[Literal["state", "action", "name", "noop"]] = Field(
         default=["state", "action", "name", "noop"],
         min_length=1,
@@ -35,6 +41,10 @@ class PatchConfig(ModelRunConfig):
     designs: list[Literal["balanced", "paper"]] = Field(
         default=["balanced"], min_length=1, description="our own design of pairs, or the published one"
     )
+    aggregate: Literal["mean", "sum"] = Field(
+        "mean", description="how effects of published pairs are added up: by our ratio of means over pairs, or also, "
+        "beside it, as published: the sum of the scores of at most one patched trial for each length"
+    )  # fmt: skip
     directions: list[Literal["denoise", "noise", "zero", "mean", "resample"]] = Field(
         default=["denoise", "noise"], min_length=1, description="zero, mean and resample ablate heads at all positions"
     )
@@ -52,6 +62,8 @@ class PatchConfig(ModelRunConfig):
             given = getattr(self, name)
             if len(set(given)) < len(given):
                 raise ValueError(f"{name}={given} names one twice")
+        if self.aggregate == "sum" and "paper" not in self.designs:
+            raise ValueError(f"aggregate=sum is for published pairs, but designs={self.designs}: add paper to designs")
         return self
 
 
@@ -75,6 +87,11 @@ class Sweeping(NamedTuple):
         """The key of the table of its pairs."""
         return f"pairs/{self.design}-{self.kind}"
 
+    @property
+    def tested(self) -> bool:
+        """Whether it is tested which heads carry anything, which doubles its cost."""
+        return self[2:] == ("head", "denoise", "last", True)
+
 
 def kinds_of(config: PatchConfig, game: Game) -> list[tuple[str, str]]:
     """Return the requested designs and kinds of pairs that the game has.
@@ -93,21 +110,38 @@ def kinds_of(config: PatchConfig, game: Game) -> list[tuple[str, str]]:
     return found
 
 
+def published_sizes(kind: str) -> tuple[dict[str, int], ...]:
+    """Return the published lengths of a kind of pairs, as arguments of `Game.contrast`."""
+    if kind == "state":
+        return tuple({"steps": steps} for steps in PAPER_STEPS)
+    return tuple({"distance": distance} for distance in PAPER_DISTANCES)
+
+
 def draw(config: PatchConfig, game: Game, design: str, kind: str, rng: np.random.Generator) -> list[Pair]:
-    """Draw the pairs of one kind. There is one published pair for each length, used in both directions.
+    """Draw the pairs of one kind; those of the published design go through its lengths in turn.
+
+    Raises:
+        GameError: the game cannot make such pairs.
+    """
+    return [draw_one(config, game, design, kind, rng, number) for number in range(config.pairs)]
+
+
+def draw_one(
+    config: PatchConfig, game: Game, design: str, kind: str, rng: np.random.Generator, number: int = 0
+) -> Pair:
+    """Draw a pair with the length of pair `number` of a run.
 
     Raises:
         GameError: the game cannot make such pairs.
     """
     if design == "paper":
-        sizes = [{"steps": s} for s in PAPER_STEPS] if kind == "state" else [{"distance": d} for d in PAPER_DISTANCES]
-        pairs = [game.contrast(np.random.default_rng(0), kind, design, **size) for size in sizes]
-        return [p for pair in pairs for p in (pair, pair.swapped())]
+        sizes = published_sizes(kind)
+        return game.contrast(rng, kind, design, **sizes[number % len(sizes)])
     steps, distance = config.steps, None
     if kind == "noop":
         distance = config.distance or min(5, (game.max_steps or 6) - 1)
         steps = None if steps is None or game.max_steps else steps + distance
-    return [game.contrast(rng, kind, design, steps=steps, distance=distance) for _ in range(config.pairs)]
+    return game.contrast(rng, kind, design, steps=steps, distance=distance)
 
 
 def sweeps_of(config: PatchConfig, kinds: Sequence[tuple[str, str]]) -> Iterator[Sweeping]:

@@ -14,26 +14,25 @@ import plotly.graph_objects as go
 import polars as pl
 
 from nextstate.analysis.figures import layout, plain, rgba, rounded
-from nextstate.analysis.heads.config import MIN_EFFECT
 
-COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "unclear": "#8c8c8c", "": "#8c8c8c"}
+COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "": "#8c8c8c"}
 LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: safe for colour-blind readers
 MIN_LABELLED = 0.05  # least absolute recovery of a head whose point is labelled
 DIRECTIONS = {"denoise": "denoised", "noise": "noised"}
 CELL = (
     "recovery %{customdata[0]:.3f} (95 % interval %{customdata[1]:.3f} to %{customdata[2]:.3f})<br>"
-    "simultaneous 95 % band %{customdata[3]:.3f} to %{customdata[4]:.3f}<br>"
+    "simultaneous 95 % band %{customdata[3]:.3f} to %{customdata[4]:.3f}"
     "%{customdata[5]}%{customdata[6]}<extra></extra>"
 )
 
 
 def _hover(rows: pl.DataFrame) -> list[list[Any]]:
-    significant = ["significant" if s else "not significant" for s in rows["significant"]]
+    tests = ["" if p is None else f"<br>p = {p:.4f}{', carries' if c else ''}" for p, c in rows["p", "carries"].rows()]
     numbers = rows.select("recovery", "low", "high", "band_low", "band_high").rows()
     flips = [
         "" if f is None else f"<br>changes the greedy answer in {100 * f:.0f} % of the pairs" for f in rows["flips"]
     ]
-    words = zip(significant, flips, strict=True)
+    words = zip(tests, flips, strict=True)
     return [[*(round(x, 4) for x in row), *text] for row, text in zip(numbers, words, strict=True)]
 
 
@@ -43,11 +42,10 @@ def head_map(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
     Args:
         rows: of a sweep with one column, as `nextstate.analysis.heads.tables.sweep_rows` returns them.
         title: title of the figure.
-        reach: the colours run from -reach to reach. Circles mark heads whose simultaneous band excludes 0 and whose
-            recovery is at least `MIN_EFFECT` in absolute value.
+        reach: the colours run from -reach to reach. Circles mark heads that carry what the prompts differ in.
     """
     layers, heads = rows["layer"].n_unique(), rows["head"].n_unique()
-    marks = rows.filter(pl.col("significant") & (pl.col("recovery").abs() >= MIN_EFFECT))
+    marks = rows.filter("carries")
     size = 7 if heads <= 16 else 4
     traces = [
         _map(rows, "head", [str(h) for h in range(heads)], "layer %{y}, head %{x}<br>" + CELL, reach),
@@ -144,7 +142,7 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
     Args:
         table: as `nextstate.analysis.heads.routing.head_table` returns it.
         title: title of the figure.
-        name: whether to label significant heads with their layer and number.
+        name: whether to label heads that carry something with their layer and number.
     """
     ends = [*table["state"], *table["action"], 0.0]
     low, high = min(ends), max(*ends, 0.1)
@@ -156,7 +154,6 @@ def against(table: pl.DataFrame, title: str, name: bool = True) -> go.Figure:
         ("state", "circle"),
         ("action", "square"),
         ("both", "diamond"),
-        ("unclear", "circle-open"),
     ):
         rows = table.filter(pl.col("carries") == label)
         hover_data = [

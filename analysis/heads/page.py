@@ -8,11 +8,11 @@ from typing import Any
 import polars as pl
 
 from nextstate.analysis.heads import figures
-from nextstate.analysis.heads.config import MIN_EFFECT, PatchConfig, main_first
+from nextstate.analysis.heads.config import ADVISED_PAIRS, MIN_EFFECT, PatchConfig, main_first
+from nextstate.analysis.heads.recovery import too_few
 from nextstate.analysis.page.page import FigureList, Page, Plot
 from nextstate.analysis.run import Run
 
-MIN_PAIRS = 20  # with fewer pairs the intervals are too narrow
 ROWS = 3000  # most rows of the table of heads on the page
 ABLATIONS = ("zero", "mean", "resample")
 LAYERS = {
@@ -43,8 +43,8 @@ def page(run: Run[PatchConfig]) -> Page:
         "attention": _attention(found["attention"], heads),
         "heads": shown.rows(named=True),
         "left": len(heads) - len(shown),
-        "few": MIN_PAIRS,
         "least": MIN_EFFECT,
+        "enough": 2 * ADVISED_PAIRS,
         "sweeps": sweeps.select("design", "kind", "site", "direction", "where", "exact").n_unique(),
         "control": sweeps.filter("exact")["control"].drop_nans().max(),
     }
@@ -59,21 +59,22 @@ def _reasons(excluded: pl.DataFrame, row: dict[str, Any]) -> list[tuple[str, int
 def headline(
     run: Run[PatchConfig], counts: list[dict[str, Any]], sweeps: pl.DataFrame, heads: pl.DataFrame
 ) -> dict[str, Any]:
-    """Return the numbers of the first paragraphs: the significant heads of each kind, and the summed recoveries."""
+    """Return the numbers of the first paragraphs: the heads that carry each kind, and the summed recoveries."""
     design = main_first(list(dict.fromkeys(c["design"] for c in counts)))[0]
     out: dict[str, Any] = {"design": design, "kinds": {}, "routing": None, "share": None}
     for row in (c for c in counts if c["design"] == design and c["kind"] in ("state", "action")):
         own = sweeps.filter(design=design, kind=row["kind"], site="head", direction="denoise", where="last", exact=True)
-        best = own.filter(pl.col("significant") & (pl.col("recovery").abs() >= MIN_EFFECT))
+        best, tested = own.filter("carries").sort("recovery", descending=True), own["tested"].max() or 0
         out["kinds"][row["kind"]] = {
-            "counts": row, "heads": best.sort("recovery", descending=True).rows(named=True), "of": len(own),
+            "counts": row, "heads": best.rows(named=True), "of": len(own), "tested": tested,
+            "known": own["carries"].null_count() < len(own), "few": too_few(tested),
             "total": float(own["recovery"].sum()) if len(own) else None,
         }  # fmt: skip
     if len(heads):
+        out["known"] = all(heads[f"{kind}_p"].null_count() < len(heads) for kind in ("state", "action"))
         order = heads.sort(pl.max_horizontal("state", "action"), descending=True, maintain_order=True)
         out["routing"] = {
-            label: order.filter(carries=label).select("layer", "head").rows()
-            for label in ("state", "action", "both", "unclear")
+            label: order.filter(carries=label).select("layer", "head").rows() for label in ("state", "action", "both")
         }
         sums = [float(heads[kind].clip(0, None).sum()) for kind in ("state", "action")]
         out["share"] = sums[0] / sum(sums) if sum(sums) > 0 else None

@@ -30,6 +30,8 @@ class TokenPair:
         answer: the token that answers the clean prompt.
         other: the token that answers the corrupted one.
         roles: positions by name, the same in both prompts; "last" is always included.
+        control: tokens of an unrelated prompt of the same length, whose activations `sweep` can patch in for
+            comparison; empty if there is none.
 
     Raises:
         PatchError: the prompts do not form a pair.
@@ -40,11 +42,14 @@ class TokenPair:
     answer: int
     other: int
     roles: Mapping[str, int] = field(default_factory=dict)
+    control: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.clean)
         if n != len(self.corrupted):
             raise PatchError(f"a pair of unequal length: clean has {n} tokens, corrupted has {len(self.corrupted)}")
+        if self.control and len(self.control) != n:
+            raise PatchError(f"the control has {len(self.control)} tokens: expected {n}, as in the pair, or none")
         if self.clean == self.corrupted:
             raise PatchError(f"clean and corrupted are the same {n} tokens: there is nothing to patch")
         if self.answer == self.other:

@@ -38,6 +38,7 @@ class _Results(NamedTuple):
     base: Readout
     source: Readout
     patched: Readout
+    control: Float[np.ndarray, "pair layer head column"] | None
     kept: Bool[np.ndarray, " pair"]
 
 
@@ -50,6 +51,7 @@ def sweep(
     direction: Direction = "denoise",
     layers: Sequence[int] | None = None,
     failures: Failures = "exclude",
+    controls: bool = False,
     vocabulary: bool = True,
     max_bytes: int = 2 << 30,
     rng: np.random.Generator | None = None,
@@ -69,6 +71,9 @@ def sweep(
         layers: layers to sweep, by default all that have the site; they must have equal numbers of heads.
         failures: whether to "exclude" or "include" pairs in which the model prefers the wrong answer. They are counted
             in `Sweep.failed` in both cases.
+        controls: also patch from each pair's `control` prompt, into the same base run, for `Sweep.control_patched` and
+            the test of `nextstate.analysis.heads.recovery`. This doubles the number of copies. It needs pairs that have
+            a control, a direction that patches, and positions other than "all".
         vocabulary: also compute the probability of the answer and the greedy token. This needs the logits of the whole
             vocabulary for every copy, a considerable part of the work in small models.
         max_bytes: bound on the memory of a sweep in addition to the model: keys, values and kept activations of the
@@ -77,16 +82,17 @@ def sweep(
         rng: draws the partners of "resample".
 
     Raises:
-        PatchError: the model fails on all pairs (with failures="exclude"), pairs do not fit the positions, memory
-            runs out for a single copy, or a control fails.
+        PatchError: the model fails on all pairs (with failures="exclude"), pairs do not fit the positions, controls
+            are asked for where there are none, memory runs out for a single copy, or a control run fails.
         AgentError: no road reproduces the plain forward passes of the model.
         SiteError: the model or a layer has no such site.
     """
     chosen = _checked(model, pairs, site, direction, layers, failures)
     columns, groups = plan(pairs, positions, direction)
     donor = _donor(model, pairs, groups, site, direction, rng)
+    unrelated = _unrelated(model, pairs, groups, site, direction) if controls else None
     copies = [Copy(layer, head) for layer in chosen for head in range(model.sites.shape(site, layer)[0])]
-    found = _results(model, pairs, chosen, site, columns)
+    found = _results(model, pairs, chosen, site, columns, controls)
     worst = 0.0
 
     def work(group: Group, most: int) -> None:
@@ -96,19 +102,28 @@ def sweep(
         if not len(rows):
             return
         group = replace(group, pairs=tuple(rows.tolist()))
-        only = None if vocabulary else torch.stack([answer, other], 1)
+        whole = group.whole
+
+        def run(part: Sequence[Copy], values: dict[int, Activation], start: int, full: bool) -> Readout:
+            nonlocal worst
+            only = None if full else torch.stack([answer, other], 1)
+            logits, error = run_copies(model, runs, site, part, values, start, whole, only)
+            worst = max(worst, error)
+            got = read(logits, answer, other, full)
+            # Relative to the control of the same pass, since rounding in half precision depends on the batch shape.
+            drift = got.difference[:, :1] - found.base.difference[rows, None]
+            return Readout(got.difference[:, 2:] - drift, got.probability[:, 2:], got.greedy[:, 2:])
+
         for column, start in group.starts:
             values = donor(group, column) if donor else runs.taken
+            others = unrelated(group, column) if unrelated else None
             room = max(1, min(most, ROW_TOKENS // (group.length - start) - 2))
             for k in range(0, len(copies), room):
                 part = copies[k : k + room]
-                logits, error = run_copies(model, runs, site, part, values, start, group.whole, only)
-                worst = max(worst, error)
-                got = read(logits, answer, other, vocabulary)
-                # Relative to the control of the same pass, since rounding in half precision depends on the batch shape.
-                drift = got.difference[:, :1] - found.base.difference[rows, None]
                 at = (rows[:, None], [chosen.index(c.layer) for c in part], [c.head for c in part], column)
-                found.patched.put(at, Readout(got.difference[:, 2:] - drift, got.probability[:, 2:], got.greedy[:, 2:]))
+                found.patched.put(at, run(part, values, start, vocabulary))
+                if others is not None and found.control is not None:
+                    found.control[at] = run(part, others, start, False).difference
 
     for group in groups:
         for part, most in _fitting(model, group, site, len(copies), max_bytes):
@@ -218,11 +233,17 @@ def _checked(
 
 
 def _results(
-    model: LanguageModel, pairs: Sequence[TokenPair], layers: tuple[int, ...], site: Site, columns: tuple[str, ...]
+    model: LanguageModel,
+    pairs: Sequence[TokenPair],
+    layers: tuple[int, ...],
+    site: Site,
+    columns: tuple[str, ...],
+    controls: bool = False,
 ) -> _Results:
     n, heads = len(pairs), model.sites.shape(site, layers[0])[0]
     patched = Readout.empty(n, len(layers), heads, len(columns))
-    return _Results(Readout.empty(n), Readout.empty(n), patched, np.zeros(n, dtype=bool))
+    control = np.full(patched.difference.shape, np.nan) if controls else None
+    return _Results(Readout.empty(n), Readout.empty(n), patched, control, np.zeros(n, dtype=bool))
 
 
 def _base(
@@ -282,9 +303,11 @@ def _finish(
             'use an easier game setting, or failures="include"'
         )
     answers, failed = tuple(p.answer for p in pairs), _failed(found, direction)
+    if found.control is not None:
+        found.control[[not pair.control for pair in pairs]] = np.nan
     return Sweep(
         site, direction, layers, columns, found.base, found.source, found.patched, failed, found.kept, answers, exact,
-        control,
+        control, found.control,
     )  # fmt: skip
 
 
@@ -306,15 +329,7 @@ def _donor(
     layers, like = sites.layers_with(site), {"dtype": model.model.dtype, "device": model.device}
     seen: dict[int, Float[Tensor, "pair column head dim"]] = {}
     if direction != "zero":
-        width = groups[0].length if groups[0].whole else len(groups[0].starts)
-        seen = {layer: torch.zeros(n, width, *sites.shape(site, layer), **like) for layer in layers}
-        for group in groups:
-            where = list(range(group.length)) if group.whole else [start for _, start in group.starts]
-            size = max(1, model.batch_tokens // group.length)
-            for k in range(0, len(group.pairs), size):
-                rows = list(group.pairs[k : k + size])
-                for layer, x in site_values(model, np.array([pairs[i].clean for i in rows]), site).items():
-                    seen[layer][rows] = x[:, where]
+        seen = _seen(model, [pair.clean for pair in pairs], groups, site)
         if direction == "mean":
             seen = {layer: x.float().mean(0, keepdim=True).to(x.dtype).expand_as(x) for layer, x in seen.items()}
         elif rng is None or n < 2:
@@ -335,6 +350,49 @@ def _donor(
         return out
 
     return values
+
+
+def _unrelated(
+    model: LanguageModel, pairs: Sequence[TokenPair], groups: Sequence[Group], site: Site, direction: Direction
+) -> Donor:
+    """Return a function that gives the activations of the pairs' control prompts, as `_donor` does."""
+    if direction not in PATCHES or groups[0].whole or not any(pair.control for pair in pairs):
+        raise PatchError(
+            f"controls=True is not possible with direction={direction!r}, positions="
+            f"{'all' if groups[0].whole else 'given'!r} and {sum(bool(p.control) for p in pairs)} pairs that have a "
+            "control: expected denoise or noise, positions other than 'all', and at least one such pair"
+        )
+    seen = _seen(model, [pair.control or pair.clean for pair in pairs], groups, site)
+
+    def values(group: Group, column: int) -> dict[int, Activation]:
+        rows, late = list(group.pairs), dict(group.starts)[column] - group.first
+        out = {layer: x.new_zeros(len(rows), group.length - group.first, *x.shape[2:]) for layer, x in seen.items()}
+        for layer, x in seen.items():
+            out[layer][:, late] = x[rows, column]
+        return out
+
+    return values
+
+
+def _seen(
+    model: LanguageModel, prompts: Sequence[tuple[int, ...]], groups: Sequence[Group], site: Site
+) -> dict[int, Float[Tensor, "pair column head dim"]]:
+    """Return the activations of one prompt for each pair, at the positions of the columns (or at all), by layer."""
+    width = groups[0].length if groups[0].whole else 1 + max(column for g in groups for column, _ in g.starts)
+    like = {"dtype": model.model.dtype, "device": model.device}
+    out = {
+        layer: torch.zeros(len(prompts), width, *model.sites.shape(site, layer), **like)
+        for layer in model.sites.layers_with(site)
+    }
+    for group in groups:
+        cells = [(i, i) for i in range(group.length)] if group.whole else group.starts
+        columns, where = (list(x) for x in zip(*cells, strict=True))
+        size = max(1, model.batch_tokens // group.length)
+        for k in range(0, len(group.pairs), size):
+            rows = list(group.pairs[k : k + size])
+            for layer, x in site_values(model, np.array([prompts[i] for i in rows]), site).items():
+                out[layer][torch.tensor(rows)[:, None], columns] = x[:, where]
+    return out
 
 
 def _fitting(

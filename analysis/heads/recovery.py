@@ -1,9 +1,15 @@
-"""Outputs of patched runs, and the share of the difference between two prompts that each patch recovers."""
+"""Outputs of patched runs, the share of the difference between two prompts that each patch recovers, and its test.
+
+The recovery of a cell is a description: a ratio of means with bootstrap intervals. Whether a cell *carries* what the
+prompts of the pairs differ in is decided by a test (`carried`): its effect from the other prompt of the pair must
+exceed its effect from an unrelated prompt of the same layout. For a cell whose content says nothing of the answer the
+two prompts are exchangeable, so the difference of the effects is symmetric around 0, however skewed they are.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -13,6 +19,7 @@ from torch import Tensor
 
 from nextstate.agents.sites import Site
 from nextstate.analysis import stats
+from nextstate.analysis.heads.config import ADVISED_PAIRS, MIN_EFFECT
 from nextstate.analysis.heads.pairs import Direction, PatchError
 
 
@@ -72,7 +79,8 @@ class Sweep:
 
     `patched` has axes [pair layer head column]; sites without heads have one head. A column is a role, a position, or
     all positions together. `base` and `source` have the axis [pair]: base is the run that is patched, source the run on
-    the other prompt. Excluded pairs are NaN in `patched`.
+    the other prompt. Excluded pairs are NaN in `patched`. `control_patched` has the logit differences with the
+    activations of each pair's control prompt instead, NaN for pairs without one; None if controls were not run.
     """
 
     site: Site
@@ -86,7 +94,8 @@ class Sweep:
     kept: Bool[np.ndarray, " pair"]
     answers: tuple[int, ...]  # token that answers the clean prompt, for each pair
     exact: bool  # False for a gradient-based estimate
-    control: float  # largest error of the controls, as a share of the range of the logits; NaN without controls
+    control: float  # largest error of the control runs, as a share of the range of the logits; NaN without them
+    control_patched: Float[np.ndarray, "pair layer head column"] | None = None
 
     @property
     def flips(self) -> Float[np.ndarray, "layer head column"]:
@@ -105,51 +114,122 @@ class Sweep:
         return np.asarray((self.patched.probability[self.kept] - before).mean(0), dtype=np.float64)
 
 
+class Tested(NamedTuple):
+    """Result of the test of which cells carry what the prompts differ in; arrays have one element for each cell."""
+
+    pairs: int  # pairs with a control, over which cells are tested
+    p: Float[np.ndarray, ...]  # corrected for testing all cells; NaN for fewer pairs than `stats.FEWEST_PAIRS`
+    carries: Bool[np.ndarray, ...]  # False if the cells were not tested
+
+    @property
+    def known(self) -> bool:
+        """Whether the cells were tested."""
+        return self.pairs >= stats.FEWEST_PAIRS
+
+
 @dataclass(frozen=True)
 class Recovery(stats.Band):
     """Share of the logit difference between the two prompts that each patch restores: 0 none, 1 all of it.
 
-    All arrays have axes [layer head column].
+    All arrays have axes [layer head column]. Intervals and band describe the recovery; `test` is the decision.
     """
 
     pairs: int  # number of pairs that are counted
     failed: int  # pairs on which the model fails
     left_out: int  # pairs that are not counted
-
-    @classmethod
-    def of(cls, sweep: Sweep, band: stats.Band) -> Recovery:
-        """Return the band of a sweep's recovery, with the numbers of its pairs."""
-        kept = int(sweep.kept.sum())
-        return cls(**vars(band), pairs=kept, failed=int(sweep.failed.sum()), left_out=len(sweep.kept) - kept)
+    test: Tested
 
 
 def changes(sweep: Sweep) -> stats.Ratio:
     """Return, for each kept pair, patched - base of every cell, and source - base, of the logit differences.
 
     Raises:
-        PatchError: both prompts have the same mean logit difference, so recovery is undefined.
+        PatchError: the mean difference between the prompts is within noise, so recovery is undefined.
     """
     base, source = sweep.base.difference[sweep.kept], sweep.source.difference[sweep.kept]
     gap = source - base
-    if abs(gap.mean()) < 1e-9 * max(1.0, float(np.abs(base).max())):
-        raise PatchError(f"base and source run have the same mean logit difference {base.mean():.3g} over {len(base)} "
-                         "pairs: there is nothing to recover")  # fmt: skip
+    low, high = stats.student(gap)
+    if not (low > 0 or high < 0):  # also raises for one pair, whose noise is not known
+        raise PatchError(
+            f"the mean logit difference of the source run exceeds that of the base run by {gap.mean():.3g} (95 % "
+            f"interval {low:.3g} to {high:.3g}) over {len(gap)} {'pair' if len(gap) == 1 else 'pairs'}, which cannot "
+            "be distinguished from 0: there is nothing to recover"
+        )
     return sweep.patched.difference[sweep.kept] - base[:, None, None, None], gap
 
 
 def recovery(sweep: Sweep, rng: np.random.Generator, *, level: float = stats.LEVEL, resamples: int = 2000) -> Recovery:
     """Return (patched - base) / (source - base) of the mean logit differences, with intervals over pairs.
 
-    Intervals and band are those of `nextstate.analysis.stats.ratio_band`, which also describes the arguments.
+    Intervals and band are those of `nextstate.analysis.stats.ratio_band`, which also describes the arguments; the test
+    is that of `carried`.
 
     Raises:
-        PatchError: both prompts have the same mean logit difference, so recovery is undefined.
+        PatchError: the mean difference between the prompts is within noise, so recovery is undefined.
     """
-    return Recovery.of(sweep, stats.ratio_band(changes(sweep), rng, level=level, draws=resamples))
+    top, gap = changes(sweep)
+    band = stats.ratio_band((top, gap), rng, level=level, draws=resamples)
+    control, base = sweep.control_patched, sweep.base.difference[sweep.kept, None, None, None]
+    test = carried(top, None if control is None else control[sweep.kept] - base, band.value, rng, level=level)
+    kept = int(sweep.kept.sum())
+    return Recovery(
+        **vars(band), pairs=kept, failed=int(sweep.failed.sum()), left_out=len(sweep.kept) - kept, test=test
+    )
+
+
+def carried(
+    effect: Float[np.ndarray, "pair ..."],
+    control: Float[np.ndarray, "pair ..."] | None,
+    value: Float[np.ndarray, ...],
+    rng: np.random.Generator,
+    *,
+    level: float = stats.LEVEL,
+) -> Tested:
+    """Test which cells carry what the prompts of the pairs differ in.
+
+    A cell carries it if the effect from the other prompt minus the effect from the control prompt differs from 0 by
+    `nextstate.analysis.stats.sign_flip_test`, over all cells at once; if the former is the larger of the two in
+    absolute value (a cell that merely breaks down on unrelated content has the larger effect from the control); and if
+    its recovery is at least `MIN_EFFECT` in absolute value.
+
+    Args:
+        effect: change of the logit difference of each pair when the cell is patched from the pair's other prompt.
+        control: the same from the pair's control prompt, NaN for pairs without one; None if there are no controls.
+        value: the recovery of each cell.
+        rng: draws the flips of signs.
+        level: 1 - level is the largest probability that any cell is named that carries nothing.
+    """
+    rows = np.zeros(len(effect), dtype=bool)
+    if control is not None:
+        rows = np.isfinite(control).reshape(len(control), -1).all(1)
+    if control is None or rows.sum() < stats.FEWEST_PAIRS:
+        return Tested(int(rows.sum()), np.full(value.shape, np.nan), np.zeros(value.shape, dtype=bool))
+    ours, theirs = effect[rows], control[rows]
+    p = stats.sign_flip_test(ours - theirs, rng)
+    larger = np.abs(ours.mean(0)) > np.abs(theirs.mean(0))
+    return Tested(len(ours), p, (p <= 1 - level) & larger & (np.abs(value) >= MIN_EFFECT))
+
+
+def too_few(tested: int) -> str:
+    """Return what to say of a test over so few pairs; empty if they are enough."""
+    if tested < stats.FEWEST_PAIRS:
+        return (
+            f"not enough pairs to test which heads carry anything: {tested} can be tested, at least "
+            f"{stats.FEWEST_PAIRS} are needed and {ADVISED_PAIRS} advised"
+        )
+    if tested < stats.FEW_PAIRS:
+        return (
+            f"few pairs to test which heads carry anything: {tested}, of which the test misses most heads of moderate "
+            f"effect; {ADVISED_PAIRS} are advised"
+        )
+    return ""
 
 
 def table(sweep: Sweep, found: Recovery) -> pl.DataFrame:
-    """Return one row for each cell: its place (head is null at sites without heads) and its recovery."""
+    """Return one row for each cell: its place (head is null at sites without heads), its recovery and its test.
+
+    `p` and `carries` are null if cells were not tested.
+    """
     layer, head, column = (x.ravel() for x in np.indices(found.value.shape))
     ends = ("low", "high", "band_low", "band_high")
     columns: dict[str, Any] = {
@@ -160,13 +240,16 @@ def table(sweep: Sweep, found: Recovery) -> pl.DataFrame:
         "position": np.array(sweep.columns)[column].tolist(),
         "recovery": found.value.ravel(),
         **{end: getattr(found, end).ravel() for end in ends},
-        "significant": found.nonzero.ravel(),
+        "p": found.test.p.ravel(),
+        "carries": found.test.carries.ravel() if found.test.known else [None] * layer.size,
         "pairs": [found.pairs] * layer.size,
+        "tested": [found.test.pairs] * layer.size,
         "failed": [found.failed] * layer.size,
     }
     if (sweep.patched.greedy[sweep.kept] >= 0).all():
         columns |= {"flips": sweep.flips.ravel(), "probability": sweep.probability.ravel()}
-    return pl.DataFrame(columns, schema_overrides={"head": pl.Int64})
+    frame = pl.DataFrame(columns, schema_overrides={"head": pl.Int64, "carries": pl.Boolean})
+    return frame.with_columns(pl.col("p").fill_nan(None))
 
 
 def rank_agreement(one: Sweep, two: Sweep) -> float:

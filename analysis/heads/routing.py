@@ -1,7 +1,8 @@
 """Heads that carry state and heads that carry action: tokenised pairs, a model's answers to them, the routing score.
 
 A game's minimal pairs (`Game.contrast`) become `TokenPair`s by `token_pairs`; `nextstate.analysis.heads.patch` sweeps
-them; `routing` compares the recoveries on state pairs and on action pairs, head by head.
+them; `nextstate.analysis.heads.recovery` tests which heads carry what the prompts differ in; `routing` compares state
+pairs with action pairs, head by head.
 """
 
 from __future__ import annotations
@@ -101,13 +102,18 @@ def _joined(encoder: Encoder, pair: Pair) -> TokenPair:
     return TokenPair(clean + shared, corrupted + shared, answers[0][common], answers[1][common], roles)
 
 
+def place_of_content(pair: TokenPair) -> tuple[int, ...]:
+    """Return the number of tokens of a pair, and the positions of the roles for content (-1 where it has none)."""
+    return len(pair.clean), *(pair.roles.get(role, -1) for role in _WHAT)
+
+
 def layout(pairs: Sequence[TokenPair]) -> str | tuple[str, ...]:
     """Return which positions to sweep so that a column means the same in all pairs.
 
     "each" (every position) if all pairs have the same length and the same positions of the roles for content; otherwise
     the names of the roles that all pairs have.
     """
-    if len({(len(p.clean), tuple((r, p.roles.get(r)) for r in _WHAT)) for p in pairs}) == 1:
+    if len({place_of_content(pair) for pair in pairs}) == 1:
         return "each"
     common = set.intersection(*(set(p.roles) for p in pairs))
     where = {r: float(np.mean([p.roles[r] for p in pairs])) for r in common}
@@ -156,6 +162,7 @@ class Routing(stats.Band):
     both equally (such as a head that looks up the next state) or neither.
 
     `share` is max(state, 0) / (max(state, 0) + max(action, 0)), or NaN where both recoveries are below `MIN_EFFECT`.
+    Value, intervals and band are descriptions; `labels` states the result of the two tests.
     """
 
     state: Recovery
@@ -170,51 +177,52 @@ class Routing(stats.Band):
 
     @property
     def labels(self) -> np.ndarray[Any, Any]:
-        """What each site carries: "state", "action", "both", "unclear", or "" (nothing significant).
+        """What each site carries by the tests: "state", "action", "both" or "" (neither, or not tested).
 
-        "both": both recoveries are significant (see `significant`). "state": only the recovery on state pairs is, and
-        the band of the routing score is above 0; "action" likewise. "unclear": one is, but that band contains 0.
+        "state" means that the test on state pairs finds the site and the test on action pairs does not, which with few
+        pairs is no proof that it carries no action. The tests are those of
+        `nextstate.analysis.heads.recovery.carried`, each corrected for all sites.
         """
-        state, action = significant(self.state), significant(self.action)
-        more, less = self.band_low > 0, self.band_high < 0
-        cases = [state & action, state & more, action & less, state | action]
-        return np.select(cases, ["both", "state", "action", "unclear"], "")
-
-
-def significant(found: stats.Band) -> Bool[np.ndarray, "layer head column"]:
-    """Return where the simultaneous band excludes 0 and the absolute value is at least `MIN_EFFECT`."""
-    return np.asarray(found.nonzero & (np.abs(found.value) >= MIN_EFFECT))
+        state, action = self.state.test.carries, self.action.test.carries
+        return np.select([state & action, state, action], ["both", "state", "action"], "")
 
 
 def routing(
-    state: Sweep, action: Sweep, rng: np.random.Generator, *, level: float = 0.95, resamples: int = 2000
+    state: tuple[Sweep, Recovery],
+    action: tuple[Sweep, Recovery],
+    rng: np.random.Generator,
+    *,
+    level: float = stats.LEVEL,
+    resamples: int = 2000,
 ) -> Routing:
-    """Compare the recoveries of a sweep of state pairs and of a sweep of action pairs with the same cells.
+    """Compare the recoveries on state pairs and on action pairs, given the sweep of the same cells over each.
 
-    Intervals and bands are those of `nextstate.analysis.stats.ratio_difference_band`: the two kinds of pairs are drawn
-    independently, so they are resampled independently.
+    Intervals and band of the difference are those of `nextstate.analysis.stats.ratio_difference_band`: the two kinds of
+    pairs are drawn independently, so they are resampled independently.
 
     Raises:
         PatchError: the sweeps do not have the same cells, or one has no difference to recover.
     """
-    places = [(s.site, s.direction, s.layers, s.columns) for s in (state, action)]
+    places = [(s.site, s.direction, s.layers, s.columns) for s, _ in (state, action)]
     if places[0] != places[1]:
         raise PatchError(f"sweeps of different cells: {places[0]} and {places[1]}")
-    one, two, band = stats.ratio_difference_band(changes(state), changes(action), rng, level=level, draws=resamples)
-    return Routing(**vars(band), state=Recovery.of(state, one), action=Recovery.of(action, two))
+    tops = [changes(sweep) for sweep, _ in (state, action)]
+    *_, band = stats.ratio_difference_band(*tops, rng, level=level, draws=resamples)
+    return Routing(**vars(band), state=state[1], action=action[1])
 
 
 def head_table(found: Routing, layers: Sequence[int]) -> pl.DataFrame:
-    """Return one row for each head (or layer, at sites without heads) and column: both recoveries and the routing."""
+    """Return one row for each head (or layer, at sites without heads) and column: recoveries, tests and routing."""
     layer, head, _ = (x.ravel() for x in np.indices(found.value.shape))
     columns: dict[str, Any] = {"layer": np.array(layers)[layer], "head": head}
     for name, one in (("state", found.state), ("action", found.action)):
         columns |= {name: one.value.ravel(), f"{name}_low": one.low.ravel(), f"{name}_high": one.high.ravel()}
         columns |= {f"{name}_{end}": getattr(one, end).ravel() for end in ("band_low", "band_high")}
-        columns |= {f"{name}_significant": significant(one).ravel()}
+        columns |= {f"{name}_p": one.test.p.ravel(), f"{name}_carries": one.test.carries.ravel()}
     columns |= {"routing": found.value.ravel()}
     columns |= {f"routing_{k}": getattr(found, k).ravel() for k in ("low", "high", "band_low", "band_high")}
-    return pl.DataFrame(columns | {"share": found.share.ravel(), "carries": found.labels.ravel().tolist()})
+    frame = pl.DataFrame(columns | {"share": found.share.ravel(), "carries": found.labels.ravel().tolist()})
+    return frame.with_columns(pl.col("state_p", "action_p").fill_nan(None))
 
 
 def top_heads(table: pl.DataFrame, most: int = 3) -> list[tuple[int, int]]:
@@ -226,7 +234,7 @@ def top_heads(table: pl.DataFrame, most: int = 3) -> list[tuple[int, int]]:
     """
     out: list[tuple[int, int]] = []
     for kind in ("state", "action"):
-        best = table.filter(pl.col(f"{kind}_significant")).sort(kind, descending=True).head(most)
+        best = table.filter(pl.col(f"{kind}_carries")).sort(kind, descending=True).head(most)
         out += [row for row in best.select("layer", "head").iter_rows() if row not in out]
     return out
 

@@ -6,19 +6,33 @@ cell, `attention/DESIGN` with one row for each head and example.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from nextstate.analysis.grid import game_identity
-from nextstate.analysis.heads.config import SHOWN, PatchConfig, Sweeping, draw, kinds_of, main_first, sweeps_of
+from nextstate.analysis.heads.config import (
+    CONTROL_ROUNDS,
+    SHOWN,
+    PatchConfig,
+    Sweeping,
+    draw,
+    draw_one,
+    kinds_of,
+    main_first,
+    sweeps_of,
+)
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Skip, Study
 from nextstate.envs.contrast import Pair
 from nextstate.envs.games import make_game
 
 if TYPE_CHECKING:
+    from nextstate.agents.language import LanguageModel
+    from nextstate.analysis.heads.pairs import TokenPair
     from nextstate.analysis.page.page import Page
 
 
@@ -64,7 +78,9 @@ class Heads(Study[PatchConfig]):
         if not isinstance(job.given, Sweeping) or frame.is_empty():
             return {}
         top = frame.sort("recovery", descending=True).row(0, named=True)
-        numbers = {"largest_recovery": top["recovery"], "pairs": top["pairs"], "carry": int(frame["significant"].sum())}
+        numbers = {"largest_recovery": top["recovery"], "pairs": top["pairs"]}
+        if top["carries"] is not None:
+            numbers |= {"carry": int(frame["carries"].sum()), "tested": top["tested"]}
         return {f"{job.given.key}/{name}": value for name, value in numbers.items()}
 
     def summarise(self, run: Run[PatchConfig]) -> dict[str, pl.DataFrame]:
@@ -103,6 +119,8 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     base = baseline(model, found) if found else (Readout.empty(0), Readout.empty(0))
     words = {i: [model.tokenizer.decode([t]) for t in pair.clean] for i, pair in joined.items()}
     rows = pair_rows(design, kind, pairs, joined, reasons, base, words)
+    if any(sweep.tested for sweep in sweeps_of(run.config, [(design, kind)])):
+        _add_controls(run, model, rows, joined)
     if not any(row["kept"] for row in rows):
         reason = (
             f"{model.name} fails on all {len(found)} pairs: it never prefers the correct answer in both prompts"
@@ -114,9 +132,34 @@ def _measure(run: Run[PatchConfig], design: str, kind: str) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=PAIRS)
 
 
+def _add_controls(
+    run: Run[PatchConfig], model: LanguageModel, rows: list[dict[str, Any]], joined: Mapping[int, TokenPair]
+) -> None:
+    """Find a control prompt for each counted pair, and write it into the pair's row."""
+    from nextstate.analysis.heads.controls import control_prompts
+
+    config, kept = run.config, [(row["pair"], joined[row["pair"]]) for row in rows if row["kept"]]
+    if not kept:
+        return
+    design, kind = rows[0]["design"], rows[0]["kind"]
+    game, rng = make_game(config.game, **config.game_args), run.rng(design, kind, "control")
+    run.progress.on(f"control prompts of {design} {kind} pairs")
+    found = control_prompts(
+        model, kept, lambda number: draw_one(config, game, design, kind, rng, number), CONTROL_ROUNDS
+    )
+    for number, tokens in found.items():
+        rows[number] |= {"control_ids": list(tokens), "control_prompt": model.tokenizer.decode(list(tokens))}
+    if len(found) < len(kept):
+        run.warn(
+            f"{len(kept) - len(found)} of {len(kept)} {design} {kind} pairs have no unrelated prompt with the same "
+            f"token layout among {CONTROL_ROUNDS} draws each, and are left out of the test of heads"
+        )
+
+
 def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     from nextstate.analysis.heads.pairs import PatchError
     from nextstate.analysis.heads.patch import attribution, recovery, sweep
+    from nextstate.analysis.heads.recovery import too_few
     from nextstate.analysis.heads.routing import layout, token_pairs
     from nextstate.analysis.heads.tables import SWEEP, sweep_rows
 
@@ -128,6 +171,12 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     joined = run.once(("joined", job.pairs), lambda: token_pairs(model.encoder, _drawn(run, job.design, job.kind))[0])
     sound = rows.filter(pl.col("tokens").is_not_null())
     pairs = [pair for pair, ok in zip(joined, sound["kept"], strict=True) if ok]
+    controls = job.tested and kept["control_ids"].null_count() < len(kept)
+    if controls:
+        pairs = [
+            replace(pair, control=tuple(ids or ()))
+            for pair, ids in zip(pairs, kept["control_ids"].to_list(), strict=True)
+        ]
     if job.direction in ("mean", "resample") and kept["tokens"].n_unique() > 1:
         lengths = kept["tokens"].n_unique()
         raise Skip(f"pairs have {lengths} different lengths; {job.direction} ablation at all positions needs one")
@@ -137,7 +186,7 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     if job.exact:
         # Logits of the whole vocabulary are affordable for few copies only, so maps and ablations omit them.
         given |= {"vocabulary": job.where == "last", "max_bytes": int(config.max_gigabytes * 2**30)}
-        found = sweep(model, pairs, **given)
+        found = sweep(model, pairs, controls=controls, **given)
     else:
         found = attribution(model, pairs, **given)
     run.describe_model(model)  # including what was verified for longer prompts
@@ -145,6 +194,8 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
         recovered = recovery(found, run.rng(job.key, "bootstrap"), resamples=config.resamples)
     except PatchError as error:
         raise Skip(str(error)) from error
+    if job.tested and (reason := too_few(recovered.test.pairs)):
+        run.warn(f"{job.design} {job.kind} pairs: {reason}")
     return sweep_rows(job, found, recovered, len(sound) - len(kept))
 
 

@@ -12,7 +12,7 @@ import polars as pl
 from nextstate.agents.sites import Site
 from nextstate.analysis.heads.config import EXAMPLES, SITES, Sweeping, main_first
 from nextstate.analysis.heads.pairs import Direction, PatchError, TokenPair
-from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, rank_agreement, table
+from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, Tested, rank_agreement, table
 from nextstate.analysis.heads.routing import Routing, head_table, routing
 from nextstate.analysis.run import Run
 from nextstate.envs.contrast import Pair
@@ -22,16 +22,19 @@ PAIRS: dict[str, Any] = {
     "answer_clean": pl.String, "answer_corrupted": pl.String, "tokens": pl.Int64, "roles": pl.String,
     "pieces": pl.List(pl.String), "ids": pl.List(pl.Int64), "difference_clean": pl.Float64,
     "difference_corrupted": pl.Float64, "probability_clean": pl.Float64, "greedy_clean": pl.Boolean,
-    "greedy_corrupted": pl.Boolean, "kept": pl.Boolean, "reason": pl.String,
+    "greedy_corrupted": pl.Boolean, "kept": pl.Boolean, "reason": pl.String, "control_prompt": pl.String,
+    "control_ids": pl.List(pl.Int64),
 }  # fmt: skip
 _ENDS = ("", "_low", "_high", "_band_low", "_band_high")
 HEADS: dict[Any, Any] = {
     "layer": pl.Int64, "head": pl.Int64,
     **{f"{kind}{end}": pl.Float64 for kind in ("state", "action") for end in _ENDS},
-    "state_significant": pl.Boolean, "action_significant": pl.Boolean,
+    "state_p": pl.Float64, "state_carries": pl.Boolean, "action_p": pl.Float64, "action_carries": pl.Boolean,
     **{f"routing{end}": pl.Float64 for end in _ENDS},
     "share": pl.Float64, "carries": pl.String,
 }  # fmt: skip
+TESTS = ("state_p", "state_carries", "action_p", "action_carries", "carries")  # columns of heads, not of layers
+LAYERS: dict[Any, Any] = {"site": pl.String, **{name: kind for name, kind in HEADS.items() if name not in TESTS}}
 EFFECTS: dict[Any, Any] = {
     "design": pl.String, "kind": pl.String, "layer": pl.Int64, "head": pl.Int64, "exact": pl.Float64,
     "estimate": pl.Float64,
@@ -40,9 +43,9 @@ WRONG = "the model prefers the wrong answer in one prompt or both"
 SWEEP: dict[str, Any] = {
     "site": pl.String, "direction": pl.String, "layer": pl.Int64, "head": pl.Int64, "position": pl.String,
     "recovery": pl.Float64, "low": pl.Float64, "high": pl.Float64, "band_low": pl.Float64, "band_high": pl.Float64,
-    "significant": pl.Boolean, "pairs": pl.Int64, "failed": pl.Int64, "flips": pl.Float64, "probability": pl.Float64,
-    "design": pl.String, "kind": pl.String, "where": pl.String, "exact": pl.Boolean, "control": pl.Float64,
-    "patched": pl.List(pl.Float32),
+    "p": pl.Float64, "carries": pl.Boolean, "pairs": pl.Int64, "tested": pl.Int64, "failed": pl.Int64,
+    "flips": pl.Float64, "probability": pl.Float64, "design": pl.String, "kind": pl.String, "where": pl.String,
+    "exact": pl.Boolean, "control": pl.Float64, "patched": pl.List(pl.Float32), "control_patched": pl.List(pl.Float32),
 }  # fmt: skip
 ATTENTION: dict[str, Any] = {
     "kind": pl.String, "layer": pl.Int64, "head": pl.Int64, "tokens": pl.List(pl.String),
@@ -83,7 +86,10 @@ def pair_rows(
 
 
 def sweep_rows(job: Any, sweep: Sweep, found: Recovery, failed: int) -> pl.DataFrame:
-    """Return one row for each cell of a sweep over the kept pairs; `patched` has the logit difference of each pair.
+    """Return one row for each cell of a sweep over the kept pairs.
+
+    `patched` has the logit difference of each pair, `control_patched` that with the activation of the pair's control
+    prompt: NaN for pairs without one, null where no controls were run.
 
     Args:
         job: the `Sweeping` that was run.
@@ -92,12 +98,18 @@ def sweep_rows(job: Any, sweep: Sweep, found: Recovery, failed: int) -> pl.DataF
         failed: number of pairs on which the model fails.
     """
     n = len(sweep.base.difference)
-    patched = sweep.patched.difference.reshape(n, -1).T.astype(np.float32).tolist()
+    patched, control = (
+        None if x is None else x.reshape(n, -1).T.astype(np.float32).tolist()
+        for x in (sweep.patched.difference, sweep.control_patched)
+    )  # fmt: skip
+    lists = pl.List(pl.Float32)
     rows = table(sweep, found).with_columns(
         pl.lit(job.design).alias("design"), pl.lit(job.kind).alias("kind"), pl.lit(job.where).alias("where"),
         pl.lit(sweep.exact).alias("exact"), pl.lit(failed, dtype=pl.Int64).alias("failed"),
         pl.lit(sweep.control, dtype=pl.Float64).alias("control"),
-        pl.Series("patched", patched, dtype=pl.List(pl.Float32)),
+        pl.Series("patched", patched, dtype=lists),
+        pl.lit(None, lists).alias("control_patched") if control is None
+        else pl.Series("control_patched", control, dtype=lists),
     )  # fmt: skip
     missing = [name for name in ("flips", "probability") if name not in rows.columns]
     return rows.with_columns(pl.lit(None, dtype=pl.Float64).alias(name) for name in missing).select(list(SWEEP))
@@ -109,22 +121,41 @@ def restored(rows: pl.DataFrame, pairs: pl.DataFrame) -> Sweep:
     sides = [mine[f"difference_{side}"].to_numpy() for side in ("clean", "corrupted")]
     base, source = sides[::-1] if rows["direction"][0] == "denoise" else sides
     layers, columns = (rows[k].unique(maintain_order=True).to_list() for k in ("layer", "position"))
-    n, cells = len(mine), np.array(rows["patched"].to_list(), dtype=np.float64)
+    n = len(mine)
     patched = Readout.empty(n, len(layers), len(rows) // (len(layers) * len(columns)), len(columns))
-    patched.difference[:] = cells.T.reshape(patched.difference.shape)
+    patched.difference[:] = _by_pair(rows["patched"], patched.difference.shape)
+    control = None
+    if rows["control_patched"].null_count() == 0:
+        control = _by_pair(rows["control_patched"], patched.difference.shape)
     empty = Readout.empty(n)
     return Sweep(
         cast(Site, rows["site"][0]), cast(Direction, rows["direction"][0]), tuple(layers), tuple(columns),
         Readout(base, empty.probability, empty.greedy), Readout(source, empty.probability, empty.greedy), patched,
         np.zeros(n, dtype=bool), np.ones(n, dtype=bool), (0,) * n, bool(rows["exact"][0]), float(rows["control"][0]),
+        control,
     )  # fmt: skip
 
 
-def sweep_of(run: Run[Any], *job: Any) -> Sweep | None:
-    """Return a sweep of a run (the arguments are those of `Sweeping`), or None if it has no cells."""
+def _by_pair(lists: pl.Series, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    return np.array(lists.to_list(), dtype=np.float64).T.reshape(shape)
+
+
+def recovered(rows: pl.DataFrame) -> Recovery:
+    """Return the recovery that the rows of a sweep were made with, with its intervals and its test."""
+    shape = (rows["layer"].n_unique(), -1, rows["position"].n_unique())
+    names = ("recovery", "low", "high", "band_low", "band_high", "p")
+    *ends, p = (rows[name].to_numpy().reshape(shape) for name in names)
+    one = rows.row(0, named=True)
+    carries = np.array([bool(x) for x in rows["carries"]]).reshape(shape)  # null is False
+    test = Tested(one["tested"], p.astype(np.float64), carries)
+    return Recovery(*ends, pairs=one["pairs"], failed=one["failed"], left_out=0, test=test)
+
+
+def sweep_of(run: Run[Any], *job: Any) -> tuple[Sweep, Recovery] | None:
+    """Return a sweep of a run and its recovery (arguments are those of `Sweeping`), or None if it has no cells."""
     one = Sweeping(*job)
     rows = run.table(f"sweeps/{one.key}") if run.has(f"sweeps/{one.key}") else None
-    return None if rows is None or rows.is_empty() else restored(rows, run.table(one.pairs))
+    return None if rows is None or rows.is_empty() else (restored(rows, run.table(one.pairs)), recovered(rows))
 
 
 def routing_of(run: Run[Any], design: str, site: str, direction: str = "denoise") -> Routing | None:
@@ -154,19 +185,20 @@ def summaries(run: Run[Any]) -> dict[str, pl.DataFrame]:
     - `counts`: numbers of pairs; `excluded`: why pairs cannot be used; `examples`: a few pairs of each kind.
     - `sweeps`: every cell of every sweep; `effects`: exact and estimated effect of each head, in logits; `screens`:
       their rank correlation.
-    - `heads`, `layers`: state against action, for each head and for each whole layer (see `head_table`).
+    - `heads`, `layers`: state against action, for each head and for each whole layer (see `head_table`). Heads are
+      tested; the intervals and bands of layers are descriptions.
     - `attention`: attention of the top heads in one example of each kind.
     """
     pairs = pl.concat(run.tables("pairs/*").values())
     unusable = pairs.filter(pl.col("tokens").is_null())
     first = pairs.sort("kept", descending=True, maintain_order=True).group_by("design", "kind", maintain_order=True)
-    cells = [rows.drop("patched") for rows in run.tables("sweeps/*").values() if len(rows)]
+    cells = [rows.drop("patched", "control_patched") for rows in run.tables("sweeps/*").values() if len(rows)]
     effects, screens = [], []
     for design, kind in pairs.select("design", "kind").unique(maintain_order=True).iter_rows():
         exact, estimate = (sweep_of(run, design, kind, "head", "denoise", "last", e) for e in (True, False))
         if exact is not None and estimate is not None:
-            effects.append(effect_rows(design, kind, exact, estimate))
-            screens.append((design, kind, rank_agreement(exact, estimate)))
+            effects.append(effect_rows(design, kind, exact[0], estimate[0]))
+            screens.append((design, kind, rank_agreement(exact[0], estimate[0])))
     schema = {"design": pl.String, "kind": pl.String, "spearman": pl.Float64}
     return {
         "counts": counts_of(pairs),
@@ -174,7 +206,7 @@ def summaries(run: Run[Any]) -> dict[str, pl.DataFrame]:
             "pairs", descending=True, maintain_order=True
         ),
         "examples": first.head(EXAMPLES),
-        "sweeps": pl.concat(cells) if cells else pl.DataFrame(schema=SWEEP).drop("patched"),
+        "sweeps": pl.concat(cells) if cells else pl.DataFrame(schema=SWEEP).drop("patched", "control_patched"),
         "effects": pl.concat(effects) if effects else pl.DataFrame(schema=EFFECTS),
         "screens": pl.DataFrame(screens, schema=schema, orient="row"),
         **_routed(run),
@@ -195,19 +227,18 @@ def effect_rows(design: str, kind: str, exact: Sweep, estimate: Sweep) -> pl.Dat
 
 def _routed(run: Run[Any]) -> dict[str, pl.DataFrame]:
     """Return `heads` and `layers` of the first design that has state and action pairs; empty tables if none has."""
-    empty = pl.DataFrame(schema=HEADS)
+    empty, layers = pl.DataFrame(schema=HEADS), [pl.DataFrame(schema=LAYERS)]
     for design in main_first(run.config.designs):
         one = routing_of(run, design, "head")
         if one is None and not any(routing_of(run, design, site) for site in SITES[1:]):
             continue
         heads = empty if one is None else head_table(one, _layers(run, design, "head"))
-        layers = [empty.select(pl.lit("").alias("site"), pl.all())]
         for site in SITES[1:]:
             if (found := routing_of(run, design, site)) is not None:
-                table_ = head_table(found, range(found.value.shape[0]))
-                layers.append(table_.select(pl.lit(site).alias("site"), *HEADS).cast(layers[0].schema))
+                rows = head_table(found, range(found.value.shape[0])).with_columns(pl.lit(site).alias("site"))
+                layers.append(rows.select(list(LAYERS)).cast(LAYERS))
         return {"heads": heads.select(list(HEADS)).cast(HEADS), "layers": pl.concat(layers)}
-    return {"heads": empty, "layers": empty.select(pl.lit("").alias("site"), pl.all())}
+    return {"heads": empty, "layers": layers[0]}
 
 
 def _layers(run: Run[Any], design: str, site: str) -> list[int]:

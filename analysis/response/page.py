@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from nextstate.analysis.figures import SCALE
+from nextstate.analysis.heads.config import MIN_EFFECT
 from nextstate.analysis.page.page import FigureList, Page
 from nextstate.analysis.response import figures
 from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig
@@ -37,6 +38,7 @@ def page(run: Run[ResponseConfig]) -> Page:
         "left": len(table) - len(shown),
         "bridges": _bridges(found, drawn),
         "patched": _patched(found, drawn),
+        "least": MIN_EFFECT,
         "control": found["signature"]["control"].max(),
         "roles": figures.ROLES,
         "ramp": ", ".join(colour for _, colour in SCALE),
@@ -54,7 +56,8 @@ def headline(found: Tables) -> dict[str, Any]:
         lines = found["lines"].filter(measure="response", **where)
         values = {c: dict(lines.filter(condition=c).select("at", "value").iter_rows()) for c in CONDITIONS}
         added = found["added"].filter(at="before", **where).row(0, named=True)
-        out["signature"] = row | {"lines": values, "added": added}
+        elsewhere = found["added"].filter("significant", at="before", kind=RANDOM)["layer"].to_list()
+        out["signature"] = row | {"lines": values, "added": added, "elsewhere": elsewhere}
         if row["emerges"] is not None and len(found["heads"]):  # otherwise heads have nothing to contribute to
             heads = found["heads"].filter(pl.col("significant") & (pl.col("lost") > 0)).sort("lost", descending=True)
             out["heads"] = {"of": len(found["heads"]), "rows": heads.rows(named=True)}
@@ -126,7 +129,9 @@ def _signatures(found: Tables, config: ResponseConfig, drawn: FigureList) -> lis
         ]
         others = lines.filter(measure="response", condition="repeated", at="others").select("layer", others="value")
         columns = [
-            added.filter(at=at).select("layer", "valid", *(pl.col(end).alias(f"{at}_{end}") for end in ENDS))
+            added.filter(at=at).select(
+                "layer", "valid", *(pl.col(end).alias(f"{at}_{end}") for end in (*ENDS, "significant"))
+            )
             for at in ("before", "same")
         ]
         rows = columns[0].join(columns[1].drop("valid"), on="layer").join(others, on="layer").sort("layer")

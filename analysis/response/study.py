@@ -106,9 +106,10 @@ class ResponseStudy(Study[ResponseConfig]):
     def headline(self, run: Run[ResponseConfig]) -> pl.DataFrame:
         windows = run.summary("precisions").filter(kind=RANDOM)
         rows = windows.select(precision="dtype", weakest="low", strongest="high", layers="layers", of="of")
-        added = run.summary("added").filter(kind=RANDOM, at="before").select("layer", "value", "low", "high")
+        added = run.summary("added").filter(kind=RANDOM, at="before").select("layer", "value", "band_low", "band_high")
         found = run.summary("signature").filter(kind=RANDOM).join(added, left_on="deepest", right_on="layer")
-        names = {"signature": "value", "signature_low": "low", "signature_high": "high", "from_layer": "emerges"}
+        names = {"signature": "value", "signature_low": "band_low", "signature_high": "band_high"}
+        names |= {"from_layer": "emerges"}  # by the same band
         own = found.select(precision=pl.lit(windows["dtype"][0]), **names)
         return rows.join(own, on="precision", how="left", maintain_order="left")
 

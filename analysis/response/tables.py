@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from jaxtyping import Float
 
-from nextstate.analysis.heads.routing import significant
+from nextstate.analysis.heads.config import MIN_EFFECT
 from nextstate.analysis.response.bridge import COLUMNS as BRIDGE
 from nextstate.analysis.response.config import CONDITIONS, KINDS, RANDOM, ResponseConfig, bridges_of
 from nextstate.analysis.response.induction import excess, lost, means
@@ -119,7 +119,8 @@ def summaries(run: Run[ResponseConfig]) -> dict[str, pl.DataFrame]:
     - `matrices`: mean responses to random pushes, in the layers that have a window.
     - `signature`: for each kind of direction, the layer where the induction signature begins; `lines`, `added` and
       `offsets`: by layer, the response at its offsets, and its increase by repetition there and at each offset.
-    - `heads`: the share of the signature that is lost without each head, with its scores.
+    - `heads`: the share of the signature that is lost without each head, with its scores. Where there is no signature,
+      no loss is significant.
     - `edges`, `bridge`: windows and mean responses of transcripts; `bridge_heads`: the share that is lost without each
       head; `ranks`: its rank correlation with recovery by patching.
 
@@ -133,13 +134,14 @@ def summaries(run: Run[ResponseConfig]) -> dict[str, pl.DataFrame]:
         for name, schema in _SIGNATURE.items()
     }
     bridge_heads = _bridge_heads(run)
+    present = signature["signature"].filter(kind=RANDOM)["emerges"].is_not_null().any()
     return {
         "windows": windows,
         "precisions": precisions,
         "exact": run.table("exact") if run.has("exact") else pl.DataFrame(schema=EXACT),
         "matrices": _matrices(run),
         **signature,
-        "heads": _heads(run),
+        "heads": _heads(run, present),
         **_bridges(run),
         "bridge_heads": bridge_heads,
         "ranks": _ranks(bridge_heads),
@@ -194,7 +196,7 @@ _SIGNATURE: dict[str, dict[str, Any]] = {
     },
     "added": {
         "kind": pl.String, "at": pl.String, "layer": pl.Int64, "valid": pl.Boolean,
-        **dict.fromkeys(_ENDS, pl.Float64),
+        **dict.fromkeys(_ENDS, pl.Float64), "significant": pl.Boolean,
     },
     "offsets": {
         "kind": pl.String, "layer": pl.Int64, "valid": pl.Boolean, "offset": pl.Int64, "added": pl.Float64,
@@ -220,10 +222,12 @@ def _signature(run: Run[ResponseConfig], kind: str) -> dict[str, pl.DataFrame]:
                 lines.append(_rows(names, where, {end: getattr(band, end)[:, 0, k] for end in _ENDS[:3]}))
     repeated, control = (_offsets(tables[c], "response", block) for c in CONDITIONS)
     band = _means(run, excess(repeated, block)[0] - excess(control, block)[0])
+    increased = np.array(valid)[:, None] & (band.band_low[:, 0] > 0)
     added = [
-        _rows({"kind": kind, "at": at}, where, {end: getattr(band, end)[:, 0, k] for end in _ENDS})
+        _rows({"kind": kind, "at": at}, where, {end: getattr(band, end)[:, 0, k] for end in _ENDS}
+              | {"significant": increased[:, k]})
         for k, at in enumerate(AT[:2])
-    ]
+    ]  # fmt: skip
     increase = (repeated - control).mean(0)
     of, offset = (x.ravel() for x in np.indices(increase.shape))
     each = {"layer": np.array(layers)[of], "valid": np.array(valid)[of], "offset": offset + 1,
@@ -251,14 +255,17 @@ def _means(run: Run[ResponseConfig], values: Float[np.ndarray, "prompt layer col
 
 
 def emerges(added: pl.DataFrame) -> int | None:
-    """Return the first layer from which on the band is above 0 in all layers that have a window; None if there is none.
+    """Return the first layer from which on the increase is significant in all layers that have a window, if any.
+
+    Everything that is said of the signature follows from this: there is one if there is such a layer, that is, if the
+    increase is significant after the deepest layer that has a window.
 
     Args:
-        added: increase by repetition at one offset: `layer`, in increasing order, `valid` and `band_low`.
+        added: increase by repetition at one offset: `layer`, in increasing order, `valid` and `significant`.
     """
     out = None
     for row in reversed(added.filter("valid").rows(named=True)):
-        if not row["band_low"] > 0:
+        if not row["significant"]:
             break
         out = row["layer"]
     return out
@@ -270,7 +277,8 @@ def _lost(run: Run[ResponseConfig], whole: Float[np.ndarray, " unit"], rows: pl.
     return lost(whole[: len(left)], left, np.random.default_rng(run.config.seed), resamples=run.config.resamples)
 
 
-def _heads(run: Run[ResponseConfig]) -> pl.DataFrame:
+def _heads(run: Run[ResponseConfig], present: bool) -> pl.DataFrame:
+    """Return the table of heads; `present` is whether there is a signature."""
     empty = pl.DataFrame(schema={
         "layer": pl.Int64, "head": pl.Int64, "lost": pl.Float64, **dict.fromkeys(_ENDS[1:], pl.Float64),
         "significant": pl.Boolean, "prefix": pl.Float64, "copying": pl.Float64,
@@ -283,9 +291,9 @@ def _heads(run: Run[ResponseConfig]) -> pl.DataFrame:
     if gone is None:
         return empty
     ends = {("lost" if end == "value" else end): getattr(gone, end).ravel() for end in _ENDS}
+    significant = (gone.nonzero & np.isfinite(gone.low) & (np.abs(gone.value) >= MIN_EFFECT)).ravel() & present
     return (
-        rows.drop("left").with_columns(**ends)
-        .with_columns(significant=pl.Series(significant(gone).ravel() & np.isfinite(ends["low"])))
+        rows.drop("left").with_columns(**ends).with_columns(significant=pl.Series(significant))
         .join(run.table("scores"), on=["layer", "head"], how="left")
     )  # fmt: skip
 

@@ -25,15 +25,16 @@ from nextstate.agents.language import LanguageModel
 from nextstate.analysis.heads.config import PatchConfig, draw
 from nextstate.analysis.heads.pairs import PatchError, TokenPair
 from nextstate.analysis.heads.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
+from nextstate.analysis.heads.recovery import Tested, table, too_few
 from nextstate.analysis.heads.routing import (
     Routing,
     attention_of,
     baseline,
     head_table,
     layout,
+    place_of_content,
     prefers,
     routing,
-    significant,
     token_pairs,
     top_heads,
 )
@@ -48,8 +49,9 @@ from tests.circuits import Circuit, circuit
 from tests.pages import data, loads_nothing, markup, places
 
 SEEDS = range(10)
+PAIRS = 8
 NARROW: dict[str, Any] = {
-    "name": "narrow", "model": "circuit", "game_args": {"states": 5, "actions_listed": 4}, "pairs": 6, "steps": 8,
+    "name": "narrow", "model": "circuit", "game_args": {"states": 5, "actions_listed": 4}, "pairs": 7, "steps": 8,
     "kinds": ["state", "action"], "directions": ["denoise"], "resamples": 200, "wandb": "disabled",
 }  # fmt: skip
 
@@ -62,19 +64,29 @@ def built(game: str, seed: int) -> Circuit:
 @cache
 def drawn(game: str, kind: str) -> list[Pair]:
     rng, size = np.random.default_rng(3), {"DFA": {"states": 5, "actions_listed": 4}, "Cycle": {"period": 5}}[game]
-    return [make_game(game, **size).contrast(rng, kind, steps=10) for _ in range(5)]
+    return [make_game(game, **size).contrast(rng, kind, steps=10) for _ in range(2 * PAIRS)]
 
 
 def joined(agent: LanguageModel, game: str, kind: str) -> list[TokenPair]:
+    """Return pairs, each with the clean prompt of another pair as its control."""
     found, excluded = token_pairs(agent.encoder, drawn(game, kind))
     assert not excluded
-    return found
+    assert len({place_of_content(pair) for pair in found}) == 1
+    return [replace(pair, control=other.clean) for pair, other in zip(found[:PAIRS], found[PAIRS:], strict=True)]
 
 
 def named(found: Sweep, made: Circuit) -> set[str]:
-    """Return the significant heads by their function; a head without one is named by its slot."""
+    """Return the heads that carry by the test, by their function; a head without one is named by its slot."""
+    return _named(recovery(found, np.random.default_rng(0), resamples=200).test.carries, made)
+
+
+def moved(found: Sweep, made: Circuit) -> set[str]:
+    """Return the heads with a recovery of at least a hundredth, as `named` does."""
+    return _named(np.abs(recovery(found, np.random.default_rng(0), resamples=50).value) > 0.01, made)
+
+
+def _named(cells: np.ndarray, made: Circuit) -> set[str]:
     names = {slot: name for name, slot in made.heads.items()}
-    cells = significant(recovery(found, np.random.default_rng(0), resamples=200))
     return {names.get((int(a), int(b)), f"{a}.{b}") for a, b in np.argwhere(cells[..., 0])}
 
 
@@ -84,8 +96,8 @@ def test_the_sweep_names_exactly_the_heads_of_the_circuit(seed: int) -> None:
     for kind, gathers in (("state", "state"), ("action", "action")):
         pairs = joined(made.agent, "DFA", kind)
         for direction in ("denoise", "noise"):
-            found = sweep(made.agent, pairs, direction=direction, vocabulary=False)  # type: ignore[arg-type]
-            assert named(found, made) == {gathers, "match"}
+            found = sweep(made.agent, pairs, direction=direction, controls=True, vocabulary=False)  # type: ignore[arg-type]
+            assert named(found, made) == moved(found, made) == {gathers, "match"}
             rest = np.ones(found.patched.difference.shape[1:3], dtype=bool)
             for name in (gathers, "match"):
                 rest[made.heads[name]] = False
@@ -94,7 +106,7 @@ def test_the_sweep_names_exactly_the_heads_of_the_circuit(seed: int) -> None:
             assert values[~rest] == pytest.approx(1, abs=1e-3)
     pairs = joined(made.agent, "DFA", "state")
     found = sweep(made.agent, pairs, direction="zero", positions="all", vocabulary=False)
-    assert named(found, made) == set(made.heads)
+    assert moved(found, made) == set(made.heads)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -102,8 +114,9 @@ def test_the_cycles_circuit_too(seed: int) -> None:
     made = built("Cycle", seed)
     pairs = joined(made.agent, "Cycle", "state")
     found = sweep(made.agent, pairs, direction="zero", positions="all", vocabulary=False)
-    assert named(found, made) == {"previous", "induction"}
-    assert named(sweep(made.agent, pairs, vocabulary=False), made) == {"induction"}
+    assert moved(found, made) == {"previous", "induction"}
+    assert named(found, made) == set()  # an ablation is not tested
+    assert named(sweep(made.agent, pairs, controls=True, vocabulary=False), made) == {"induction"}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -121,46 +134,76 @@ def test_state_and_action_are_told_apart(seed: int) -> None:
     assert set(top_heads(table)) == {where[n] for n in ("state", "action", "match")}
 
 
+def swept(made: Circuit, kind: str) -> Sweep:
+    return sweep(made.agent, joined(made.agent, "DFA", kind), controls=True, vocabulary=False)
+
+
+def compared(state: Sweep, action: Sweep) -> Routing:
+    rng = np.random.default_rng(0)
+    both = [(found, recovery(found, rng, resamples=200)) for found in (state, action)]
+    return routing(*both, rng, resamples=400)
+
+
 def routed(made: Circuit) -> Routing:
-    state, action = (
-        sweep(made.agent, joined(made.agent, "DFA", kind), vocabulary=False) for kind in ("state", "action")
-    )
-    return routing(state, action, np.random.default_rng(0), resamples=200)
+    return compared(swept(made, "state"), swept(made, "action"))
 
 
 def test_routing_intervals_hold_the_value_and_need_the_same_cells() -> None:
     made = built("DFA", 0)
-    state, action = (
-        sweep(made.agent, joined(made.agent, "DFA", kind), vocabulary=False) for kind in ("state", "action")
-    )
-    rng = np.random.default_rng(1)
-    noisy = replace(
-        state, patched=replace(state.patched, difference=state.patched.difference + rng.normal(size=(5, 4, 4, 1)))
-    )
-    found = routing(noisy, action, rng, resamples=400)
+    state, action = swept(made, "state"), swept(made, "action")
+    noise = np.random.default_rng(1).normal(size=state.patched.difference.shape)
+    noisy = replace(state, patched=replace(state.patched, difference=state.patched.difference + noise))
+    found = compared(noisy, action)
     assert (found.band_low <= found.low + 1e-6).all()
     assert (found.low <= found.value).all()
     assert (found.value <= found.high).all()
     assert (found.high <= found.band_high + 1e-6).all()
     assert found.value == pytest.approx(found.state.value - found.action.value)
     with pytest.raises(PatchError, match="different cells"):
-        routing(state, replace(action, direction="noise"), rng)
+        compared(state, replace(action, direction="noise"))
 
 
-def test_what_one_kind_finds_and_the_other_does_not_deny_is_unclear() -> None:
-    def found(value: float, reach: float) -> Recovery:
-        one = np.full((1, 1, 1), value)
-        return Recovery(one, one - reach, one + reach, one - reach, one + reach, 30, 0, 0)
+def test_a_label_is_what_the_two_tests_say() -> None:
+    value = np.zeros((1, 2, 2))
+    state, action = (
+        Recovery(*[value] * 5, 30, 0, 0, Tested(30, value, np.array(cells)[None]))
+        for cells in ([[True, True], [False, False]], [[True, False], [True, False]])
+    )
+    found = Routing(*[value] * 5, state, action)
+    assert found.labels[0].tolist() == [["both", "state"], ["action", ""]]
 
-    def label(state: Recovery, action: Recovery, reach: float) -> str:
-        value = state.value - action.value
-        return str(Routing(value, value, value, value - reach, value + reach, state, action).labels[0, 0, 0])
 
-    assert label(found(0.3, 0.1), found(0.0, 0.1), 0.15) == "state"
-    assert label(found(0.0, 0.1), found(0.3, 0.1), 0.15) == "action"
-    assert label(found(0.3, 0.1), found(0.2, 0.1), 0.15) == "both"
-    assert label(found(0.3, 0.1), found(0.2, 0.3), 0.32) == "unclear"
-    assert label(found(0.01, 0.001), found(0.0, 0.001), 0.002) == ""
+def test_a_head_that_only_breaks_down_on_unrelated_content_carries_nothing() -> None:
+    """A head that gives the same in both prompts of each pair, and something else in unrelated ones, is not named."""
+    made, rng = built("DFA", 0), np.random.default_rng(0)
+    found, where = swept(made, "state"), made.decoys[0]
+    assert found.control_patched is not None
+    found.control_patched[:, *where, 0] += 5 + rng.random(PAIRS)
+    done = recovery(found, rng, resamples=50)
+    assert done.test.p[where][0] < 0.05
+    assert not done.test.carries[where][0]
+    found.patched.difference[:, *where, 0] += 20 + rng.random(PAIRS)  # now it has the larger effect from the pair
+    assert recovery(found, rng, resamples=50).test.carries[where][0]
+
+
+def test_too_few_pairs_are_not_tested_and_pairs_without_a_control_do_not_count() -> None:
+    made = built("DFA", 0)
+    pairs = joined(made.agent, "DFA", "state")
+    for have, known in ((5, False), (6, True)):
+        some = [pair if i < have else replace(pair, control=()) for i, pair in enumerate(pairs)]
+        found = sweep(made.agent, some, controls=True, vocabulary=False)
+        assert found.control_patched is not None
+        assert np.isnan(found.control_patched[have:]).all()
+        done = recovery(found, np.random.default_rng(0), resamples=50)
+        assert (done.test.pairs, done.pairs, done.test.known) == (have, PAIRS, known)
+        assert done.test.carries.any() == known
+        rows = table(found, done)
+        assert rows["carries"].null_count() == (0 if known else len(rows))
+    assert too_few(5) == (
+        "not enough pairs to test which heads carry anything: 5 can be tested, at least 6 are needed and 48 advised"
+    )
+    assert too_few(23).startswith("few pairs to test which heads carry anything: 23")
+    assert not too_few(24)
 
 
 def test_a_layer_brings_what_its_heads_bring() -> None:
@@ -297,20 +340,20 @@ def test_a_run_finds_the_circuit_and_says_so(folder: Path) -> None:
     layers = run.summary("layers").filter(site="attn_out")
     assert layers["state"][made.heads["state"][0]] == pytest.approx(1, abs=1e-3)
     assert run.record["finished"]
-    assert run.summary("counts").filter(kind="state").rows() == [("balanced", "state", 6, 6, 6, 0, 1.0)]
+    assert run.summary("counts").filter(kind="state").rows() == [("balanced", "state", 7, 7, 7, 0, 1.0)]
     assert run.summary("excluded").is_empty()
     assert set(Heads().headline(run)["head"]) == {f"{layer}.{head}" for layer, head in carried}
     sweeps = run.tables("sweeps/*")
     assert len(sweeps) == 2 * (4 + 1 + 1 + 1)
     for rows in sweeps.values():
-        assert rows["pairs"].unique().to_list() == [6]
+        assert rows["pairs"].unique().to_list() == [7]
         assert not rows["exact"][0] or rows["control"][0] < 1e-4
 
 
 def test_the_headline_of_the_page_names_the_heads(folder: Path) -> None:
     made, page = built("DFA", 1), Heads().page(open_run(folder)[1])
     assert page.context["headline"]["routing"] == {
-        "state": [made.heads["state"]], "action": [made.heads["action"]], "both": [made.heads["match"]], "unclear": [],
+        "state": [made.heads["state"]], "action": [made.heads["action"]], "both": [made.heads["match"]],
     }  # fmt: skip
 
 
@@ -318,13 +361,18 @@ def test_a_sweep_comes_back_from_its_table(folder: Path) -> None:
     run, agent = open_run(folder, "")[1], built("DFA", 1).agent
     pairs = draw(narrow(), make_game("DFA", **NARROW["game_args"]), "balanced", "state", run.rng("balanced", "state"))
     again = sweep(agent, token_pairs(agent.encoder, pairs)[0], vocabulary=False)
-    back = sweep_of(run, "balanced", "state", "head", "denoise", "last")
-    assert back is not None
+    found = sweep_of(run, "balanced", "state", "head", "denoise", "last")
+    assert found is not None
+    back, recovered = found
     assert back.patched.difference == pytest.approx(again.patched.difference, abs=1e-3)
     assert rank_agreement(back, back) == pytest.approx(1)
     assert recovery(back, np.random.default_rng(0), resamples=50).value.ravel() == pytest.approx(
         run.table("sweeps/balanced-state-head-denoise-last")["recovery"].to_numpy(), abs=1e-4
     )
+    assert back.control_patched is not None
+    again = recovery(back, np.random.default_rng(5), resamples=50)  # with at most 14 pairs the test draws nothing
+    assert again.test.p.tolist() == recovered.test.p.tolist()
+    assert again.test.carries.tolist() == recovered.test.carries.tolist()
 
 
 def test_the_page_is_whole_and_loads_nothing(folder: Path) -> None:
@@ -365,7 +413,7 @@ def test_the_same_config_resumes_and_another_is_refused(tmp_path: Path) -> None:
     assert [c | {"seconds": 0} for c in after["certificates"]] == [c | {"seconds": 0} for c in before["certificates"]]
     assert proved(read_record(tmp_path))["certificate/circuit-DFA-0/replay/road"] == "tree"
     with pytest.raises(RunError, match=r"another config \(different: pairs\)"):
-        go(Heads(), config.model_copy(update={"pairs": 7}), tmp_path, model=agent)
+        go(Heads(), config.model_copy(update={"pairs": 8}), tmp_path, model=agent)
 
 
 def test_a_layer_that_is_edited_makes_every_table_anew(tmp_path: Path) -> None:
@@ -398,7 +446,7 @@ def test_a_model_that_fails_on_everything_is_said_and_nothing_is_drawn(
     run = go(Heads(), narrow(), tmp_path, model=agent)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r"No result for balanced (?:state|action) pairs", page)) == 2
-    assert "fails on all 6 of them" in page
+    assert "fails on all 7 of them" in page
     assert 'data-figure="' not in page
     assert all(table.is_empty() for table in run.tables("sweeps/*").values())
     assert len(run.record["left_out"]) == 2
