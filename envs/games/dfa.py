@@ -13,7 +13,7 @@ import numpy as np
 from nextstate.envs.contrast import Pair
 from nextstate.envs.game import Action, Distribution, Feedback, Question, Reader, Sample, State, Step, one_hot, uniform
 from nextstate.envs.games.dfa_pairs import draw_pair
-from nextstate.envs.games.machine import DENSITIES, LOWER, UPPER, DFASettings, Machine, Place
+from nextstate.envs.games.machine import DENSITIES, DFASettings, Place, draw_machine
 
 
 @final
@@ -21,11 +21,27 @@ from nextstate.envs.games.machine import DENSITIES, LOWER, UPPER, DFASettings, M
 class DFA(DFASettings):
     """A walk through a random automaton whose table is hidden; each transition is shown after its question.
 
-    A new automaton is drawn for each episode. Its states are put in random order: the first is the start, the last the
-    sink, whose only action leads back to the start. The others get their edges round-robin; all targets of a state are
-    distinct, and are taken first from later states in the order (so that the sink can be reached), then from earlier
-    ones; there are no self-loops; the actions of a state are random and distinct. The walk draws legal actions
-    uniformly.
+    A new automaton is drawn for each episode, and the walk draws legal actions uniformly. There are two generators:
+
+    - "default" (ours): the states are put in random order, unrelated to the order in which they are listed: the first
+      is the start, the last the sink, whose only action leads back to the start. The others get their edges
+      round-robin; all targets of a state are distinct, and are taken first from later states in the order (so that the
+      sink can be reached), then from earlier ones; there are no self-loops; the actions of a state are random and
+      distinct.
+    - "paper": the distribution of the published prompts. States are dealt their edges in the order in which they are
+      listed, except for the sink, which may be any of them; the start is any other. The E edges are shared out over Q
+      slots, larger ones first, of which the last is not dealt, so that there are fewer than E edges. A state with at
+      most as many edges as there are later states in the list leads to different later states; with more edges, to
+      every later state and, by draws with replacement, to any other states. Two actions of a state may thus lead to the
+      same state (which counts once with `kind="state-state"`), 57 to 70 % of moves go down the list (from 5 states on),
+      and some states may be out of reach. There are no self-loops.
+
+    The default stays ours because in the published prompts the order of the list says something about the answer, and
+    because there the sink need not be reachable. Three things are not copied from the published code. It lists actions
+    in the order of a Python set, which is nearly the same in all prompts of a process; here the order is drawn for each
+    episode. Its grid begins at 1 state, which leads to itself, so that there is nothing to predict. It leaves out pairs
+    of letters that are several tokens for GPT-2; a game knows no tokenizer, so with `symbols="pairs"` all 676 pairs can
+    be drawn. Minimal pairs do not depend on the generator.
 
     State: the current state of the walk, |Q| <= states. Each step has one question: the next state. With
     `kind="state-state"` actions are not shown, and every successor of the current state is accepted.
@@ -40,9 +56,10 @@ class DFA(DFASettings):
         density: "min" (E = Q edges), "max" (Q (Q - 1) / 2 + 1) or "middle"; not used where `edges` is given.
         edges: number of edges, Q to Q (Q - 1) / 2 + 1, as long as no state needs more actions than there are.
         actions_listed: number of actions listed, 1 to 26 (to 676). With few actions there are many questions whose
-            answer is not determined by the action alone.
+            answer is not determined by the action alone. With `generator="paper"` 26, or 400 with `symbols="pairs"`.
         symbols: "letters" (a, b, ...; A, B, ...) or "pairs" (aa, ab, ...; AA, AB, ...).
         kind: "state-action", or "state-state", where actions are not shown.
+        generator: "default" or "paper", the distribution of automata; see above.
     """
 
     name: ClassVar[str] = "DFA"
@@ -85,25 +102,7 @@ class DFA(DFASettings):
         return Sample(game, int(rng.integers(4, 25)), 1)
 
     def initial(self, rng: np.random.Generator) -> Place:
-        n = self.states
-        lower, upper = LOWER[self.symbols], UPPER[self.symbols]
-        states = tuple([lower[i] for i in rng.permutation(len(lower))[:n].tolist()])
-        actions = tuple([upper[i] for i in rng.permutation(len(upper))[: self.actions_listed].tolist()])
-        order = rng.permutation(n).tolist()  # the last one is the sink
-        degrees = [(self.n_edges - 1) // (n - 1) + (i < (self.n_edges - 1) % (n - 1)) for i in range(n - 1)]
-        # One row of keys a state: sorting them shuffles targets and draws actions without a call for each.
-        keys = rng.random((n, n + self.actions_listed))
-        drawn = keys[:, n:].argsort(axis=1).tolist()
-        table: list[tuple[tuple[int, int], ...]] = [()] * n
-        for i, degree in enumerate(degrees):
-            by = keys[i, :n].tolist().__getitem__
-            targets = sorted(order[i + 1 :], key=by)[:degree]
-            if len(targets) < degree:
-                targets = sorted(targets + sorted(order[:i], key=by)[: degree - len(targets)], key=by)
-            table[order[i]] = tuple(zip(sorted(drawn[i][:degree]), targets, strict=True))
-        start = order[0]
-        table[order[-1]] = ((drawn[-1][0], start),)
-        machine = Machine(states, actions, tuple(table), int(start))
+        machine = draw_machine(self, rng)
         return machine.places[machine.start]
 
     def actions(self, state: State) -> Sequence[int]:

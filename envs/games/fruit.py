@@ -35,10 +35,19 @@ FRUITS = (
     "peach", "pear", "apple", "lemon", "orange", "banana", "grape", "cherry", "mango", "plum", "lime",
     "melon", "fig", "kiwi", "olive", "berry", "coconut", "date", "papaya", "apricot", "pineapple",
 )  # fmt: skip
+PUBLISHED_NAMES = (
+    "Dean", "Sarah", "Jack", "Kate", "Ryan", "Bob", "Jill", "Mary", "Peter", "Luke", "John",
+    "Sean", "Elle", "Neil", "Tom", "Jerry", "Joan", "Blake", "Seth", "Beth", "Kelly",
+)  # fmt: skip
+PUBLISHED_FRUITS = (
+    "apple", "pear", "peach", "grape", "mango", "banana", "kiwi", "orange", "lemon", "melon", "cherry",
+    "plum", "fig", "apricot", "durian", "honeydew", "cantaloupe", "papaya", "persimmon", "lemon", "lime",
+)  # fmt: skip
+WORDS = {"default": (NAMES, FRUITS), "paper": (PUBLISHED_NAMES, PUBLISHED_FRUITS)}
 
 
 class Clue(NamedTuple):
-    """Somebody gets a fruit, from somebody else where `giver` is not None; indices into the episode's own lists."""
+    """Somebody gets a fruit, from somebody else where `giver` is not None; places in the episode's own lists."""
 
     person: int
     fruit: int
@@ -46,11 +55,21 @@ class Clue(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Who is there, what there is (indices into NAMES and FRUITS), and for each person their fruit or None."""
+    """Who is there, what there is (indices into the words), and for each person the place of their fruit or None."""
 
     people: tuple[int, ...]
     fruits: tuple[int, ...]
     has: tuple[int | None, ...]
+
+    @property
+    def waiting(self) -> list[int]:
+        """The people without a fruit."""
+        return [p for p, has in enumerate(self.has) if has is None]
+
+    @property
+    def free(self) -> list[int]:
+        """The places of the fruits that nobody has."""
+        return [f for f in range(len(self.fruits)) if f not in self.has]
 
 
 @final
@@ -58,14 +77,25 @@ class Store(NamedTuple):
 class FruitStore(Game):
     """Each person gets a different fruit, one clue at a time; which fruit can a person without one still get?
 
-    State: the fruit of each person. Each step is one clue, until one person is left; a clue draws a remaining person
-    and fruit, and one of two wordings with equal probability. There is one question for each person without a fruit;
-    every remaining fruit is accepted.
+    State: the fruit of each person. Each step is one clue, until one person is left. There is one question for each
+    person without a fruit; every remaining fruit is accepted. There are two generators:
+
+    - "default" (ours): random people and fruits. A clue draws a remaining person and fruit independently, and one of
+      two wordings with equal probability; in one of them somebody gives the fruit, anybody but the person.
+    - "paper": the distribution of the published prompts. The people and fruits are the first ones of fixed lists, and
+      both lists are shuffled. A person always gets the fruit at their own place of the list, and giver is one of the
+      others who are still without a fruit. The published list names lemon twice, so with 20 or 21 people it is listed
+      twice; it is one choice then, accepted until two people have got it. The true answer is the person's own fruit.
+
+    The default stays ours because in the published clues a person's fruit can be read from the lists alone. Published
+    prompts ask about one random person, as here with `ask=1`, and the clues of one puzzle are prefixes of each other,
+    as here those of one seed. Minimal pairs, which exchange fruits, exist for the default generator only.
 
     Ideal reader: sees all clues, so it is uniform over the remaining fruits, which are all accepted: determined.
 
     Args:
         people: number of people and fruits, 2 to 21.
+        generator: "default" or "paper", the distribution of stores and clues; see above.
     """
 
     name: ClassVar[str] = "FruitStore"
@@ -78,10 +108,12 @@ class FruitStore(Game):
     )
 
     people: int = 4
+    generator: str = "default"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_whole("people", self.people, 2, len(NAMES))
+        require(self.generator in WORDS, "generator", self.generator, f"one of {', '.join(WORDS)}")
 
     @classmethod
     def sample(cls, rng: np.random.Generator, size: int, level: int) -> Sample:
@@ -96,17 +128,20 @@ class FruitStore(Game):
         return self.people
 
     def initial(self, rng: np.random.Generator) -> Store:
-        people = rng.permutation(len(NAMES))[: self.people].tolist()
-        fruits = rng.permutation(len(FRUITS))[: self.people].tolist()
-        return Store(tuple(people), tuple(fruits), (None,) * self.people)
+        n, paper = self.people, self.generator == "paper"
+        people, fruits = (rng.permutation(n if paper else len(words))[:n].tolist() for words in WORDS[self.generator])
+        return Store(tuple(people), tuple(fruits), (None,) * n)
 
     def actions(self, state: State) -> Sequence[Clue]:
         store = _store(state)
-        if store.has.count(None) <= 1:
+        waiting = store.waiting
+        if len(waiting) <= 1:
             return ()
-        free = [f for f in range(self.people) if f not in store.has]
-        givers: list[int | None] = [None, *range(self.people)]
-        return [Clue(p, f, g) for p, has in enumerate(store.has) if has is None for f in free for g in givers if g != p]
+        givers: list[int | None] = [None, *(waiting if self.generator == "paper" else range(self.people))]
+        return [Clue(p, f, g) for p in waiting for f in self._fruits_for(store, p) for g in givers if g != p]
+
+    def _fruits_for(self, store: Store, person: int) -> Sequence[int]:
+        return (person,) if self.generator == "paper" else store.free
 
     def transition(self, state: State, action: Action) -> Store:
         store, clue = _store(state), _clue(action)
@@ -114,54 +149,72 @@ class FruitStore(Game):
 
     def policy(self, state: State, u: float) -> Clue:
         store = _store(state)
-        waiting = [p for p, has in enumerate(store.has) if has is None]
-        free = [f for f in range(self.people) if f not in store.has]
+        waiting = store.waiting
         i, u = split_uniform(u, len(waiting))
-        j, u = split_uniform(u, len(free))
+        person = waiting[i]
+        fruits = self._fruits_for(store, person)
+        j, u = split_uniform(u, len(fruits))
         given, u = split_uniform(u, 2)
-        k, _ = split_uniform(u, self.people - 1)
-        return Clue(waiting[i], free[j], k + (k >= waiting[i]) if given else None)
+        givers = [p for p in (waiting if self.generator == "paper" else range(self.people)) if p != person]
+        k, _ = split_uniform(u, len(givers))
+        return Clue(person, fruits[j], givers[k] if given else None)
 
     def values(self, state: State) -> Mapping[str, str]:
         store = _store(state)
+        names, fruits = WORDS[self.generator]
         return {
-            NAMES[p]: "nothing" if has is None else FRUITS[store.fruits[has]]
+            names[p]: "nothing" if has is None else fruits[store.fruits[has]]
             for p, has in zip(store.people, store.has, strict=True)
         }
 
     def opening(self, state: State) -> str:
         store = _store(state)
+        names, fruits = WORDS[self.generator]
         return (
-            f"{', '.join(NAMES[p] for p in store.people)} walk into a fruit store. There are only {self.people} fruits "
-            f"{', '.join(FRUITS[f] for f in store.fruits)}. Each person gets a different fruit."
+            f"{', '.join(names[p] for p in store.people)} walk into a fruit store. There are only {self.people} fruits "
+            f"{', '.join(fruits[f] for f in store.fruits)}. Each person gets a different fruit."
         )
 
     def narrate(self, state: State, action: Action, next_state: State) -> str:
         return f" {self._sentence(_store(state), _clue(action))}."
 
     def _sentence(self, store: Store, clue: Clue) -> str:
-        name, fruit = NAMES[store.people[clue.person]], FRUITS[store.fruits[clue.fruit]]
+        names, fruits = WORDS[self.generator]
+        name, fruit = names[store.people[clue.person]], fruits[store.fruits[clue.fruit]]
         if clue.giver is None:
             return f"{name} gets the {fruit}"
-        return f"{NAMES[store.people[clue.giver]]} gives {name} the {fruit}"
+        return f"{names[store.people[clue.giver]]} gives {name} the {fruit}"
 
     def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
         store = _store(next_state)
-        choices = tuple([f" {FRUITS[f]}" for f in store.fruits])
-        free = tuple([f for f in range(self.people) if f not in store.has])
+        names, _ = WORDS[self.generator]
+        choices, at = self._choices(store)
+        accepted = tuple(sorted({at[f] for f in store.free}))
         return tuple(
             [
-                Question(NAMES[p], f" {NAMES[p]} can have the", choices, free[0], free)
-                for p, has in zip(store.people, store.has, strict=True)
-                if has is None
+                Question(
+                    names[store.people[p]],
+                    f" {names[store.people[p]]} can have the",
+                    choices,
+                    at[p] if self.generator == "paper" else accepted[0],
+                    accepted,
+                )
+                for p in store.waiting
             ]
         )
+
+    def _choices(self, store: Store) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """Return the different fruits as choices, and for each place of the list the index of its choice."""
+        _, fruits = WORDS[self.generator]
+        listed = [f" {fruits[f]}" for f in store.fruits]
+        choices = tuple(dict.fromkeys(listed))
+        return choices, tuple([choices.index(fruit) for fruit in listed])
 
     def command(self, state: State, action: Action) -> str:
         return self._sentence(_store(state), _clue(action))
 
     def reader(self, state: State) -> Reader:
-        return FruitReader(self.people)
+        return FruitReader(self._choices(_store(state))[1])
 
     def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
         """Draw a pair in which one fruit is left, so that the answer is settled: `people - 1` steps.
@@ -171,6 +224,12 @@ class FruitStore(Game):
         Before the last step nothing is asked.
         """
         n = self.people
+        require(
+            self.generator == "default",
+            "generator",
+            self.generator,
+            "default for minimal pairs, since a person's place in the list decides their fruit in published clues",
+        )
         require_whole("people", n, 3 if kind in ("state", "noop") else 2, len(NAMES))
         require(steps in (None, n - 1), "steps", steps, f"{n - 1}, since one fruit must be left among {n} people")
         if kind == "noop":
@@ -214,22 +273,24 @@ class FruitStore(Game):
 class FruitReader(Reader):
     """Remembers which fruits have been taken."""
 
-    def __init__(self, people: int) -> None:
-        self.n, self.gone = people, list[int]()
+    def __init__(self, choices: tuple[int, ...]) -> None:
+        self.choices, self.gone = choices, list[int]()  # for each place of the list its choice; the places taken
 
     def observe(self, action: Action) -> None:
         self.gone.append(_clue(action).fruit)
 
     def guess(self, name: str, question: Question) -> Distribution:
+        n = len(question.choices)
         if name == "ideal":
-            return uniform(self.n, tuple(f for f in range(self.n) if f not in self.gone))
+            return uniform(n, tuple(sorted({c for f, c in enumerate(self.choices) if f not in self.gone})))
         if name == "last_mention":
-            return one_hot(self.n, self.gone[-1])
-        if name == "most_frequent":  # each fruit was listed once, the gone ones named once more
-            counts = Counter(self.gone)
-            return uniform(self.n, tuple(sorted(counts)))
+            return one_hot(n, self.choices[self.gone[-1]])
+        if name == "most_frequent":
+            counts = Counter([*self.choices, *(self.choices[f] for f in self.gone)])
+            top = max(counts.values())
+            return uniform(n, tuple(sorted(c for c, k in counts.items() if k == top)))
         if name == "first_listed":
-            return one_hot(self.n, 0)
+            return one_hot(n, 0)
         raise KeyError(name)
 
 

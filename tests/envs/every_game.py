@@ -8,7 +8,10 @@ from itertools import product
 from nextstate.envs import GAMES, Game, make_game
 
 SMALL: dict[str, dict[str, object]] = {"TextWorld": {"games": 3}}  # what keeps a game quick to make
-EXTRA = {"DFA": ({"kind": "state-state"},)}  # settings that change the words, beyond style and feedback
+EXTRA = {  # settings that change the words or what is drawn, beyond style and feedback
+    "DFA": ({"kind": "state-state"}, {"generator": "paper"}, {"generator": "paper", "kind": "state-state"}),
+    "FruitStore": ({"generator": "paper"},),
+}
 
 
 def variants(size: int) -> Iterator[Game]:
@@ -19,5 +22,6 @@ def variants(size: int) -> Iterator[Game]:
 
 
 def label(game: Game) -> str:
-    extra = [str(game.settings[key]) for more in EXTRA.get(game.name, ()) for key in more]
-    return "-".join([game.name, game.style, game.feedback, *extra])
+    keys = sorted({key for more in EXTRA.get(game.name, ()) for key in more}, reverse=True)
+    extra = [str(game.settings[key]) for key in keys]
+    return "-".join([game.name, game.style, game.feedback, *(value for value in extra if value != "default")])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nextstate.envs import expected_accuracy, make_game, unroll
-from nextstate.envs.games.dfa import Place
+from nextstate.envs.games.machine import Place
 
 # References/state-dynamics: exact lookup, else uniform over the other states; middle density, 200 samples a cell.
 STEPS = (5, 10, 20, 30, 50, 100)

@@ -14,8 +14,8 @@ from every_game import label, variants
 from nextstate.envs import Episode, Game, Step, make_game, unroll
 from nextstate.envs.game import Action, State
 from nextstate.envs.games.cycle import Phase
-from nextstate.envs.games.dfa import Machine, Place
 from nextstate.envs.games.fruit import FRUITS, NAMES, Clue, Store
+from nextstate.envs.games.machine import Machine, Place
 
 GOLDEN = Path(__file__).parent / "golden"
 

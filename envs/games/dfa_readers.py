@@ -1,0 +1,191 @@
+"""Exact posteriors of the next state in the DFA game, for readers that know how automata are drawn.
+
+Such a reader sums over all that the text leaves open: the order of the states and their targets in our automata, the
+sink and the targets in the published ones. What was shown of a state is one `Row`: how often the walk left it, and
+where its edges lead. Which letters its actions have says nothing more, since they are drawn independently.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import exp, log, perm
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Posterior = tuple[float, ...]  # for each state the probability that it is right
+
+
+class Row(NamedTuple):
+    """What was shown of a state: how often the walk left it, and the target of each edge taken, in ascending order."""
+
+    visits: int = 0
+    targets: tuple[int, ...] = ()
+
+    def grown(self, target: int, visits: int) -> Row:
+        """Return the row with another edge, to `target`, and `visits` more visits."""
+        return Row(self.visits + visits, tuple(sorted((*self.targets, target))))
+
+
+def degrees_of(states: int, edges: int) -> tuple[int, ...]:
+    """Return the number of edges of each state but the sink in our generator, in its order."""
+    each, more = divmod(edges - 1, states - 1)
+    return tuple([each + (i < more) for i in range(states - 1)])
+
+
+def slots_of(states: int, edges: int) -> tuple[int, ...]:
+    """Return the numbers of edges that the published generator deals to all states but the sink, in listing order."""
+    each, more = divmod(edges - states, states)
+    return tuple([1 + each + (i < more) for i in range(states - 1)])
+
+
+@lru_cache(maxsize=1 << 16)
+def default_posterior(states: int, edges: int, rows: tuple[Row, ...], at: int, shown: bool) -> Posterior | None:
+    """Return the probability of each state to be right after a new edge of `at`, for automata of our generator.
+
+    Hidden are the order of the states, of which only the first is known (the start), and the targets. The sum over
+    orders is a dynamic program over the sets of visited states that come first in the order and the number of unvisited
+    ones among them, which are exchangeable. If i states come before a state, among them b of the k targets shown, and
+    it has d edges and was left m times, what was shown of it has the likelihood d^-m (d)_k / (L)_k where
+    d <= L = states - 1 - i (0 if b > 0), and d^-m (d - L)_b / (i)_b elsewhere; (x)_k is a falling factorial. The last
+    state has one edge, to the start.
+
+    Args:
+        states: number of states.
+        edges: number of edges.
+        rows: what was shown of the states visited so far, numbered from 0, the start; the targets of a row differ.
+        at: the current state, one of these.
+        shown: whether actions are shown. If they are, the next edge is one that was not shown, and the probability is
+            that of leading there. If not, no successor of `at` was shown, and it is that of being a successor.
+
+    Returns:
+        Probabilities of the visited states, followed by that of each single unvisited one if there are any. None if our
+        generator cannot draw such an automaton (minimal pairs have others).
+    """
+    n, seen = states, len(rows)
+    others, known = n - seen, rows[at].targets
+    if at == 0:  # the targets of the start come later, and all later states are alike
+        degree, free = degrees_of(n, edges)[0], n - 1 - len(known)
+        if len(known) >= degree:
+            return None
+        p = 1 / free if shown else degree / free
+        return tuple([0.0 if t == 0 or t in known else p for t in range(seen + (others > 0))])
+    right, total = _sum_over_orders(_weights(n, edges, rows, at, shown), n, rows, at)
+    right[[at, *known]] = 0.0
+    total = right[:seen].sum() + others * right[seen:].sum() if shown else total
+    return tuple((right / total).tolist()) if total > 0 else None
+
+
+class _Weights(NamedTuple):
+    """Likelihoods of what was shown of states, relative to places with the fewest edges.
+
+    All by the number of earlier targets and by place in the order; those of the last place are relative to the largest.
+    """
+
+    rows: Array  # (visited states but the start, earlier targets, place)
+    late: Array  # of the current state if its new target comes later: (earlier targets, place)
+    early: Array  # ... if it comes earlier
+    unvisited: float  # of an unvisited state in the last place
+
+
+def _weights(n: int, edges: int, rows: tuple[Row, ...], at: int, shown: bool) -> _Weights:
+    degrees = np.array([*degrees_of(n, edges), 1])
+    fewest = int(degrees[:-1].min())
+    asked = Row(rows[at].visits + shown, rows[at].targets)
+    weighed = [asked if s == at else row for s, row in enumerate(rows)][1:]
+    wide = max(len(row.targets) for row in weighed) + 2
+
+    def weigh(row: Row, more: int = 0) -> Array:
+        table = np.zeros((wide, n))
+        some = _likelihoods(n, edges, len(row.targets) + more)
+        table[: len(some)] = some * (fewest / degrees) ** float(row.visits)
+        return table
+
+    # The last state has one edge, to the start: of a state that was often left, this is by far the likeliest place.
+    logs = {s: row.visits * log(fewest) for s, row in enumerate(weighed) if row.targets in ((), (0,))}
+    if shown and asked.targets:
+        logs.pop(at - 1, None)  # its next edge is another one
+    top = max([0.0, *logs.values()])
+    table, more = np.array([weigh(row) for row in weighed]), weigh(asked, 1)
+    for s, value in logs.items():
+        table[s, :, -1] = exp(value - top)
+    return _Weights(table, more, np.roll(more, -1, axis=0), exp(-top))
+
+
+@lru_cache(maxsize=4096)
+def _likelihoods(n: int, edges: int, k: int) -> Array:
+    """Return the probability of k targets, by how many of them come earlier (0 to k) and by place but the last."""
+    table = np.zeros((k + 1, n))
+    for i, d in enumerate(degrees_of(n, edges)):
+        later = n - 1 - i
+        if d <= later:
+            table[0, i] = perm(d, k) / perm(later, k) if k <= later else 0.0
+        else:
+            for b in range(min(i, k) + 1):
+                table[b, i] = perm(d - later, b) / perm(i, b)
+    return table
+
+
+def _sum_over_orders(weights: _Weights, n: int, rows: tuple[Row, ...], at: int) -> tuple[Array, float]:
+    """Sum over orders the weights of being right, by visited state and for an unvisited one, and of everything.
+
+    The sums run over the sets (bit masks) of visited states placed, without the start and the current state, and the
+    number of unvisited states placed: forward up to the current state, and backward from the last state to it.
+    """
+    rest = [s for s in range(1, len(rows)) if s != at]
+    others, count, wide = n - len(rows), len(rest), weights.rows.shape[1]
+    targets = np.array([sum(1 << i for i, t in enumerate(rest) if t in rows[s].targets) for s in rest], dtype=np.uint64)
+    home = np.array([0 in rows[s].targets for s in rest], dtype=np.int64)
+    home += wide * np.arange(count)  # flat indices of tables
+    back = home + np.array([at in rows[s].targets for s in rest], dtype=np.int64)
+    tables = weights.rows[[s - 1 for s in rest]].reshape(count * wide, n)
+    single = np.left_shift(np.uint64(1), np.arange(count, dtype=np.uint64))
+    layers = _subsets(count)
+    forward = np.empty((1 << count, others + 1))
+    backward = np.empty_like(forward)
+    forward[0] = 1.0
+    for c in range(1, count + 1):
+        sets, members, _ = layers[c]
+        fewer = sets[:, None] ^ single[members]
+        index = np.bitwise_count(fewer & targets[members]) + home[members]
+        arrived = (forward[fewer] * tables[:, c : c + 1 + others][index]).sum(axis=1)
+        forward[sets] = arrived.cumsum(axis=1)  # unvisited states follow
+    backward[-1] = weights.unvisited
+    backward[-1, -1] = 1.0
+    for c in range(count - 1, -1, -1):
+        sets, _, members = layers[c]
+        index = np.bitwise_count(sets[:, None] & targets[members]) + back[members]
+        ahead = (backward[sets[:, None] | single[members]] * tables[:, c + 2 : c + 3 + others][index]).sum(axis=1)
+        backward[sets] = ahead[:, ::-1].cumsum(axis=1)[:, ::-1]
+    every = np.arange(1 << count, dtype=np.uint64)
+    asked = np.uint64(sum(1 << i for i, s in enumerate(rest) if s in rows[at].targets))
+    earlier = np.bitwise_count(every & asked).astype(np.int64) + (0 in rows[at].targets)
+    places = np.bitwise_count(every).astype(np.int64)[:, None] + 1 + np.arange(others + 1)
+    flow = forward * backward
+    late, early = (flow * table[earlier[:, None], places] for table in (weights.late, weights.early))
+    own = flow * weights.rows[at - 1][earlier[:, None], places]
+    last = float(own[-1, -1])
+    placed = (every[:, None] & single) != 0
+    right = np.zeros(len(rows) + (others > 0))
+    right[rest] = early.sum(axis=1) @ placed + late.sum(axis=1) @ ~placed
+    right[0] = early.sum() + last
+    if others:
+        before = np.arange(others + 1) / others  # the probability that an unvisited state is among those placed
+        right[-1] = (early * before + late * (1 - before)).sum()
+    return right, float(own.sum())
+
+
+@lru_cache(maxsize=None)
+def _subsets(count: int) -> list[tuple[Array, Array, Array]]:
+    """Return for each size the subsets of `count` things as bit masks, with the members of each and the others."""
+    every = np.arange(1 << count, dtype=np.uint64)
+    sizes = np.bitwise_count(every)
+    out = []
+    for size in range(count + 1):
+        sets = every[sizes == size]
+        inside = (sets[:, None] >> np.arange(count, dtype=np.uint64) & np.uint64(1)).astype(np.bool_)
+        members = inside.nonzero()[1].astype(np.uint8).reshape(len(sets), size)
+        absent = (~inside).nonzero()[1].astype(np.uint8).reshape(len(sets), count - size)
+        out.append((sets, members, absent))
+    return out
