@@ -36,6 +36,9 @@ class Estimate(NamedTuple):
         trainings: number of trainings.
         least: the smallest value of a training.
         most: the largest one.
+        below: how far the interval over strings alone reaches below the mean.
+        above: how far it reaches above.
+        error: standard error of the mean over trainings; NaN for one training.
     """
 
     value: float
@@ -44,38 +47,66 @@ class Estimate(NamedTuple):
     trainings: int
     least: float
     most: float
+    below: float
+    above: float
+    error: float
 
 
-def estimate(values: Sequence[float], lows: Sequence[float | None], highs: Sequence[float | None]) -> Estimate:
+def estimate(
+    values: Sequence[float],
+    lows: Sequence[float | None],
+    highs: Sequence[float | None],
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
     """Return the mean over trainings, with its 95 % interval.
 
     Of one training the interval is that over strings. Of several it is Student's t interval over trainings, whose
-    values differ by chance in their strings too. Where it is narrower than what strings alone explain, as when all
-    trainings give 100 %, each end is as far from the mean as those over strings are on average, over the root of n.
+    values differ by chance in their strings too; but where strings alone explain a wider interval, as when all
+    trainings give 100 %, it is that one.
+
+    Args:
+        values: the number of each training.
+        lows: lower end of its interval over strings; None where there is none.
+        highs: upper end.
+        within: the smallest and the largest possible number, which the interval keeps to.
     """
     n, mean = len(values), float(np.mean(values))
-    if n == 1:
-        low, high = (math.nan if ends[0] is None else ends[0] for ends in (lows, highs))
-        return Estimate(mean, low, high, 1, mean, mean)
     below, above = (
-        np.sqrt(np.mean([math.nan if x is None else (v - x) ** 2 for v, x in zip(values, ends, strict=True)]) / n)
+        float(
+            np.sqrt(np.mean([math.nan if x is None else (v - x) ** 2 for v, x in zip(values, ends, strict=True)]) / n)
+        )
         for ends in (lows, highs)
     )
-    half = float(student_t.ppf((1 + LEVEL) / 2, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    low, high = mean - float(np.fmax(below, half)), mean + float(np.fmax(above, half))
-    return Estimate(mean, low, high, n, min(values), max(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return _with_interval(mean, n, (min(values), max(values)), (below, above, error), n - 1, within)
 
 
 def difference(one: Estimate, two: Estimate) -> Estimate:
-    """Return the difference of two independent estimates, its interval by adding squares (Newcombe 1998, method 10).
+    """Return the difference of two independent estimates. The range is that of all pairs of trainings.
 
-    Statistics in Medicine 17, 873-890. The range is that of all pairs of trainings.
+    The interval is Welch's over trainings, or that over strings, by adding squares (Newcombe 1998, Statistics in
+    Medicine 17, 873-890), whichever is wider.
     """
-    value = one.value - two.value
-    below = math.hypot(one.value - one.low, two.high - two.value)
-    above = math.hypot(one.high - one.value, two.value - two.low)
-    least, most = one.least - two.most, one.most - two.least
-    return Estimate(value, value - below, value + above, min(one.trainings, two.trainings), least, most)
+    sides = math.hypot(one.below, two.above), math.hypot(one.above, two.below), math.hypot(one.error, two.error)
+    freedom = 0.0
+    if min(one.trainings, two.trainings) > 1 and sides[2] > 0:
+        parts = sum(x.error**4 / (x.trainings - 1) for x in (one, two))
+        freedom = sides[2] ** 4 / parts
+    trainings = min(one.trainings, two.trainings)
+    return _with_interval(
+        one.value - two.value, trainings, (one.least - two.most, one.most - two.least), sides, freedom
+    )
+
+
+def _with_interval(
+    value: float, trainings: int, span: tuple[float, float], sides: tuple[float, float, float], freedom: float,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:  # fmt: skip
+    below, above, error = sides
+    half = float(student_t.ppf((1 + LEVEL) / 2, freedom)) * error if freedom > 0 else math.nan
+    low = max(within[0], value - float(np.fmax(below, half)))
+    high = min(within[1], value + float(np.fmax(above, half)))
+    return Estimate(value, low, high, trainings, *span, *sides)
 
 
 def verdict(found: Estimate, bound: float = 0.0, near: float | None = None) -> str:
@@ -126,7 +157,7 @@ def claims(tables: Tables) -> pl.DataFrame:
     evidence = _Evidence(tables)
     found = [claim for results in _RESULTS for claim in results(evidence)]
     rows = [
-        (c.result, c.claim, c.model, c.against, *c.found[:3], *c.found[3:], c.paper, c.paper_of or None,
+        (c.result, c.claim, c.model, c.against, *c.found[:6], c.paper, c.paper_of or None,
          verdict(c.found, c.bound, c.near))
         for c in found
     ]  # fmt: skip
@@ -165,7 +196,9 @@ class _Evidence:
         names = self.tables["models"].filter(family=family)["name"].implode()
         own = rows.filter(pl.col("name").is_in(names), *(pl.col(k).eq_missing(pl.lit(v)) for k, v in which.items()))
         own = own.drop_nulls(value)
-        return estimate(own[value].to_list(), *(own[end].to_list() for end in ends)) if len(own) else None
+        within = (0.0, 1.0) if value == "accuracy" else (-math.inf, math.inf)
+        low, high = (own[end].to_list() for end in ends)
+        return estimate(own[value].to_list(), low, high, within) if len(own) else None
 
     def levels(self) -> range:
         """Return the levels between root and terminals."""
@@ -227,8 +260,8 @@ def _diversity(given: _Evidence) -> Iterator[Claim]:
         theirs = known.bits.get(given.models[family]["architecture"]) if known else None
         paper = NONE if known is None or theirs is None else (theirs / known.truth - 1, given.grammar)
         for claim, table, number in (
-            ("entropy of the strings relative to that of the grammar, less 1, is 0", "entropy", paper),
-            ("entropy of the choice of a rule relative to that of the grammar, less 1, is 0", "rules", NONE),
+            ("strings are as diverse as those of the grammar (relative excess of entropy)", "entropy", paper),
+            ("rules of a symbol are used as evenly as in the grammar (the same)", "rules", NONE),
         ):
             own = given.of(table, family, "excess")
             if own is not None:
@@ -277,6 +310,8 @@ _ATTENTION = (  # more than in an untrained network
 def _attention(given: _Evidence) -> Iterator[Claim]:
     control = given.control
     for family in given.clean:
+        if given.models[family]["architecture"] == "masked":
+            continue  # the paper's statements are about causal models
         for result, claim, table, value, ends in _ATTENTION:
             mean = {"level": None} if table in ("peaks", "centres", "falls") else {}
             yield from _against(

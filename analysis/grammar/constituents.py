@@ -200,7 +200,7 @@ class Scales(NamedTuple):
     """
 
     reach: Float[np.ndarray, "3 layer head"]  # mean distance that a head attends to, in tokens
-    spread: Float[np.ndarray, " 3"]  # reach of the farthest head over that of the nearest one
+    spread: Float[np.ndarray, " 3"]  # 1 + reach of the farthest head, over 1 + that of the nearest one
     explained: Float[np.ndarray, "3 layer head"]  # share of the variance of A that distance explains
     mean: Float[np.ndarray, " 3"]  # `explained`, averaged over heads
 
@@ -208,9 +208,10 @@ class Scales(NamedTuple):
 def measure_scales(sums: Sums) -> Scales:
     """Return how far each head attends, how much heads differ in that, and how much distance alone explains.
 
-    The reach of a head is the mean of |i - j|, weighted by A. `spread` is 1 if all heads attend equally far; its
-    interval is for the two heads that have the extreme reaches in all strings. `explained` is the variance of A
-    between distances, as a share of its variance over all pairs: 1 if A is a function of distance.
+    The reach of a head is the mean of |i - j|, weighted by A; 1 + reach counts the token itself. `spread` is 1 if all
+    heads attend equally far; its interval is for the two heads that have the extreme reaches in all strings.
+    `explained` is the variance of A between distances, as a share of its variance over all pairs: 1 if A is a function
+    of distance.
     """
 
     def reach(one: Sums) -> Float[np.ndarray, "layer head"]:
@@ -231,7 +232,7 @@ def measure_scales(sums: Sums) -> Scales:
 
     def octaves(one: Sums) -> Float[np.ndarray, ""]:
         found = reach(one)
-        return np.asarray(np.log(found[farthest] / found[nearest]))
+        return np.asarray(np.log((1 + found[farthest]) / (1 + found[nearest])))
 
     def with_ends(measure: Callable[[Sums], Any]) -> Float[np.ndarray, "3 ..."]:
         value = np.asarray(measure(whole))

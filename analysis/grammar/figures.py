@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,14 @@ PREFIXES = ("nothing", "clean", "corrupted")
 
 
 def styles(found: Summary) -> dict[str, Style]:
-    """Return the style of each model in all figures, by architecture or kind of perturbation."""
+    """Return the style of each model in all figures, by architecture or kind of perturbation.
+
+    Keys are names of models without and with seeds: all trainings of a model look the same.
+    """
     out: dict[str, Style] = {}
     spare = [Style(colour, "solid", 2.4, mark) for colour, mark in product(MORE, ("circle", "square", "diamond"))]
     count = dict.fromkeys(KINDS, 0)
-    for name, model in found.models.items():
+    for name, model in found.families.items():
         own = ARCHITECTURES[model["architecture"]]
         if model["untrained"]:
             out[name] = UNTRAINED
@@ -54,7 +58,7 @@ def styles(found: Summary) -> dict[str, Style]:
             count[kind] += 1
         else:
             out[name] = own if own not in out.values() else spare.pop(0) if spare else own
-    return out
+    return out | {name: out[model["family"]] for name, model in found.models.items()}
 
 
 def brief(name: str) -> str:
@@ -91,17 +95,19 @@ def _lines(title: str, x: str, names: Sequence[str], pitch: int, **more: Any) ->
 def generation(found: Summary, title: str) -> go.Figure | None:
     """Draw the share of generated strings that are in the grammar, from nothing and after a clean prefix, by model.
 
-    Only models trained without perturbed strings are drawn, or all if there are none.
+    Only models trained without perturbed strings are drawn, or all if there are none. A model has a mark for each of
+    its trainings, one below another.
     """
-    rows = [r for r in found.rows("generation", nearest=True) if r["prefix"] != "corrupted"]
-    names = [n for n in found.trained if n in found.of("generation")] or found.of("generation")
-    if not rows:
+    rows = {name: found.own("generation", name, nearest=True) for name in found.families}
+    rows = {name: [r for r in own if r["prefix"] != "corrupted"] for name, own in rows.items()}
+    names = [n for n in found.trained if rows[n]] or [n for n in rows if rows[n]]
+    if not names:
         return None
     look, traces, ends = styles(found), list[Any](), [1.0]
-    for row in (row for name in names for row in rows if row["name"] == name):
+    for at_name, row in [(k, row) for k, family in enumerate(names) for row in rows[family]]:
         name, style = plain(row["name"]), look[row["name"]]
         offset, symbol = (-0.17, "circle") if row["prefix"] == "nothing" else (0.17, "diamond")
-        words, at = _after(row["given"]), names.index(row["name"]) + offset
+        words, at = _after(row["given"]), at_name + offset + _shift(found, row["name"], 0.24)
         ends.append(row["low"])
         traces.append(
             go.Scatter(
@@ -113,7 +119,7 @@ def generation(found: Summary, title: str) -> go.Figure | None:
                 "%{customdata[1]:,} strings<extra></extra>",
             )
         )  # fmt: skip
-        if row["paper"] is not None:
+        if row["paper"] is not None and _first(found, row["name"]):
             ends.append(row["paper"])
             theirs = _after(50 if row["given"] else 0)
             traces.append(
@@ -127,6 +133,17 @@ def generation(found: Summary, title: str) -> go.Figure | None:
     return go.Figure(traces, _lines(title, "share of generated strings in the grammar", names, 40, xaxis=right))
 
 
+def _shift(found: Summary, name: str, room: float) -> float:
+    """Return by how much the mark of a training is shifted in its model's row, so that they do not overlap."""
+    names = [n for n, model in found.models.items() if model["family"] == found.models[name]["family"]]
+    return 0.0 if len(names) == 1 else room * (names.index(name) / (len(names) - 1) - 0.5)
+
+
+def _first(found: Summary, name: str) -> bool:
+    """Return whether this is the first training of its model."""
+    return bool(found.families[found.models[name]["family"]]["name"] == name)
+
+
 def _after(tokens: int) -> str:
     return f"after {tokens} tokens" if tokens else "from nothing"
 
@@ -137,7 +154,7 @@ def learners(found: Summary) -> list[str]:
     Models with only one point are omitted.
     """
     names = [n for n in found.of("curve") if found.tables["curve"].filter(name=n)["tokens"].n_unique() > 1]
-    return [n for n in names if n in found.plain] or names
+    return [n for n in names if found.models[n]["family"] in found.plain] or names
 
 
 def curve(found: Summary, column: str, title: str, words: str) -> go.Figure | None:
@@ -190,13 +207,14 @@ def _decades(values: Sequence[float]) -> dict[str, Any]:
 
 def divergence(found: Summary, title: str) -> go.Figure | None:
     """Draw the divergence of each model from the exact next-token distribution, on a logarithmic axis."""
-    by_name = {row["name"]: row for row in found.rows("diversity") if (row["kl"] or 0) > 0}
-    names = [n for n in found.plain if n in by_name] or [n for n in found.models if n in by_name]
+    rows = {name: [r for r in found.own("diversity", name) if (r["kl"] or 0) > 0] for name in found.families}
+    names = [n for n in found.plain if rows[n]] or [n for n in rows if rows[n]]
     if not names:
         return None
     look, traces, seen = styles(found), list[Any](), []
-    for at, name in enumerate(names):
-        row, style = by_name[name], look[name]
+    for at_name, row in [(k, row) for k, name in enumerate(names) for row in rows[name]]:
+        name = row["name"]
+        style, at = look[name], at_name + _shift(found, name, 0.5)
         low = row["kl_low"] if row["kl_low"] and row["kl_low"] > 0 else row["kl"]
         seen += [row["kl"], low, row["kl_high"] or row["kl"]]
         traces.append(
@@ -207,7 +225,7 @@ def divergence(found: Summary, title: str) -> go.Figure | None:
                 hovertemplate=f"{plain(name)}<br>%{{x:.3~g}} nats per token<extra></extra>",
             )
         )  # fmt: skip
-        if (paper := row["paper_kl"]) is not None:
+        if (paper := row["paper_kl"]) is not None and _first(found, name):
             seen.append(paper)
             traces.append(
                 go.Scatter(x=[paper], y=[at], mode="markers", marker=_hollow(style, style.marker, 13),
@@ -219,39 +237,40 @@ def divergence(found: Summary, title: str) -> go.Figure | None:
 
 def robustness(found: Summary, prefix: str, temperature: float, title: str) -> go.Figure:
     """Draw accuracy against the share of perturbed training strings, one line for each kind; clean models dotted."""
-    rows = found.tables["generation"].filter(prefix=prefix, temperature=temperature)
-    about = found.tables["models"].select("name", "architecture", "perturbation", "fraction", "rate")
-    table = rows.join(about, on="name", maintain_order="left")
-    perturbed = table.filter(pl.col("perturbation") != "")
-    clean = table.filter(pl.col("architecture").is_in(perturbed["architecture"].unique().to_list()), perturbation="")
+    about = {name: found.own("generation", name, prefix=prefix, temperature=temperature) for name in found.families}
+    mean = {name: fmean(row["accuracy"] for row in own) for name, own in about.items() if own}
+    perturbed = {name: found.families[name] for name in mean if found.families[name]["perturbation"]}
+    kinds = {model["architecture"] for model in perturbed.values()}
+    clean = [name for name in found.trained if name in mean and found.families[name]["architecture"] in kinds]
     traces: list[Any] = []
     look = styles(found)
-    for row in clean.iter_rows(named=True):
-        style = look[row["name"]]
+    for name in clean:
         traces.append(
-            go.Scatter(x=[0, 1], y=[row["accuracy"]] * 2, mode="lines", name=plain(row["name"]),
-                       line={"color": style.colour, "width": 1.8, "dash": "dot"},
-                       hovertemplate=f"{plain(row['name'])}, clean strings only: %{{y:.1%}}<extra></extra>")
+            go.Scatter(x=[0, 1], y=[mean[name]] * 2, mode="lines", name=plain(name),
+                       line={"color": look[name].colour, "width": 1.8, "dash": "dot"},
+                       hovertemplate=f"{plain(name)}, clean strings only: %{{y:.1%}}<extra></extra>")
         )  # fmt: skip
-    groups = perturbed.sort("fraction").group_by("architecture", "perturbation", "rate", maintain_order=True)
+    groups: dict[tuple[str, str, float], list[str]] = {}
+    for name, model in sorted(perturbed.items(), key=lambda item: item[1]["fraction"]):
+        groups.setdefault((model["perturbation"], model["architecture"], model["rate"]), []).append(name)
     used = dict.fromkeys(PERTURBATIONS, 0)
-    for (architecture, kind, rate), mine in sorted(
-        groups, key=lambda g: (PERTURBATIONS.index(str(g[0][1])), str(g[0]))
-    ):
-        style, dash = KINDS[str(kind)], DASHES[used[str(kind)] % len(DASHES)]
-        used[str(kind)] += 1
-        own = mine.rows(named=True)
-        name = f"{architecture}, {kind} at {rate:g}"
+    for (kind, architecture, rate), names in sorted(groups.items(), key=lambda g: (PERTURBATIONS.index(g[0][0]), g[0])):
+        style, dash = KINDS[kind], DASHES[used[kind] % len(DASHES)]
+        used[kind] += 1
+        title_of = f"{architecture}, {kind} at {rate:g}"
+        ends = [_ends(about[name]) for name in names]
         traces.append(
             go.Scatter(
-                x=[r["fraction"] for r in own], y=[r["accuracy"] for r in own], mode="lines+markers", name=name,
+                x=[perturbed[name]["fraction"] for name in names], y=[mean[name] for name in names],
+                mode="lines+markers", name=title_of,
                 line={"color": style.colour, "width": 2.2, "dash": dash}, marker={"size": 7, "symbol": style.marker},
-                error_y=_bars(own, "accuracy", "low", "high", style.colour),
-                hovertemplate=f"{name}<br>%{{x:.0%}} of the strings perturbed: %{{y:.1%}}<extra></extra>",
+                error_y=_bars([e | {"mean": mean[n]} for n, e in zip(names, ends, strict=True)], "mean", "low", "high",
+                              style.colour),
+                hovertemplate=f"{title_of}<br>%{{x:.0%}} of the strings perturbed: %{{y:.1%}}<extra></extra>",
             )
         )  # fmt: skip
     for kind, values in published_robustness(str(found.grammar["name"]), prefix, temperature).items():
-        style = KINDS[kind] if kind else next((look[name] for name in clean["name"]), ARCHITECTURES["rotary"])
+        style = KINDS[kind] if kind else next((look[name] for name in clean), ARCHITECTURES["rotary"])
         traces.append(
             go.Scatter(x=list(values), y=list(values.values()), mode="markers", name=f"{kind or 'clean'}, paper",
                        marker=_hollow(style, style.marker, 12),
@@ -262,6 +281,63 @@ def robustness(found: Summary, prefix: str, temperature: float, title: str) -> g
     return go.Figure(
         traces, layout(title, 270, "perturbed strings in training", "in the grammar", xaxis=right, yaxis=up)
     )
+
+
+def _ends(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the interval of one training, or the range of several."""
+    if len(rows) == 1:
+        return {"low": rows[0]["low"], "high": rows[0]["high"]}
+    values = [row["accuracy"] for row in rows]
+    return {"low": min(values), "high": max(values)}
+
+
+def reaches(found: Summary, title: str) -> go.Figure | None:
+    """Draw the mean distance that each head attends to, one row for each model (its first training), by layer."""
+    names = [n for n in found.of("heads") if _first(found, n)]
+    if not names:
+        return None
+    look, traces, far = styles(found), list[Any](), list[float]()
+    for at, name in enumerate(names):
+        rows = found.rows("heads", name=name)
+        layers = max(row["layer"] for row in rows)
+        ys = [at + (0.0 if not layers else 0.56 * (row["layer"] / layers - 0.5)) for row in rows]
+        far += [row["reach"] for row in rows]
+        traces.append(
+            go.Scatter(
+                x=[significant(row["reach"]) for row in rows], y=ys, mode="markers", name=plain(name),
+                marker={"symbol": "circle", "size": 7, "color": look[name].colour, "opacity": 0.8},
+                error_x=_bars(rows, "reach", "low", "high", look[name].colour),
+                customdata=[f"{row['layer']}.{row['head']}" for row in rows],
+                hovertemplate=f"{plain(name)}, head %{{customdata}}<br>%{{x:.3~g}} tokens<extra></extra>",
+            )
+        )  # fmt: skip
+    return go.Figure(traces, _lines(title, "mean distance of a head's attention (tokens)", names, 44,
+                                    xaxis=_decades([x for x in far if x > 0])))  # fmt: skip
+
+
+def learning(found: Summary, level: int, title: str) -> go.Figure | None:
+    """Draw the accuracy of the full probe for ancestors of a level against its training steps, by model."""
+    traces, look = list[Any](), styles(found)
+    for name in found.of("learning"):
+        rows = [r for r in found.rows("learning", name=name, level=level, reach="full", where="all", deepest=True,
+                                      shuffled=False) if r["accuracy"] is not None]  # fmt: skip
+        style = look[name]
+        if rows and found.models[name]["family"] in found.plain:
+            traces.append(
+                go.Scatter(
+                    x=[r["step"] for r in rows], y=[significant(r["accuracy"]) for r in rows], name=plain(name),
+                    mode="lines+markers", line={"color": style.colour, "width": style.width, "dash": style.dash},
+                    marker={"size": 6, "symbol": style.marker},
+                    error_y=_bars(rows, "accuracy", "low", "high", style.colour),
+                    hovertemplate=f"{plain(name)}<br>%{{x:,}} steps: %{{y:.1%}}<extra></extra>",
+                )
+            )  # fmt: skip
+    steps = sorted({x for trace in traces for x in trace.x})
+    if len(steps) < 2:
+        return None
+    right = {"type": "log", "showgrid": False, "tickvals": steps, "ticktext": [f"{x:,}" for x in steps]}
+    return go.Figure(traces, layout(title, 270, "training steps of the probe", "accuracy", xaxis=right,
+                                    yaxis={"tickformat": ".0%"}))  # fmt: skip
 
 
 def panels(found: Summary) -> list[tuple[str, float]]:

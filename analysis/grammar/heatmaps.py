@@ -196,4 +196,28 @@ def _between(row: Mapping[str, Any] | None, where: str) -> str:
     mean = _residual(_value(row), where)
     if row is None or row["low"] is None or row["high"] is None:
         return mean
+    if row["trainings"] > 1:
+        mean = f"{mean}, mean of {row['trainings']} trainings"
     return f"{mean} (95 % interval {_thousandths(row['low'])} to {_thousandths(row['high'])})<br>n {row['pairs']:,}"
+
+
+def similarity(rows: pl.DataFrame, title: str, reach: float) -> go.Figure:
+    """Draw the mean cosine of the embeddings of tokens, by the bags that the two tokens are in.
+
+    Args:
+        rows: `one`, `two`, `cosine` of one model.
+        title: title of the figure.
+        reach: the colours run from -reach to reach.
+    """
+    names = rows["one"].unique(maintain_order=True).to_list()
+    found = {(row["one"], row["two"]): row for row in rows.iter_rows(named=True)}
+    z = [[found[one, two]["cosine"] for two in names] for one in names]
+    text = [["" if v is None else f"{v:.2f}".replace("-", "−") for v in line] for line in z]
+    hover = [
+        [f"bags {plain(one)} and {plain(two)}<br>{found[one, two]['pairs']:,} pairs" for two in names] for one in names
+    ]
+    labels = [brief(name) for name in names]
+    places = [str(k) for k in range(len(names))]
+    ticks = {"tickvals": places, "ticktext": labels}
+    return _cells(title, z, text, hover, places, places, "bags of a token", "", reach=reach, xaxis=ticks,
+                  yaxis=ticks)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -153,7 +154,7 @@ def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
     generation, diversity = _judged(found["generation"], models, paper), _compared(found["diversity"], models, paper)
     by_probe = probed.filter("deepest").group_by("reach", "target", "where", "level", maintain_order=True)
     by_family = over_trainings(probed, models, ("layer", "reach", "shuffled", "target", "level", "where", "deepest"),
-                               "accuracy", ("low", "high"), ("tokens", "strings"))  # fmt: skip
+                               "accuracy", ("low", "high"), ("tokens", "strings"), (0.0, 1.0))  # fmt: skip
     alone = families.with_columns(name=pl.col("family"))
     ancestors = _ancestors(by_family, alone)
     trainings = _trainings(models, generation, diversity, probed, config.writing.kinds)
@@ -206,8 +207,9 @@ def _merged(rows: pl.DataFrame, models: pl.DataFrame) -> pl.DataFrame:
 
 
 def over_trainings(
-    rows: pl.DataFrame, models: pl.DataFrame, by: Sequence[str], value: str, ends: tuple[str, str], kept: Sequence[str]
-) -> pl.DataFrame:
+    rows: pl.DataFrame, models: pl.DataFrame, by: Sequence[str], value: str, ends: tuple[str, str],
+    kept: Sequence[str] = (), within: tuple[float, float] = (-math.inf, math.inf),
+) -> pl.DataFrame:  # fmt: skip
     """Return the mean of a number over the trainings of each family, as `nextstate.analysis.grammar.claims.estimate`.
 
     Args:
@@ -217,6 +219,7 @@ def over_trainings(
         value: the column of the number.
         ends: the columns of its interval.
         kept: columns of which the first training's value is kept.
+        within: the smallest and the largest possible number.
 
     Returns:
         One row for each family (`name`) and `by`, with the columns `value` and `ends` as they were called, `trainings`,
@@ -228,10 +231,11 @@ def over_trainings(
     out = []
     for key, own in _merged(rows, models).group_by("name", *by, maintain_order=True):
         known = own.drop_nulls(value)
-        numbers = (
-            estimate(*(known[c].to_list() for c in (value, *ends))) if len(known) else (None,) * 3 + (0, None, None)
-        )
-        out.append((*key, *numbers, *own.select(kept).row(0)))
+        numbers: tuple[Any, ...] = (None, None, None, 0, None, None)
+        if len(known):
+            values, low, high = (known[c].to_list() for c in (value, *ends))
+            numbers = estimate(values, low, high, within)[: len(numbers)]
+        out.append((*key, *numbers, *(own[c][0] for c in kept)))
     return pl.DataFrame(out, schema=schema, orient="row").fill_nan(None)
 
 
@@ -260,8 +264,8 @@ def _trainings(
     models: pl.DataFrame, generation: pl.DataFrame, diversity: pl.DataFrame, probes: pl.DataFrame, kinds: Sequence[str]
 ) -> pl.DataFrame:
     """Return the main numbers of each family (`name`): `measure`, `value`, `low`, `high`, `trainings`, range."""
-    shares = generation.filter("nearest").rename({"accuracy": "value"})
-    parts = [shares.filter(prefix=kind).with_columns(measure=pl.lit(HEADLINE[kind])) for kind in kinds]
+    written = generation.filter("nearest").rename({"accuracy": "value"})
+    parts = [written.filter(prefix=kind).with_columns(measure=pl.lit(HEADLINE[kind])) for kind in kinds]
     for number in ("kl", "bits"):
         ends = {f"{number}_{end}": end for end in ("low", "high")}
         parts.append(diversity.select("name", *ends, value=number).rename(ends).with_columns(measure=pl.lit(number)))
@@ -271,7 +275,11 @@ def _trainings(
     parts.append(means.with_columns(measure=pl.lit("ancestors"), low=none, high=none))
     columns = ("name", "measure", "value", "low", "high")
     rows = pl.concat([part.select(columns) for part in parts]).drop_nulls("value")
-    return over_trainings(rows, models, ("measure",), "value", ("low", "high"), ())
+    shares = pl.col("measure").is_in([*HEADLINE.values(), "ancestors"])
+    return pl.concat(
+        over_trainings(part, models, ("measure",), "value", ("low", "high"), within=(0.0, most))
+        for part, most in ((rows.filter(shares), 1.0), (rows.filter(~shares), math.inf))
+    )
 
 
 def _gathered(run: Run[GrammarConfig], part: str, specs: Sequence[ModelSpec]) -> pl.DataFrame:
