@@ -43,23 +43,20 @@ from tests.documents import ROOT
 
 LEDGER = read_claims()
 QUIET = "wandb=disabled"
+BRIEF = ["training.steps=2", "training.save_every=2", "training.evaluate_every=2", "training.evaluation_strings=2",
+         "writing.strings=3"]  # fmt: skip
 SMALL = {  # overrides that make a run small but leave it all the rows that claims read
     "dfa-published": ["games.0.episodes=1"],
     "box-published": ["games.0.episodes=1"],
     "heads-quickstart": ["pairs=6", "resamples=100"],
     "response-quickstart": ["prompts=3", "window_prompts=1", "head_prompts=2", "resamples=100", "bridge=[]"],
-    "grammar-quickstart": [
-        "training.steps=2", "training.save_every=2", "training.evaluate_every=2", "training.evaluation_strings=2",
-        "writing.strings=3", "probes.steps=2", "probes.strings=4", "attention.strings=4",
-    ],
-    "grammar-cfg3b-small": [
-        "training.steps=2", "training.save_every=2", "training.evaluate_every=2", "training.evaluation_strings=2",
-        "training.rows=2", "writing.strings=2", "probes.steps=2", "probes.strings=4", "attention.strings=2",
-    ],
-    "grammar-robustness-small": [
-        "training.steps=2", "training.save_every=2", "training.evaluate_every=2", "training.evaluation_strings=2",
-        "writing.strings=3",
-    ],
+    "grammar-quickstart": [*BRIEF, "probes.steps=2", "probes.strings=4", "attention.strings=4"],
+    "grammar-quickstart-seeds": BRIEF,
+    "grammar-uniform": [*BRIEF, "training.rows=2"],
+    "grammar-cfg3b-small": [*BRIEF, "training.rows=2", "probes.steps=2", "probes.strings=4", "attention.strings=2"],
+    "grammar-implicit-small": BRIEF,
+    "grammar-robustness-mid": BRIEF,
+    "grammar-robustness-small": BRIEF,
 }  # fmt: skip
 
 
@@ -188,14 +185,6 @@ def test_one_row_is_read_with_its_interval() -> None:
 
 def test_the_highest_and_lowest_rows_bring_their_own_intervals() -> None:
     assert (read(pick="highest").low, read(pick="lowest").high) == (0.8, 0.3)
-
-
-def test_a_mean_over_trainings_has_the_interval_over_trainings() -> None:
-    found = read(pick="mean", where={"name": {"matches": "a(, seed [0-9]+)?"}}, units="trainings")
-    assert (found.value, found.n, found.units) == (pytest.approx(0.3), 2, "trainings")
-    assert [found.low, found.high] == student(np.array([0.2, 0.4])).tolist()
-    one = read(pick="mean", where={"name": {"matches": "ab(, seed [0-9]+)?"}}, units="trainings")
-    assert one == Number(value=0.9, low=0.8, high=1.0, n=30, units="n")  # of one training: over its own units
 
 
 def test_rows_are_counted() -> None:
@@ -433,6 +422,7 @@ def test_a_number_is_shown_with_interval_and_units() -> None:
         == "0.500 (0.400 to 0.600), n = 1,000 strings"
     )
     assert shown(Number(value=3, units="heads")) == "3 heads"
+    assert shown(Number(value=3, n=1, units="trainings")) == "3, n = 1 training"
     assert shown(Number(missing="no row")) == "– (no row)"
 
 

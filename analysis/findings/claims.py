@@ -15,7 +15,6 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from nextstate.agents.config import ConfigError, Strict, find_config
-from nextstate.analysis import stats
 from nextstate.analysis.findings.verdict import Check, Number
 from nextstate.envs.files import digest
 
@@ -104,16 +103,14 @@ class Reading(Strict):
         default={},
         description="which rows: a value, a list of values, {at_least, at_most} or {matches} for each column",
     )
-    pick: Literal["only", "highest", "lowest", "mean", "count"] = Field(
-        default="only",
-        description="the only row; that with the highest or lowest value; the mean over rows with Student's interval "
-        "(of a single row, its own interval); or the number of rows",
+    pick: Literal["only", "highest", "lowest", "count"] = Field(
+        default="only", description="the only row, that with the highest or lowest value, or the number of rows"
     )
     value: str = Field(default="", description="column of the value; none for a count")
     low: str = Field(default="", description="column of the lower end; by default the value has no interval")
     high: str = Field(default="", description="column of the upper end")
     n: str = Field(default="", description="column with the number of units")
-    units: str = Field(default="", description="what the units are, or the rows of a mean or count")
+    units: str = Field(default="", description="what the units are, in the plural, or the rows of a count")
 
     @model_validator(mode="after")
     def _columns(self) -> Reading:
@@ -147,17 +144,12 @@ class Reading(Strict):
             return Number(missing=f"the table {self.table!r} has no {self.value} in {self._rows()}")
         if self.pick == "only" and len(rows) > 1:
             return Number(missing=f"the table {self.table!r} has {len(rows)} rows with {self._rows()}, expected one")
-        if self.pick == "mean" and len(known) > 1:
-            values = known[self.value].cast(pl.Float64).to_numpy()
-            low, high = stats.student(values).tolist()
-            return Number(value=float(np.mean(values)), low=low, high=high, n=len(values), units=self.units)
         sign = -1 if self.pick == "lowest" else 1
         return self._one(known.row(int(np.argmax(sign * known[self.value].cast(pl.Float64).to_numpy())), named=True))
 
     def _one(self, row: Mapping[str, Any]) -> Number:
         ends = [row[column] for column in (self.low, self.high) if column]
-        value, n = float(row[self.value]), int(row[self.n]) if self.n else None
-        units = self.n if self.pick == "mean" else self.units  # a mean of one row has the units of that row
+        value, n, units = float(row[self.value]), int(row[self.n]) if self.n else None, self.units
         if any(end is None or not np.isfinite(end) for end in ends):
             return Number(value=value, n=n, units=units, missing=f"{self.value} has no interval (too few units)")
         low, high = map(float, ends) if ends else (None, None)

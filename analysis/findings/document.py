@@ -30,8 +30,9 @@ A **verdict** is made by the rule that stands with each claim: bounds for a numb
 
 A claim with several checks agrees if all of them do, and is contradicted by any one of them. The interval of a
 difference is that of two independent estimates (Zou & Donner 2008), so it is too wide where both come from the same
-strings or episodes. Where a model was trained several times, the interval is Student's over trainings. A verdict holds
-for what was run, and each run says how that differs from what was published. GPU times are estimates: 2 operations for
+strings or episodes. Where a model was trained several times, the interval is over trainings; that of a single training
+leaves out how much trainings differ. A verdict holds for what was run, and each run says how that differs from what was
+published. GPU times are estimates: 2 operations for
 each weight and token that is read (6 in training), 40 trillion of them a second in bfloat16 and 10 trillion in float32.
 """
 
@@ -126,7 +127,7 @@ def shown(number: Number) -> str:
     if number.low is not None and number.high is not None and number.low < number.high:
         text += f" ({digits(number.low)} to {digits(number.high)})"
     if number.n is not None:
-        text += f", n = {number.n:,} {number.units}".rstrip()
+        text += f", n = {number.n:,} {number.units.removesuffix('s') if number.n == 1 else number.units}".rstrip()
     elif number.units:
         text += f" {number.units}"
     return f"{text}; {number.missing}" if number.missing else text

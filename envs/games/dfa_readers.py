@@ -7,7 +7,7 @@ where its edges lead. Which letters its actions have says nothing more, since th
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import exp, log, perm
 from typing import Any, NamedTuple
 
@@ -176,7 +176,7 @@ def _sum_over_orders(weights: _Weights, n: int, rows: tuple[Row, ...], at: int) 
     return right, float(own.sum())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _subsets(count: int) -> list[tuple[Array, Array, Array]]:
     """Return for each size the subsets of `count` things as bit masks, with the members of each and the others."""
     every = np.arange(1 << count, dtype=np.uint64)
