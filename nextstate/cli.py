@@ -366,7 +366,7 @@ def _claims(found: Ledger, records: dict[str, Record]) -> None:
             verdict = Text(judged.verdict, style=STYLES[judged.verdict])
             table.add_row(claim.name, Text(claim.title), verdict, run or ("not run" if claim.runs else "none"))
         console.print(table)
-        console.print(f"{counted(verdicts).capitalize()}.\n")
+        console.print(f"{counted(verdicts)}.\n")
 
 
 def _claim(claim: Claim, found: Ledger, records: dict[str, Record]) -> None:

@@ -357,8 +357,9 @@ def test_the_page_holds_every_claim_whatever_its_verdict() -> None:
         assert "cannot be said" in section.lower()
         for name in claim.runs:
             cost = LEDGER.runs[name].cost
-            assert f"`nextstate reproduce {name}`: not run" in section
-            assert cost is None or f"{cost} ({plain(cost.how)})" in section
+            assert f"`nextstate reproduce {name}` was not run" in section
+            assert cost is None or (plain(LEDGER.runs[name].needs) in section and str(cost) in section)
+            assert cost is None or f"{cost} ({plain(cost.how)})" in page
 
 
 @pytest.mark.slow
@@ -501,7 +502,7 @@ def test_a_claim_is_reproduced_recorded_and_listed(mine: Path) -> None:
     assert re.search(r"training-works .* cannot be said +not run", listed)
     reproduce("--page", "page.md")
     page = (mine / "page.md").read_text(encoding="utf-8")
-    assert "of 3 claims 1 agree, 1 are contradicted, 1 cannot be said" in page
+    assert "3 claims: agrees 1, contradicts 1, cannot be said 1" in page
     assert "## A \\[bold\\]study\\[/bold\\] of \\*mine\\*" in page
 
 

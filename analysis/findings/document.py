@@ -52,16 +52,20 @@ def _blocks(found: Ledger, records: Mapping[str, Record]) -> Iterator[str]:
     for key, study in found.studies.items():
         claims = [claim for claim in found.claims if claim.study == key]
         known = [statuses(claim, found, records) for claim in claims]
-        verdicts = [verdict_of(claim, one)[0].verdict for claim, one in zip(claims, known, strict=True)]
+        made = [verdict_of(claim, one) for claim, one in zip(claims, known, strict=True)]
         yield f"## {plain(study.title)}\n"
-        yield f"[arXiv {study.arxiv}](https://arxiv.org/abs/{study.arxiv}): {counted(verdicts)}.\n"
-        titles = [f"[{plain(claim.title)}](#{claim.name})" for claim in claims]
-        yield _table(("claim", "verdict"), zip(titles, verdicts, strict=True))
+        yield f"[arXiv {study.arxiv}](https://arxiv.org/abs/{study.arxiv}): {counted(j.verdict for j, _ in made)}.\n"
+        yield _table(("claim", "verdict", "measured on"), (
+            (f"[{plain(claim.title)}](#{claim.name})", f"{judged.verdict}", f"`{run}`" if run else "not run" if claim.runs else "–")
+            for claim, (judged, run) in zip(claims, made, strict=True)
+        ))  # fmt: skip
         for claim, one in zip(claims, known, strict=True):
             yield from _section(claim, found, one)
     yield "## Runs\n"
+    how = {name: f" ({run.cost.how})" if run.cost else "" for name, run in found.runs.items()}
     yield _table(("run", "what is run", "time"), (
-        (f"`{name}`: `{run.command}`", plain(run.what), plain(time_of(run))) for name, run in found.runs.items()
+        (f"`{name}`: `{run.command}`", plain(run.what), plain(time_of(run) + how[name]))
+        for name, run in found.runs.items()
     ))  # fmt: skip
 
 
@@ -69,22 +73,29 @@ def _section(claim: Claim, found: Ledger, known: list[Status]) -> Iterator[str]:
     number = f"Result {claim.result}. " if claim.result else ""
     yield f"### {claim.name}\n"
     yield f"**{number}{plain(claim.title)}.** {plain(claim.says)}\n"
-    yield f"Published: {plain(claim.published)} ({SOURCES[claim.source]}). {plain(claim.note)}".rstrip() + "\n"
+    yield f"Published: {plain(claim.published)} ({SOURCES[claim.source]}).\n"
+    if claim.checks:
+        yield (
+            "Agrees if "
+            + " and ".join(f"`{check}`" for check in claim.checks)
+            + f". {plain(claim.note)}".rstrip()
+            + "\n"
+        )
     if claim.because:
-        yield f"**{Verdict.OPEN.capitalize()}**, because {plain(claim.because)}.\n"
+        yield f"**{_first_upper(Verdict.OPEN)}**, because {plain(claim.because)}.\n"
     for status in known:
         if status.record is not None:
             yield from _made(claim, found.runs[status.run], status, status.record)
     waiting = [status.run for status in known if status.record is None]
     if waiting and len(waiting) == len(known):
-        yield f"**{Verdict.OPEN.capitalize()}**, because it was not run. {_rule(claim)}\n"
+        yield f"**{_first_upper(Verdict.OPEN)}**, because it was not run.\n"
     if waiting:
         yield "".join(f"- {_waiting(name, found.runs[name])}\n" for name in waiting)
 
 
 def _made(claim: Claim, run: RunEntry, status: Status, record: Record) -> Iterator[str]:
     why = f", because {plain(status.judged.because)}" if status.judged.verdict == Verdict.OPEN else ""
-    yield f"**{status.judged.verdict.capitalize()}**{why}. {_rule(claim)} We ran `{status.run}`: {plain(run.what)}.\n"
+    yield f"**{_first_upper(status.judged.verdict)}**{why}. Measured on `{status.run}`: {plain(run.what)}.\n"
     rows = [(plain(name.replace("_", " ")), plain(shown(number))) for name, number in status.numbers.items()]
     for check in claim.checks:
         if len(check.names) > 1:
@@ -94,29 +105,27 @@ def _made(claim: Claim, run: RunEntry, status: Status, record: Record) -> Iterat
     made = f"{record.date[:10]}, nextstate {record.versions.get('nextstate', '?')}"
     made += f", commit {record.commit}" if record.commit else ""
     changed = " Its config, or how its numbers are read, has changed since." if status.stale else ""
-    yield f"`{record.command}` ({plain(made)}).{changed}\n"
-
-
-def _rule(claim: Claim) -> str:
-    return "It agrees if " + " and ".join(f"`{check}`" for check in claim.checks) + "."
+    yield f"`nextstate reproduce {status.run}` ({plain(made)}).{changed}\n"
 
 
 def _waiting(name: str, run: RunEntry) -> str:
-    needs = f", needs {plain(run.needs)}" if run.needs else ""
-    how = f" ({plain(run.cost.how)})" if run.cost else ""
-    return f"`nextstate reproduce {name}`: not run{needs}; {plain(time_of(run))}{how}. {plain(run.what).capitalize()}."
+    needs = f" It needs {plain(run.needs)}: {plain(time_of(run))}." if run.needs else f" It takes {plain(run.time)}."
+    return f"`nextstate reproduce {name}` was not run ({plain(run.what)}).{needs}"
+
+
+def _first_upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def time_of(run: RunEntry) -> str:
-    """Return how long a run takes, measured or estimated."""
-    return run.time or str(run.cost)
+    """Return how long a run takes, measured on two cores or estimated for a GPU."""
+    return f"{run.time} on two cores" if run.cost is None else str(run.cost)
 
 
 def counted(verdicts: Iterable[Verdict]) -> str:
     """Return how many claims have each verdict, in words."""
     found = Counter(verdicts)
-    words = {Verdict.AGREES: "agree", Verdict.CONTRADICTS: "are contradicted", Verdict.OPEN: "cannot be said"}
-    return f"of {found.total()} claims {', '.join(f'{found[verdict]} {word}' for verdict, word in words.items())}"
+    return f"{found.total()} claims: " + ", ".join(f"{verdict} {found[verdict]}" for verdict in Verdict)
 
 
 def shown(number: Number) -> str:
