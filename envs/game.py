@@ -130,10 +130,10 @@ class Game(Rules):
             kind: "state", "action", "name" or "noop"; `contrasts` lists those that the game supports.
             design: "balanced" (answers differ and are determined by the transcript, and if possible no shortcut is
                 right on both sides) or "paper" (the published design, including its weaknesses).
-            steps: length of both episodes, including the last step, whose question is asked; the default depends on
-                the game.
-            distance: for noop pairs, the number of steps in between that do not change the answer; by default 5, or as
-                many as fit.
+            steps: length of both episodes, including the last step, whose question is asked (in the published design
+                without it); the default depends on the game.
+            distance: for noop pairs, the number of steps in between that do not change the answer (in the published
+                design its length, 3 more); by default 5, or as many as fit.
 
         Raises:
             GameError: such a pair is not possible; the message names the argument, its value and what is possible.

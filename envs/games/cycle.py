@@ -45,6 +45,11 @@ class Cycle(Game):
     State: the position in the pattern, |Q| = |T| = period. Each step has one question, the next letter; the answer
     stays in the transcript.
 
+    The letters are distinct and every label is the next letter, unlike in the published prompts, of which no faithful
+    copy is offered. There letters may repeat, and the label is the letter after the first place of the last letter in
+    the pattern, which is wrong for 8 to 51 % of prompts (patterns of 3 letters to 20); and no answer that begins with a
+    blank is counted as right, so that published scores say nothing about the task.
+
     Ideal reader: knows the period, and that the letters of the pattern are distinct. In the first round it is uniform
     over the letters not yet shown; after that the answer is determined.
 

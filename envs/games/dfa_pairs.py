@@ -12,7 +12,8 @@ from nextstate.envs.game import Episode, GameError, require, require_whole
 from nextstate.envs.games.machine import LOWER, UPPER, DFASettings, Machine, Place
 
 Edges = dict[int, dict[int, int]]  # state -> action -> target
-PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)
+PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)  # lengths of state pairs
+PAPER_LENGTHS = (1, 5, 10, 20, 40)  # lengths of noop pairs
 
 
 def draw_pair(
@@ -29,12 +30,21 @@ def draw_pair(
     - "action": one of two actions is queried, both taken before in the current state. One automaton; one name differs.
     - "name": the state that is the answer is called by the name of one that the walk does not visit.
 
+    Published pairs ("state" and "noop") have no lists of states and actions, and letters drawn anew for each pair:
+
+    - "state": `steps` is the number of transitions before the question, 6, 10, 14, ... or 30. At 10, 18 and 26 both
+      sides have the same answer, so that the pair has a problem (`nextstate.envs.contrast.problems`).
+    - "noop": `distance` is the published length, 1, 5, 10, 20 or 40, of which the first three transitions are others:
+      the loop is taken 0, 2, 7, 17 or 37 times.
+
     With `kind="state-state"` actions are hidden: "state" and "name" only, and the two states have one successor each.
     """
     if game.kind == "state-state" and (kind not in ("state", "name") or design == "paper"):
         raise GameError(f"kind={kind!r} is not possible: state-state has no {design} contrast of kind {kind}")
     if design == "paper":
-        return _published_state(game, steps) if kind == "state" else _published_noop(game, steps, distance)
+        if kind == "state":
+            return _published_state(game, rng, steps)
+        return _published_noop(game, rng, steps, distance)
     steps = 12 + distance if steps is None else steps
     fewest = 4 if kind == "name" or game.kind == "state-state" else 3
     require_whole("states", game.states, fewest, len(LOWER[game.symbols]))
@@ -174,35 +184,58 @@ def _key(episode: Episode, step: int) -> tuple[str, int]:
     return now.state.machine.states[now.state.at], now.action if now.narration else -1
 
 
-def _published_state(game: DFASettings, steps: int | None) -> Pair:
-    """Return the published pair of another state and the same action, after `steps` told steps.
+def _published_state(game: DFASettings, rng: np.random.Generator, steps: int | None) -> Pair:
+    """Return the published pair of another state and the same action, with T = `steps` transitions before the question.
 
-    Loop 1 is x1 -A1-> x3 -A2-> x1, loop 2 is x2 -A1-> x4 -A2-> x2; A3 crosses from x1 to x4 and from x2 to x3. Each
-    side begins in x1 and is at last asked for action A1. The clean walk takes A1, A2, A3, A2 over and over: round its
-    loop, across, and on to where the other loop begins. After 10, 18 and 26 steps it is back in loop 1, where the
-    corrupted walk has been all the time, and the answers are the same. (The reference gives states, actions, loops,
-    lengths, and that finding. That A3 leads into the middle of the other loop is our reading: if it led from x1 to x2,
-    walks of these lengths could not end in loop 1.)
+    Both sides begin in x1. The clean side goes through four parts of two transitions, over and over: A1 to x3 and A2 to
+    x1; A1 to x3 and A3 to x2; A1 to x4 and A2 to x2; A1 to x4 and A3 to x1. The corrupted side is the same text with x1
+    for x2 and x3 for x4. Both are asked for A1 at last. At T = 10, 18 and 26 the clean side is back in x1, and both
+    sides have the answer x3. At every T the answer is also where A1 led the last time, whatever the state.
     """
     steps = PAPER_STEPS[0] if steps is None else steps
     require(steps in PAPER_STEPS, "steps", steps, f"one of {', '.join(map(str, PAPER_STEPS))} (design paper)")
-    small = replace(game, states=4, density="middle", edges=None, actions_listed=3)
-    edges: Edges = {0: {0: 2, 2: 3}, 1: {0: 3, 2: 2}, 2: {1: 0}, 3: {1: 1}}
-    machine = Machine(("x1", "x2", "x3", "x4"), ("A1", "A2", "A3"), _table(edges), 0)
-    sides = [_episode(small, machine, [*(round_ * steps)[:steps], 0]) for round_ in ([0, 1, 2, 1], [0, 1])]
+    states, actions = _letters(rng, 4, 3)
+    edges: Edges = {0: {0: 2}, 1: {0: 3}, 2: {1: 0, 2: 1}, 3: {1: 1, 2: 0}}
+    twin: Edges = {0: {0: 2}, 1: {}, 2: {1: 0, 2: 0}, 3: {}}
+    path = [*([0, 1, 0, 2] * steps)[:steps], 0]
+    sides = [_bare(game, Machine(states, actions, _table(each), 0), path) for each in (edges, twin)]
     return _pair("state", "paper", sides[0], sides[1], 0)
 
 
-def _published_noop(game: DFASettings, steps: int | None, distance: int) -> Pair:
-    """Return the published noop pair: x1 -A1-> x2, `distance` times the loop A on x2, and A2 back; x1 is renamed to x3.
+def _published_noop(game: DFASettings, rng: np.random.Generator, steps: int | None, length: int) -> Pair:
+    """Return the published noop pair of length T = `length`.
 
-    The loop is walked once before, so that the answer is settled. (The reference does not say what comes before.)
+    x1 -A1-> x2 -A2-> x1 -A1-> x2, then T - 3 times the loop A on x2 (never at T = 1), and at last A2 is asked for. In
+    the corrupted text a third state stands for x1. At T = 1 the published text has two blanks in the place of loops.
+    (The source fixes A within a text; that it is drawn for each pair, from the letters left, is our reading.)
     """
-    require(steps is None, "steps", steps, "None, since the length of published noop pairs follows from their distance")
-    small = replace(game, states=3, density="middle", edges=None, actions_listed=3)
-    edges: Edges = {0: {0: 1}, 1: {1: 0, 2: 1}, 2: {0: 1}}
-    machine = Machine(("x1", "x2", "x3"), ("A1", "A2", "A"), _table(edges), 0)
-    path = [0, 1, 0, *[2] * distance, 1]
-    twin: Edges = {2: {0: 1}, 1: {1: 2, 2: 1}, 0: {0: 1}}
-    renamed = replace(machine, table=_table(twin), start=2)
-    return _pair("noop", "paper", _episode(small, machine, path), _episode(small, renamed, path), distance)
+    require(steps is None, "steps", steps, "None, since the length of published noop pairs is their distance")
+    lengths = ", ".join(map(str, PAPER_LENGTHS))
+    require(length in PAPER_LENGTHS, "distance", length, f"one of {lengths} (design paper)")
+    states, actions = _letters(rng, 3, 3)
+    edges: Edges = {0: {0: 1}, 1: {1: 0, 2: 1}, 2: {}}
+    twin: Edges = {0: {}, 1: {1: 2, 2: 1}, 2: {0: 1}}
+    loops = max(length - 3, 0)
+    sides = []
+    for each, start in ((edges, 0), (twin, 2)):
+        side = _bare(game, Machine(states, actions, _table(each), start), [0, 1, 0, *[2] * loops, 1])
+        if not loops:
+            asked = side.steps[-1]
+            side = replace(side, steps=(*side.steps[:-1], asked._replace(narration=f" {asked.narration}")))
+        sides.append(side)
+    return _pair("noop", "paper", sides[0], sides[1], loops)
+
+
+def _letters(rng: np.random.Generator, states: int, actions: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    lower, upper = LOWER["letters"], UPPER["letters"]
+    return (
+        tuple([lower[i] for i in rng.permutation(len(lower))[:states].tolist()]),
+        tuple([upper[i] for i in rng.permutation(len(upper))[:actions].tolist()]),
+    )
+
+
+def _bare(game: DFASettings, machine: Machine, path: list[int]) -> Episode:
+    """Return an episode without lists of states and actions, as published pairs are; its choices are all states."""
+    small = replace(game, states=len(machine.states), density="middle", edges=None, actions_listed=len(machine.actions),
+                    symbols="letters", generator="default")  # fmt: skip
+    return replace(_episode(small, machine, path), opening=f"Start at state {machine.states[machine.start]}.")

@@ -196,16 +196,12 @@ def test_the_tokens_of_a_pair_differ_where_its_words_do(game: str, kind: str) ->
         assert told[0] == told[1] == [i for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)) if a != b]
 
 
-@pytest.mark.parametrize("steps", [6, 10, 14, 30])
-def test_the_published_pairs_are_solved_too(steps: int) -> None:
-    agent, rng, game = built("DFA", 0).agent, np.random.default_rng(0), make_game("DFA")
-    told = [
-        game.contrast(rng, "state", "paper", steps=steps),
-        game.contrast(rng, "noop", "paper", distance=steps),
-    ]
-    for pair in told:
-        for side, answer in zip(pair.sides, pair.answers, strict=True):
-            assert int(logits(agent, [side])[0].argmax()) == agent.encoder.piece(answer)[0]
+@pytest.mark.parametrize("given", [{"steps": t} for t in (6, 10, 14, 30)] + [{"distance": t} for t in (1, 5, 20)])
+def test_the_published_pairs_are_solved_too(given: dict[str, int]) -> None:
+    agent, kind = built("DFA", 0).agent, "state" if "steps" in given else "noop"
+    pair = make_game("DFA").contrast(np.random.default_rng(0), kind, "paper", **given)
+    for side, answer in zip(pair.sides, pair.answers, strict=True):
+        assert int(logits(agent, [side])[0].argmax()) == agent.encoder.piece(answer)[0]
 
 
 def test_layer_norms_do_nothing() -> None:

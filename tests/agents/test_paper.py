@@ -41,12 +41,13 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "paper").glob("*.yaml"
 FAMILIES = {"roneneldan/TinyStories-": "gpt_neo", "openai-community/gpt2": "gpt2", "EleutherAI/pythia-": "gpt_neox"}
 CONTEXTS = {"gpt_neo": 2048, "gpt2": 1024, "gpt_neox": 2048}
 GRIDS: tuple[Grid, ...] = ("cells", "episodes")
+DEALT = "DFA-generator=paper-density"
 FAST = {  # the largest of each game, and some around and beyond 256 tokens
     "cells": (
-        *("DFA-density=max-states=20-steps=100", "DFA-density=middle-states=12-steps=60"),
-        *("DFA-density=min-states=4-steps=30", "Box-boxes=10-steps=10", "FruitStore-people=21-steps=20"),
+        *(f"{DEALT}=max-states=20-steps=100", f"{DEALT}=middle-states=12-steps=60", f"{DEALT}=min-states=4-steps=30"),
+        *("Box-boxes=10-steps=10", "FruitStore-generator=paper-people=21-steps=20"),
     ),
-    "episodes": ("DFA-density=max-states=12", "Box-boxes=10", "FruitStore-people=21"),
+    "episodes": (f"{DEALT}=max-states=12", "Box-boxes=10", "FruitStore-generator=paper-people=21"),
 }
 
 
@@ -176,10 +177,10 @@ def letters() -> Any:
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])
 def test_what_the_context_does_not_hold_is_left_out_and_counted(family: str) -> None:
     who = LanguageModel(family, loaded=(build(family, 256), letters()))
-    whole = cells("cells")["DFA-density=max-states=20-steps=100"]
+    whole = cells("cells")[f"{DEALT}=max-states=20-steps=100"]
     longest, gone = check(who, 0.0, whole, "cells", 1, 1)
     assert (longest, gone) == (0, 1)
-    longest, gone = check(who, 0.0, cells("episodes")["DFA-density=middle-states=10"], "episodes", 1, 2)
+    longest, gone = check(who, 0.0, cells("episodes")[f"{DEALT}=middle-states=10"], "episodes", 1, 2)
     assert 0 < gone < 100
     assert who.context is not None
     assert who.context - 30 < longest <= who.context

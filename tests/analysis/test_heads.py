@@ -265,7 +265,9 @@ def test_published_pairs_whose_answers_agree_are_left_out() -> None:
 
 def test_answers_are_compared_where_their_tokens_differ(folders: dict[str, Path]) -> None:
     encoder = LanguageModel(str(folders["gpt2"]), device="cpu").encoder
-    pair = make_game("DFA").contrast(np.random.default_rng(0), "state", "paper", steps=6)
+    rng, game = np.random.default_rng(0), make_game("DFA", symbols="pairs")
+    drawn = (game.contrast(rng, "state", steps=12) for _ in range(1000))
+    pair = next(p for p in drawn if len({encoder.piece(a)[0] for a in p.answers}) == 1)
     answers = [encoder.piece(a) for a in pair.answers]
     common = next(i for i, (a, b) in enumerate(zip(*answers, strict=False)) if a != b)
     (one,), _ = token_pairs(encoder, [pair])

@@ -15,8 +15,6 @@ from test_readers import read_box, read_dfa
 from nextstate.envs import GAMES, Episode, Game, GameError, make_game
 from nextstate.envs.contrast import Pair, Span, differences, find_span, piece_of, problems, segments, shortcuts
 
-PAPER_STEPS = (6, 10, 14, 18, 22, 26, 30)
-
 
 def hopeless(game: Game, kind: str) -> set[str]:
     """Shortcuts that the game's own nature makes right, so that no pair can defeat them."""
@@ -268,50 +266,6 @@ def test_what_shortcuts_score(name: str, kind: str, expected: dict[str, tuple[fl
         assert low <= np.mean([s[shortcut] for s in scores]) <= high, shortcut
 
 
-HEADER = "States: {x1,x2,x3,x4}\nActions:{A1,A2,A3}\nSequence: Start at state x1."
-
-
-def text_of(*steps: str) -> str:
-    return "".join(f" Take action {action}, go to state {state}." for action, state in map(str.split, steps))
-
-
-def test_different_state_same_action_as_published() -> None:
-    rng, game = np.random.default_rng(0), make_game("DFA")
-    one, two = text_of("A1 x3", "A2 x1"), text_of("A1 x4", "A2 x2")
-    cross, back = text_of("A3 x4", "A2 x2"), text_of("A3 x3", "A2 x1")
-    asked = " Take action A1, go to state"
-    clean = {6: one + cross + two, 10: one + cross + two + back + one, 14: one + cross + two + back + one + cross + two}
-    for steps, words in clean.items():
-        pair = game.contrast(rng, "state", "paper", steps=steps)
-        assert prompt(pair.clean) == HEADER + words + asked
-        assert prompt(pair.corrupted) == HEADER + one * (steps // 2) + asked
-        assert len(pair.clean.steps) == steps + 1
-    assert game.contrast(rng, "state", "paper") == game.contrast(rng, "state", "paper", steps=6)
-
-
-def test_the_published_design_asks_for_one_answer_where_the_reference_found_it() -> None:
-    rng, game = np.random.default_rng(0), make_game("DFA", states=12)
-    same = []
-    for steps in PAPER_STEPS:
-        pair = game.contrast(rng, "state", "paper", steps=steps)
-        assert pair.answers[1] == " x3"
-        same += [steps] if pair.answers[0] == pair.answers[1] else []
-        assert bool(problems(pair)) == (steps in same)
-        assert all(value in (0.5, 1) for name, value in shortcuts(pair).items() if name == "action_only")
-    assert same == [10, 18, 26]
-
-
-@pytest.mark.parametrize("distance", [1, 5, 10, 20, 40])
-def test_noop_as_published(distance: int) -> None:
-    pair = make_game("DFA").contrast(np.random.default_rng(0), "noop", "paper", distance=distance)
-    for side, name in zip(pair.sides, ("x1", "x3"), strict=True):
-        walk = text_of("A1 x2", f"A2 {name}", "A1 x2", *["A x2"] * distance)
-        listed = f"States: {{x1,x2,x3}}\nActions:{{A1,A2,A}}\nSequence: Start at state {name}."
-        assert prompt(side) == f"{listed}{walk} Take action A2, go to state"
-    assert pair.answers == (" x1", " x3")
-    assert problems(pair) == ()
-
-
 @pytest.mark.parametrize(
     ("game", "arguments", "message"),
     [
@@ -344,6 +298,7 @@ def test_noop_as_published(distance: int) -> None:
         (make_game("DFA"), {"kind": "state", "steps": 2.5}, "steps=2.5.*expected a whole number"),
         (make_game("DFA"), {"kind": "state", "design": "paper", "steps": 7}, "steps=7.*expected one of 6, 10, 14"),
         (make_game("DFA"), {"kind": "noop", "design": "paper", "steps": 7}, "steps=7.*expected None"),
+        (make_game("DFA"), {"kind": "noop", "design": "paper", "distance": 3}, "distance=3.*expected one of 1, 5, 10"),
         (make_game("DFA", states=2), {"kind": "state"}, "states=2.*expected a whole number from 3 "),
         (make_game("DFA", states=3), {"kind": "name"}, "states=3.*expected a whole number from 4 "),
         (make_game("DFA", actions_listed=2), {"kind": "noop"}, "actions_listed=2.*expected a whole number from 3 "),
