@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from nextstate.envs.game import Distribution, Episode, Question, expected_accuracy
+from nextstate.envs.game import Distribution, Episode, Question, own_accuracy
 
 WRITTEN = 32  # maximum number of tokens of a generated answer
 
@@ -58,8 +58,8 @@ class Prediction:
 class Agent(ABC):
     """Predicts the answers to questions.
 
-    `name` identifies it in tables. `kind` is a name that `nextstate.agents.registry` knows, such as "ideal", "shortcut"
-    or "model", or the name of a plugin. Both are set when an agent is created from a config.
+    `name` identifies it in tables. `kind` is a name that `nextstate.agents.registry` knows, such as "ideal", "lookup",
+    "shortcut" or "model", or the name of a plugin. Both are set when an agent is created from a config.
     """
 
     name: str
@@ -105,14 +105,10 @@ def from_belief(belief: Distribution, question: Question, tie: float) -> Predict
     return Prediction(question.choices[pick].strip(), pick, pick, pick, pick, logprobs)
 
 
-def question_row(prompt: Prompt, ideal: Distribution) -> dict[str, Any]:
-    """Return the table row of a question, without answers; columns: `nextstate.analysis.predict.tables.QUESTIONS`.
-
-    Args:
-        prompt: the question in its episode.
-        ideal: the ideal reader's distribution over the choices.
-    """
-    question, ceiling = prompt.asked, expected_accuracy(ideal, prompt.asked.accepted)
+def question_row(prompt: Prompt) -> dict[str, Any]:
+    """Return the table row of a question, without answers; columns: `nextstate.analysis.predict.tables.QUESTIONS`."""
+    question, step, index = prompt.asked, prompt.step, prompt.question
+    ceiling = prompt.episode.ceilings[step][index]
     return {
         "episode": prompt.episode.seed,
         "step": prompt.step + 1,
@@ -122,6 +118,7 @@ def question_row(prompt: Prompt, ideal: Distribution) -> dict[str, Any]:
         "choices": list(question.choices),
         "truth": question.answer,
         "accepted": [question.choices[i].strip() for i in question.accepted],
+        "lookup": own_accuracy(prompt.episode.beliefs("lookup")[step][index], question.accepted),
         "ceiling": ceiling,
         "determined": ceiling == 1,
         "chance": question.chance,

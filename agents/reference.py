@@ -1,4 +1,4 @@
-"""Reference agents: the ideal reader, chance, and the shortcuts of each game."""
+"""Reference agents: the ideal reader, the lookup reader, chance, and the shortcuts of each game."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from zlib import crc32
 from nextstate.agents.agent import Agent, Prediction, Prompt, from_belief
 from nextstate.envs.game import Distribution
 
+READERS = ("ideal", "lookup", "chance")
+
 
 class Reference(Agent):
     """Answers with the most probable choice according to one of the game's readers.
@@ -15,12 +17,12 @@ class Reference(Agent):
     Ties are broken uniformly by a hash of belief, seed, step and question, so that answers are reproducible.
 
     Args:
-        belief: "ideal", "chance", or one of a game's `shortcuts`.
+        belief: "ideal", "lookup", "chance", or one of a game's `shortcuts`.
     """
 
     def __init__(self, belief: str) -> None:
         self.belief = belief
-        self.kind = belief if belief in ("ideal", "chance") else "shortcut"
+        self.kind = belief if belief in READERS else "shortcut"
         self.name = belief if belief == self.kind else f"shortcut:{belief}"
 
     def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:

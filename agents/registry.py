@@ -1,8 +1,8 @@
 """All kinds of agents, built in or from other packages, and how an entry of a config becomes an agent.
 
-An entry of `agents` is a string or a mapping. A string is the name of a kind ("ideal", "chance", or one that an
-installed package registers as an entry point of the group `nextstate.agents`), "shortcut:NAME", "shortcuts" for all
-shortcuts of the run's games, `pkg.module:Name`, or else the name or folder of a language model. A mapping
+An entry of `agents` is a string or a mapping. A string is the name of a kind ("ideal", "lookup", "chance", or one
+that an installed package registers as an entry point of the group `nextstate.agents`), "shortcut:NAME", "shortcuts" for
+all shortcuts of the run's games, `pkg.module:Name`, or else the name or folder of a language model. A mapping
 `{kind: ngram, n: 2}` gives a kind with its arguments; without `kind` it is a language model with its options.
 
 A plugin agent is a subclass of `nextstate.agents.agent.Agent`, or a function that returns one. Torch and other
@@ -61,6 +61,7 @@ def _model(**options: Any) -> Agent:
 
 BUILT_IN: dict[str, Maker] = {
     "ideal": partial(Reference, "ideal"),
+    "lookup": partial(Reference, "lookup"),
     "chance": partial(Reference, "chance"),
     "shortcut": shortcut,
     "model": _model,
@@ -70,7 +71,7 @@ BUILT_IN: dict[str, Maker] = {
 HUMAN = "human"  # made by `nextstate.terminal`, which has the console
 PLAYERS = ("random", "walkthrough")  # give commands only
 _RESERVED = (*BUILT_IN, HUMAN)
-REFERENCES = ("ideal", "chance", "shortcut")  # answer questions only
+REFERENCES = ("ideal", "lookup", "chance", "shortcut")  # answer questions only
 _SHORTCUT = "shortcut:"
 _WITH_ARGUMENTS = ("shortcut", "model")  # kinds that need arguments
 

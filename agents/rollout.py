@@ -40,9 +40,8 @@ def prompts_of(episode: Episode, grid: Grid = "episodes") -> list[Prompt]:
 def questions(episodes: Iterable[Episode], grid: Grid = "episodes") -> Iterator[tuple[Prompt, dict[str, Any]]]:
     """Yield each question of the episodes with its table row; see `question_row`."""
     for episode in episodes:
-        ideal = episode.beliefs("ideal")
         for prompt in prompts_of(episode, grid):
-            yield prompt, question_row(prompt, ideal[prompt.step][prompt.question])
+            yield prompt, question_row(prompt)
 
 
 def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -> Rollout:

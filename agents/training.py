@@ -155,7 +155,7 @@ def plant_episode(
 ) -> None:
     """Add an episode to a row, with the loss on an accepted answer (drawn if there are several) of each question."""
     trunk = Trunk(encoder, episode, row.tree)
-    beliefs = episode.beliefs("ideal")
+    beliefs = episode.beliefs("lookup")  # a model that does not know how episodes are drawn can learn this
     tempting = [episode.beliefs(name) for name in stage.resist if name in episode.game.shortcuts]
     for t, step in enumerate(episode.steps):
         for q, question in enumerate(step.questions):

@@ -22,7 +22,6 @@ from nextstate.analysis.grid import GridConfig, game_identity, games_of
 from nextstate.analysis.run import ModelRunConfig, Run
 from nextstate.analysis.study import Job, Skip, Study
 from nextstate.envs.episode import check_steps
-from nextstate.envs.game import expected_accuracy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -227,7 +226,7 @@ def _answer(prompt: Prompt, logprobs: np.ndarray[Any, Any]) -> dict[str, Any]:
         "p_accepted": float(np.exp(logprobs[accepted]).sum()), "logprob": float(logprobs[asked.truth]),
         "correct": int(logprobs.argmax()) in accepted,
         "rank": 1 + int((logprobs > logprobs[accepted].max()).sum()),
-        "ceiling": expected_accuracy(prompt.episode.beliefs("ideal")[prompt.step][prompt.question], asked.accepted),
+        "ceiling": prompt.episode.ceilings[prompt.step][prompt.question],
         "chance": asked.chance,
     }  # fmt: skip
 

@@ -2,7 +2,17 @@
 
 from nextstate.envs.automaton import Automaton
 from nextstate.envs.environments import PlayEnv, PredictionEnv
-from nextstate.envs.game import Episode, Game, GameError, Question, Reader, Step, expected_accuracy, unroll
+from nextstate.envs.game import (
+    Episode,
+    Game,
+    GameError,
+    Question,
+    Reader,
+    Step,
+    expected_accuracy,
+    own_accuracy,
+    unroll,
+)
 from nextstate.envs.games import GAMES, game_class, game_names, make_game
 from nextstate.envs.laws import LawError, check_game
 from nextstate.envs.registration import register_environments
@@ -26,6 +36,7 @@ __all__ = [
     "game_class",
     "game_names",
     "make_game",
+    "own_accuracy",
     "register_environments",
     "unroll",
 ]

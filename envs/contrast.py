@@ -150,7 +150,7 @@ def differences(pair: Pair) -> list[Role]:
 def problems(pair: Pair) -> tuple[str, ...]:
     """Return descriptions of what makes a pair unusable for measurements; empty if the pair is sound.
 
-    In a sound pair the sides have the same number of steps and different answers; each answer is determined by its
+    In a sound pair the sides have the same number of steps and different answers; each answer is settled by its
     transcript, and is a choice on the other side.
     """
     found = []
@@ -163,7 +163,7 @@ def problems(pair: Pair) -> tuple[str, ...]:
     for name, side, question, other in zip(names, pair.sides, pair.questions, pair.answers[::-1], strict=True):
         if other not in question.choices:
             found.append(f"{other.strip()} is not a choice on the {name} side")
-        if expected_accuracy(side.beliefs("ideal")[-1][0], question.accepted) < 1 or len(question.accepted) > 1:
+        if expected_accuracy(side.beliefs("lookup")[-1][0], question.accepted) < 1 or len(question.accepted) > 1:
             found.append(f"the {name} transcript does not determine the answer")
     return tuple(found)
 

@@ -16,7 +16,7 @@ from nextstate.envs.game import (
     State,
     Step,
     check_steps,
-    expected_accuracy,
+    own_accuracy,
     require,
     unroll,
 )
@@ -62,12 +62,10 @@ def answer_space(game: Game, answer: str) -> gym.Space[Any]:
     return gym.spaces.Text(MAX_ANSWER, min_length=0, charset=PRINTABLE)
 
 
-def ceilings(episode: Episode) -> list[float]:
-    """Return the ideal reader's expected accuracy on the first question of each step."""
-    beliefs = episode.beliefs("ideal")
-    return [
-        expected_accuracy(row[0], step.questions[0].accepted) for row, step in zip(beliefs, episode.steps, strict=True)
-    ]
+def ceilings(episode: Episode) -> list[tuple[float, float]]:
+    """Return the expected accuracy of the lookup and the ideal reader on the first question of each step."""
+    rows = zip(episode.steps, episode.beliefs("lookup"), episode.ceilings, strict=True)
+    return [(own_accuracy(low[0], step.questions[0].accepted), high[0]) for step, low, high in rows]
 
 
 class PredictionEnv(gym.Env[str, Any]):
@@ -82,8 +80,9 @@ class PredictionEnv(gym.Env[str, Any]):
     Reward: 1 if the answer is accepted, else 0.
     End: terminated after `steps` questions.
     Info: `step` and `choices` of the question shown. After a step also, for the question just answered: `answer` (the
-    truth), `accepted` (indices of all right choices), `state` (the value of each variable), `ceiling` (the ideal
-    reader's expected accuracy), `determined` (whether `ceiling` is 1), `chance`, `correct` and `illegal`.
+    truth), `accepted` (indices of all right choices), `state` (the value of each variable), `lookup` and
+    `ceiling` (the expected accuracy of the lookup and of the ideal reader), `determined` (whether `ceiling` is 1),
+    `chance`, `correct` and `illegal`.
 
     A reset without a seed draws one from `np_random`, so that `episode.seed` always identifies the episode.
 
@@ -134,11 +133,12 @@ class PredictionEnv(gym.Env[str, Any]):
         question = now.questions[0]
         index = self._index(action, question)
         correct = index in question.accepted
-        ceiling = self._ceilings[at]
+        lookup, ceiling = self._ceilings[at]
         info = {
             "answer": question.answer,
             "accepted": question.accepted,
             "state": dict(self.game.values(now.next_state)),
+            "lookup": lookup,
             "ceiling": ceiling,
             "determined": ceiling == 1.0,
             "chance": question.chance,

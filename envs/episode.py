@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from nextstate.envs.rules import Distribution, Rules, State, Step, require_whole, uniform
+from nextstate.envs.rules import Distribution, Question, Reader, Rules, State, Step, require_whole, uniform
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Episode:
     opening: str
     steps: tuple[Step, ...]
     _beliefs: dict[str, list[list[Distribution]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _ceilings: list[list[float]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -50,7 +54,7 @@ class Episode:
         return head + asked[-1].stem
 
     def beliefs(self, name: str) -> list[list[Distribution]]:
-        """Return the distributions of `name` ("ideal", "chance" or a shortcut), indexed by step and question.
+        """Return the distributions of `name` ("ideal", "lookup", "chance" or a shortcut), by step and question.
 
         The results are cached for each name.
         """
@@ -58,21 +62,32 @@ class Episode:
             self._beliefs[name] = self._read(name)
         return self._beliefs[name]
 
+    @property
+    def ceilings(self) -> list[list[float]]:
+        """The accuracy that the ideal reader expects of its answers, given the text; by step and question."""
+        if not self._ceilings:
+            self._ceilings.extend(self._ask(lambda reader, q: reader.ceiling(q)))
+        return self._ceilings
+
     def _read(self, name: str) -> list[list[Distribution]]:
         if name == "chance":
             return [[uniform(len(q.choices)) for q in step.questions] for step in self.steps]
+        return self._ask((lambda r, q: r.lookup(q)) if name == "lookup" else (lambda r, q: r.guess(name, q)))
+
+    def _ask(self, ask: Callable[[Reader, Question], T]) -> list[list[T]]:
+        """Return what a reader of the transcript says about each question."""
         reader = self.game.reader(self.start)
-        observe, guess, observe_answer = reader.observe, reader.guess, reader.observe_answer
+        observe, observe_answer = reader.observe, reader.observe_answer
         inline = self.game.feedback == "inline"
-        out: list[list[Distribution]] = []
+        out: list[list[T]] = []
         for _, action, _, _, asked, _ in self.steps:
             observe(action)
             if not inline:
-                out.append([guess(name, question) for question in asked])
+                out.append([ask(reader, question) for question in asked])
                 continue
-            row: list[Distribution] = []
+            row: list[T] = []
             for question in asked:
-                row.append(guess(name, question))
+                row.append(ask(reader, question))
                 observe_answer(question.truth)
             out.append(row)
         return out

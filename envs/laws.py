@@ -14,7 +14,18 @@ import numpy as np
 
 from nextstate.envs.contrast import problems, segments
 from nextstate.envs.environments import PRINTABLE, PlayEnv, PredictionEnv
-from nextstate.envs.game import Action, Distribution, Episode, Game, GameError, State, Step, expected_accuracy, unroll
+from nextstate.envs.game import (
+    Action,
+    Distribution,
+    Episode,
+    Game,
+    GameError,
+    State,
+    Step,
+    expected_accuracy,
+    own_accuracy,
+    unroll,
+)
 from nextstate.envs.games import game_class
 from nextstate.envs.rules import Rules
 
@@ -254,47 +265,57 @@ def steps_are_the_common_ones(case: Case) -> Iterator[str]:
 
 
 def beliefs_are_distributions(case: Case) -> Iterator[str]:
-    """Beliefs are distributions over the choices; the ideal reader's has a positive probability for right answers."""
+    """Beliefs are distributions over the choices; those of ideal and lookup reader do not rule out right answers."""
     game = case.game
-    for episode, name in product(case.episodes, ("ideal", "chance", *game.shortcuts)):
+    for episode, name in product(case.episodes, ("ideal", "lookup", "chance", *game.shortcuts)):
         for step, row in zip(episode.steps, episode.beliefs(name), strict=True):
             for question, belief in zip(step.questions, row, strict=True):
                 if len(belief) != len(question.choices):
                     yield f"expected a probability for each of {question.choices!r} from {name}, found {belief!r}"
                 elif min(belief) < 0 or not math.isclose(sum(belief), 1, abs_tol=TOLERANCE):
                     yield f"expected probabilities from {name} that add up to 1, found {belief!r}"
-                elif name == "ideal" and not sum(belief[i] for i in question.accepted) > 0:
+                elif name in ("ideal", "lookup") and not sum(belief[i] for i in question.accepted) > 0:
                     answers = [question.choices[i].strip() for i in question.accepted]
-                    yield f"expected the ideal reader not to rule out the right answer {answers!r}, found {belief!r}"
+                    yield f"expected the {name} reader not to rule out the right answer {answers!r}, found {belief!r}"
 
 
-def the_ideal_reader_knows_only_the_text(case: Case) -> Iterator[str]:
-    """For equal prompts the ideal reader has equal beliefs."""
-    known: dict[tuple[str, tuple[str, ...]], Distribution] = {}
+def what_the_text_settles_is_certain(case: Case) -> Iterator[str]:
+    """Where every answer that the lookup reader may give is right, the ideal reader is certain."""
     for episode in case.episodes:
-        for t, row in enumerate(episode.beliefs("ideal")):
+        rows = zip(episode.steps, episode.beliefs("lookup"), episode.ceilings, strict=True)
+        for t, (step, beliefs, ceilings) in enumerate(rows):
+            for question, belief, ceiling in zip(step.questions, beliefs, ceilings, strict=True):
+                if not 0 < ceiling <= 1:
+                    yield f"expected a ceiling above 0 and up to 1, found {ceiling} at step {t + 1}"
+                elif ceiling < own_accuracy(belief, question.accepted) == 1:
+                    yield f"expected a ceiling of 1 where lookup is certain, found {ceiling} at step {t + 1}"
+
+
+def readers_know_only_the_text(case: Case) -> Iterator[str]:
+    """For equal prompts the ideal and the lookup reader have equal beliefs."""
+    known: dict[tuple[str, str, tuple[str, ...]], Distribution] = {}
+    for episode, name in product(case.episodes, ("ideal", "lookup")):
+        for t, row in enumerate(episode.beliefs(name)):
             for i, belief in enumerate(row):
                 prompt, choices = episode.prompt(t, i), episode.steps[t].questions[i].choices
-                first = known.setdefault((prompt, choices), belief)
+                first = known.setdefault((name, prompt, choices), belief)
                 if not np.allclose(first, belief, atol=TOLERANCE):
-                    yield f"expected one belief after {prompt!r}, found {first!r} and {belief!r}"
+                    yield f"expected one belief of {name} after {prompt!r}, found {first!r} and {belief!r}"
 
 
 def the_ideal_reader_scores_what_it_expects(case: Case) -> Iterator[str]:
-    """On questions with one accepted answer, the ideal reader is right as often as its beliefs predict."""
+    """The ideal reader is right as often as the ceiling says."""
     rng = np.random.default_rng(0)
     error, variance, most = 0.0, 0.0, 0
     for episode in case.episodes:
         spread, unsure = 0.0, 0
-        for step, row in zip(episode.steps, episode.beliefs("ideal"), strict=True):
-            for question, belief in zip(step.questions, row, strict=True):
+        for step, row, ceilings in zip(episode.steps, episode.beliefs("ideal"), episode.ceilings, strict=True):
+            for question, belief, p in zip(step.questions, row, ceilings, strict=True):
                 # Ties are broken by noise far below any real difference.
                 named = int(np.argmax(np.array(belief) + TOLERANCE * rng.random(len(belief))))
-                if len(question.accepted) == 1:
-                    p = min(1.0, max(belief))
-                    error += (named in question.accepted) - p
-                    spread += math.sqrt(p * (1 - p))
-                    unsure += p < 1 - TOLERANCE
+                error += (named in question.accepted) - p
+                spread += math.sqrt(p * (1 - p))
+                unsure += p < 1
         variance += spread**2  # an upper bound: all questions of an episode right or wrong together
         most = max(most, unsure)
     # Bernstein's inequality: about 1 in 1,500 games that satisfy the law exceeds these bounds.
@@ -306,10 +327,10 @@ def the_ideal_reader_scores_what_it_expects(case: Case) -> Iterator[str]:
         )
 
 
-def no_shortcut_beats_the_ideal_reader(case: Case) -> Iterator[str]:
-    """On average no shortcut scores more than the ideal reader, up to sampling error and a small tolerance."""
+def no_reader_beats_the_ideal_one(case: Case) -> Iterator[str]:
+    """On average no other reader scores more than the ideal one, up to sampling error and a small tolerance."""
     rows = defaultdict[str, list[list[float]]](list)
-    names = ("chance", *case.game.shortcuts)
+    names = ("lookup", "chance", *case.game.shortcuts)
     for episode in case.episodes:
         best = episode.beliefs("ideal")
         for name in names:
@@ -407,10 +428,11 @@ LAWS_OF_AN_EPISODE: tuple[Law, ...] = (
     seeds_decide,
     steps_are_the_common_ones,
     beliefs_are_distributions,
+    what_the_text_settles_is_certain,
 )
 LAWS_OF_A_GAME: tuple[Law, ...] = (environments_pass_the_checker, pairs_are_sound, samples_can_be_played)
 LAWS_OF_MANY_EPISODES: tuple[Law, ...] = (
-    the_ideal_reader_knows_only_the_text,
+    readers_know_only_the_text,
     the_ideal_reader_scores_what_it_expects,
-    no_shortcut_beats_the_ideal_reader,
+    no_reader_beats_the_ideal_one,
 )

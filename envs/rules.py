@@ -14,6 +14,7 @@ State = Hashable
 Action = Hashable
 Feedback = Literal["inline", "branch"]
 Distribution = tuple[float, ...]
+CERTAIN = 1e-9  # the largest probability of an error that counts as none
 
 
 class GameError(ValueError):
@@ -104,8 +105,27 @@ def expected_accuracy(belief: Distribution, accepted: tuple[int, ...]) -> float:
     return sum(i in accepted for i in best) / len(best)
 
 
+def own_accuracy(belief: Distribution, accepted: tuple[int, ...]) -> float:
+    """Return the accuracy that a reader with this belief expects of its most probable choice.
+
+    That is the largest probability, whichever choice is right. Of several accepted answers, a belief is even over those
+    that may be right; their share is the accuracy.
+
+    >>> own_accuracy((0.75, 0.25), (1,)), own_accuracy((0.5, 0.5, 0.0), (0, 1))
+    (0.75, 1.0)
+    """
+    if len(accepted) > 1:
+        return expected_accuracy(belief, accepted)
+    top = max(belief)
+    return top if top < 1 - CERTAIN else 1.0
+
+
 class Reader(ABC):
-    """The beliefs of a reader that knows the rules of the game and sees the transcript only, and those of shortcuts.
+    """The beliefs of readers that see the transcript only: the ideal reader, the lookup reader, and shortcuts.
+
+    The ideal reader knows the rules and how episodes are drawn, and answers by Bayes' rule; no reader is right more
+    often on average. (Games whose ideal reader falls short of this say so.) The lookup reader answers what the text
+    settles and guesses evenly elsewhere.
 
     The reader gets only what the text contains: `observe` is called with each narrated action, and `observe_answer`
     with each answer that stays in the transcript.
@@ -121,6 +141,20 @@ class Reader(ABC):
     @abstractmethod
     def guess(self, name: str, question: Question) -> Distribution:
         """Return the distribution over the question's choices of `name`, "ideal" or one of the game's shortcuts."""
+
+    def lookup(self, question: Question) -> Distribution:
+        """Return the distribution of the lookup reader: the answer that the text settles, else even over the others.
+
+        By default that of the ideal reader, which is right where no knowledge of how episodes are drawn helps.
+        """
+        return self.guess("ideal", question)
+
+    def ceiling(self, question: Question) -> float:
+        """Return the probability, given the text, that the ideal reader's answer is accepted.
+
+        By default `own_accuracy` of its belief, which is right where the text says how many answers are accepted.
+        """
+        return own_accuracy(self.guess("ideal", question), question.accepted)
 
 
 @dataclass(frozen=True)

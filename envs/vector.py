@@ -85,7 +85,7 @@ class PredictionVectorEnv(gym.vector.VectorEnv[tuple[str, ...], Any, Any]):
             ]
         )
         # Transposed, so that each step reads one row with the values of all environments.
-        self._ceilings = np.array([ceilings(episode) for episode in self.episodes]).T
+        self._ceilings = np.array([ceilings(episode) for episode in self.episodes]).T.copy()  # (reader, step, episode)
         self._texts = list(zip(*[episode.texts for episode in self.episodes], strict=True))
         self._states = list(zip(*[[s.next_state for s in episode.steps] for episode in self.episodes], strict=True))
         self._narrations = list(zip(*[[s.narration for s in episode.steps] for episode in self.episodes], strict=True))
@@ -107,11 +107,12 @@ class PredictionVectorEnv(gym.vector.VectorEnv[tuple[str, ...], Any, Any]):
         _, words, _, answers, accepted, chance = zip(*self._facts[at], strict=True)
         index = self._indices(actions, words)
         correct = np.array(list(map(contains, accepted, index)))
-        ceiling = self._ceilings[at]
+        lookup, ceiling = self._ceilings[:, at]
         info: Arrays = {}
         self._set(info, "answer", objects(answers))
         self._set(info, "accepted", objects(accepted))
         self._set(info, "state", self._values(self._states[at]))
+        self._set(info, "lookup", lookup.copy())
         self._set(info, "ceiling", ceiling.copy())
         self._set(info, "determined", ceiling == 1.0)
         self._set(info, "chance", np.array(chance))

@@ -15,7 +15,7 @@ from nextstate.agents.play import AgentPlayer, Player, Playing
 from nextstate.agents.registry import HUMAN, PLAYERS, REFERENCES, spec_of
 from nextstate.envs.aims import Aim, reply, shortest
 from nextstate.envs.environments import DEFAULT_STEPS, PlayEnv
-from nextstate.envs.game import Episode, Game, GameError, Reader, expected_accuracy, unroll
+from nextstate.envs.game import Episode, Game, GameError, Reader, unroll
 
 LONG = 100  # default maximum number of commands in a game with an objective
 ENDS = {
@@ -74,7 +74,6 @@ def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
     reader = reader.live()
     length = steps if steps is not None else min(DEFAULT_STEPS, game.max_steps or DEFAULT_STEPS)
     episode = unroll(game, seed, length)
-    ideal = episode.beliefs("ideal")
     tally = Tally()
     if agent == HUMAN:
         answers = {choice.strip().casefold() for step in episode.steps for choice in step.questions[0].choices}
@@ -88,7 +87,7 @@ def predict(terminal: Terminal, game: Game, agent: str, steps: int | None, seed:
         for t, step in enumerate(episode.steps):
             if step.narration.strip():
                 terminal.say(step.narration.strip())
-            answered(terminal, reader, episode, t, tally, expected_accuracy(ideal[t][0], step.questions[0].accepted))
+            answered(terminal, reader, episode, t, tally, episode.ceilings[t][0])
             if step.outcome.strip():
                 terminal.say(step.outcome.strip())
     if tally.asked < length:
@@ -144,7 +143,7 @@ class Examiner:
         if asked:
             # With inline feedback the transcript would contain the answers to all questions before the chosen one.
             question = asked[0 if inline else int(self.rng.integers(len(asked)))]
-            ceiling = expected_accuracy(self.ideal.guess("ideal", question), question.accepted)
+            ceiling = self.ideal.ceiling(question)
             steps = (*episode.steps[:-1], step._replace(questions=(question,)))
             answered(self.terminal, self.reader, replace(episode, steps=steps), len(steps) - 1, self.tally, ceiling)
         for question in asked if inline else ():

@@ -20,9 +20,9 @@ KEY = ("episode", "step", "question")  # of a question within its cell
 QUESTION = ("setting", *KEY)
 QUESTIONS: dict[str, Any] = {
     "episode": pl.Int64, "step": pl.Int64, "question": pl.Int64, "variable": pl.String, "stem": pl.String,
-    "choices": pl.List(pl.String), "truth": pl.String, "accepted": pl.List(pl.String), "ceiling": pl.Float64,
-    "determined": pl.Boolean, "chance": pl.Float64, "states": pl.Int64, "prompt": pl.String, "narration": pl.String,
-    "closing": pl.String, "outcome": pl.String,
+    "choices": pl.List(pl.String), "truth": pl.String, "accepted": pl.List(pl.String), "lookup": pl.Float64,
+    "ceiling": pl.Float64, "determined": pl.Boolean, "chance": pl.Float64, "states": pl.Int64, "prompt": pl.String,
+    "narration": pl.String, "closing": pl.String, "outcome": pl.String,
 }  # fmt: skip
 ANSWERS: dict[str, Any] = {
     "agent": pl.String, "incomplete": pl.Boolean, "episode": pl.Int64, "step": pl.Int64, "question": pl.Int64,

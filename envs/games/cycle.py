@@ -51,7 +51,12 @@ class Cycle(Game):
     blank is counted as right, so that published scores say nothing about the task.
 
     Ideal reader: knows the period, and that the letters of the pattern are distinct. In the first round it is uniform
-    over the letters not yet shown; after that the answer is determined.
+    over the letters not yet shown; from the step at which the pattern begins again (step = period), the answer is
+    determined, although no text that an agent has read says what the period is.
+
+    Lookup reader: does not know the period. If the current letter occurred before, it repeats the letter that followed.
+    Otherwise it is uniform over the letters that the text does not exclude: those not yet shown, and the first one,
+    with which the pattern may begin again. (This is Bayes' rule for a period that is uniform from 2 to 26.)
 
     Args:
         period: length of the pattern, 2 to 26.
@@ -156,6 +161,12 @@ class CycleReader(Reader):
 
     def observe_answer(self, answer: int) -> None:
         self.shown.append(answer)
+
+    def lookup(self, question: Question) -> Distribution:
+        n, (*before, now) = len(question.choices), self.shown
+        if now in before:
+            return one_hot(n, self.shown[before.index(now) + 1])
+        return uniform(n, tuple([i for i in range(n) if i not in self.shown or (before and i == before[0])]))
 
     def guess(self, name: str, question: Question) -> Distribution:
         n = len(question.choices)

@@ -11,9 +11,23 @@ from typing import ClassVar, final
 import numpy as np
 
 from nextstate.envs.contrast import Pair
-from nextstate.envs.game import Action, Distribution, Feedback, Question, Reader, Sample, State, Step, one_hot, uniform
+from nextstate.envs.game import (
+    Action,
+    Distribution,
+    Feedback,
+    Question,
+    Reader,
+    Sample,
+    State,
+    Step,
+    expected_accuracy,
+    one_hot,
+    uniform,
+)
 from nextstate.envs.games.dfa_pairs import draw_pair
+from nextstate.envs.games.dfa_readers import Posterior, Shown, default_posterior, paper_posterior
 from nextstate.envs.games.machine import DENSITIES, DFASettings, Place, draw_machine
+from nextstate.envs.rules import CERTAIN
 
 
 @final
@@ -46,13 +60,20 @@ class DFA(DFASettings):
     State: the current state of the walk, |Q| <= states. Each step has one question: the next state. With
     `kind="state-state"` actions are not shown, and every successor of the current state is accepted.
 
-    Ideal reader: knows that the automaton is deterministic and has no self-loops, and remembers every transition shown.
-    If a pair (state, action) was shown before, the answer is determined; otherwise it is uniform over the other states.
-    (state-state: over the successors shown before, else the other states.) It uses no other knowledge of how automata
-    are drawn.
+    Ideal reader: exact Bayesian inference. It knows how automata and walks are drawn, and sums over all automata that
+    agree with the text (`nextstate.envs.games.dfa_readers`). With state-state it answers with the state that is the
+    likeliest to be among the successors, and its belief is proportional to these probabilities. The sums over our
+    automata double with each state that was visited, so that more than 20 states need `ideal="lookup"`; published
+    automata of all sizes have a closed form. Texts that the generator cannot produce, as of minimal pairs with loops,
+    are read as by the lookup reader.
+
+    Lookup reader: remembers every transition shown. If a pair (state, action) was shown before, the answer is settled;
+    otherwise it is uniform over the other states, since there are no self-loops. (state-state: over the successors
+    shown before, else the other states.)
 
     Args:
-        states: number of states listed, 2 to 26 (to 676 with `symbols="pairs"`).
+        states: number of states listed, 2 to 26 (to 676 with `symbols="pairs"`). More than 20 need `ideal="lookup"` or
+            `generator="paper"`.
         density: "min" (E = Q edges), "max" (Q (Q - 1) / 2 + 1) or "middle"; not used where `edges` is given.
         edges: number of edges, Q to Q (Q - 1) / 2 + 1, as long as no state needs more actions than there are.
         actions_listed: number of actions listed, 1 to 26 (to 676). With few actions there are many questions whose
@@ -60,6 +81,8 @@ class DFA(DFASettings):
         symbols: "letters" (a, b, ...; A, B, ...) or "pairs" (aa, ab, ...; AA, AB, ...).
         kind: "state-action", or "state-state", where actions are not shown.
         generator: "default" or "paper", the distribution of automata; see above.
+        ideal: "bayes", or "lookup" for an ideal reader that answers as the lookup reader does: the ceiling is then that
+            of lookup, which readers that know how automata are drawn exceed by up to .15.
     """
 
     name: ClassVar[str] = "DFA"
@@ -98,7 +121,8 @@ class DFA(DFASettings):
         few = max(int(rng.integers(2, 7)), size // 2 + 1)
         listed = few if rng.random() < few_actions else 26
         symbols = "pairs" if rng.random() < 0.03 else "letters"
-        game = cls(states=size, density=density, actions_listed=listed, kind=kind, symbols=symbols)
+        # Training asks only what the text settles, so that sizes have no limit.
+        game = cls(states=size, density=density, actions_listed=listed, kind=kind, symbols=symbols, ideal="lookup")
         return Sample(game, int(rng.integers(4, 25)), 1)
 
     def initial(self, rng: np.random.Generator) -> Place:
@@ -161,18 +185,25 @@ class DFA(DFASettings):
         return f"take action {_place(state).machine.actions[_index(action)]}"
 
     def reader(self, state: State) -> Reader:
-        return DFAReader(self.kind == "state-action", _place(state).at)
+        return DFAReader(self, _place(state).at)
 
     def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
         return draw_pair(self, rng, kind, design, steps, distance)
 
 
 class DFAReader(Reader):
-    """Remembers every transition shown, by (state, action), by action and by state."""
+    """Remembers every transition shown, by state and action, by action and by state.
 
-    def __init__(self, shown: bool, start: int) -> None:
-        self.shown, self.at, self.action = shown, start, -1
-        self.pairs: dict[tuple[int, int], int] = {}  # without actions, by (state, next state)
+    Args:
+        game: the game that is read.
+        start: the first state.
+    """
+
+    def __init__(self, game: DFASettings, start: int) -> None:
+        self.game, self.shown = game, game.kind == "state-action"
+        self.at, self.start, self.action = start, start, -1
+        self.pairs: dict[int, dict[int, int]] = {start: {}}  # without actions, by state and next state
+        self.visits = Counter[int]()  # how often each state was left
         self.by_action: dict[int, int] = {}
         self.by_state: dict[int, int] = {}
         self.named = [start]
@@ -184,17 +215,47 @@ class DFAReader(Reader):
 
     def observe_answer(self, answer: int) -> None:
         at, action = self.at, self.action if self.shown else answer
-        self.pairs[at, action] = self.by_action[action] = self.by_state[at] = self.at = answer
+        self.pairs[at][action] = self.by_action[action] = self.by_state[at] = self.at = answer
+        self.pairs.setdefault(answer, {})
+        self.visits[at] += 1
         self.named.append(answer)
+
+    def lookup(self, question: Question) -> Distribution:
+        n, known = len(question.choices), self.pairs[self.at]
+        if not self.shown:
+            return uniform(n, tuple(sorted(known))) if known else elsewhere(n, self.at)
+        return one_hot(n, known[self.action]) if self.action in known else elsewhere(n, self.at)
+
+    def ceiling(self, question: Question) -> float:
+        right = self._posterior()
+        if right is None:
+            return expected_accuracy(self.lookup(question), question.accepted)
+        return max(right) if max(right) < 1 - CERTAIN else 1.0
+
+    def _posterior(self) -> Posterior | None:
+        """Return the probability of each state to be right; None if lookup says it, or in its stead."""
+        known = self.pairs[self.at]
+        if self.game.ideal == "lookup" or (self.action in known if self.shown else known):
+            return None
+        n = self.game.states
+        if self.game.generator == "paper":
+            rows = [Shown(self.visits[s], tuple(sorted(self.pairs.get(s, {}).values()))) for s in range(n)]
+            return paper_posterior(self.game.slots, tuple(rows), self.start, self.at, self.shown)
+        number = {s: i for i, s in enumerate(self.pairs)}  # in the order of their first visits
+        rows = [
+            Shown(self.visits[s], tuple(sorted(map(number.__getitem__, to.values())))) for s, to in self.pairs.items()
+        ]
+        right = default_posterior(n, self.game.n_edges, tuple(rows), number[self.at], self.shown)
+        return None if right is None else tuple([right[number.get(s, len(number))] for s in range(n)])
 
     def guess(self, name: str, question: Question) -> Distribution:
         n = len(question.choices)
         if name == "ideal":
-            if self.shown:
-                known = self.pairs.get((self.at, self.action))
-                return elsewhere(n, self.at) if known is None else one_hot(n, known)
-            seen = tuple([s for s in range(n) if (self.at, s) in self.pairs])
-            return uniform(n, seen) if seen else elsewhere(n, self.at)
+            right = self._posterior()
+            if right is None:
+                return self.lookup(question)
+            total = sum(right)
+            return tuple([p / total for p in right])
         if name == "stay":
             return one_hot(n, self.at)
         if name == "last_mention":  # the most recently named state that is not the current one

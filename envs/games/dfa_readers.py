@@ -1,31 +1,35 @@
 """Exact posteriors of the next state in the DFA game, for readers that know how automata are drawn.
 
 Such a reader sums over all that the text leaves open: the order of the states and their targets in our automata, the
-sink and the targets in the published ones. What was shown of a state is one `Row`: how often the walk left it, and
+sink and the targets in the published ones. What was shown of a state is one `Shown`: how often the walk left it, and
 where its edges lead. Which letters its actions have says nothing more, since they are drawn independently.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from math import exp, log, perm
+from itertools import accumulate
+from math import comb, exp, inf, log, perm
 from typing import Any, NamedTuple
 
 import numpy as np
 
+MOST_STATES = 20  # of our automata: the sums are over 2^18 sets of states then, and take up to 0.3 s a question
 Array = np.ndarray[Any, np.dtype[Any]]
 Posterior = tuple[float, ...]  # for each state the probability that it is right
 
 
-class Row(NamedTuple):
+class Shown(NamedTuple):
     """What was shown of a state: how often the walk left it, and the target of each edge taken, in ascending order."""
 
     visits: int = 0
     targets: tuple[int, ...] = ()
 
-    def grown(self, target: int, visits: int) -> Row:
+    def grown(self, target: int, visits: int) -> Shown:
         """Return the row with another edge, to `target`, and `visits` more visits."""
-        return Row(self.visits + visits, tuple(sorted((*self.targets, target))))
+        return Shown(self.visits + visits, tuple(sorted((*self.targets, target))))
 
 
 def degrees_of(states: int, edges: int) -> tuple[int, ...]:
@@ -34,14 +38,8 @@ def degrees_of(states: int, edges: int) -> tuple[int, ...]:
     return tuple([each + (i < more) for i in range(states - 1)])
 
 
-def slots_of(states: int, edges: int) -> tuple[int, ...]:
-    """Return the numbers of edges that the published generator deals to all states but the sink, in listing order."""
-    each, more = divmod(edges - states, states)
-    return tuple([1 + each + (i < more) for i in range(states - 1)])
-
-
 @lru_cache(maxsize=1 << 16)
-def default_posterior(states: int, edges: int, rows: tuple[Row, ...], at: int, shown: bool) -> Posterior | None:
+def default_posterior(states: int, edges: int, rows: tuple[Shown, ...], at: int, shown: bool) -> Posterior | None:
     """Return the probability of each state to be right after a new edge of `at`, for automata of our generator.
 
     Hidden are the order of the states, of which only the first is known (the start), and the targets. The sum over
@@ -65,6 +63,8 @@ def default_posterior(states: int, edges: int, rows: tuple[Row, ...], at: int, s
     """
     n, seen = states, len(rows)
     others, known = n - seen, rows[at].targets
+    if any(s in row.targets or len(set(row.targets)) < len(row.targets) for s, row in enumerate(rows)):
+        return None
     if at == 0:  # the targets of the start come later, and all later states are alike
         degree, free = degrees_of(n, edges)[0], n - 1 - len(known)
         if len(known) >= degree:
@@ -89,14 +89,14 @@ class _Weights(NamedTuple):
     unvisited: float  # of an unvisited state in the last place
 
 
-def _weights(n: int, edges: int, rows: tuple[Row, ...], at: int, shown: bool) -> _Weights:
+def _weights(n: int, edges: int, rows: tuple[Shown, ...], at: int, shown: bool) -> _Weights:
     degrees = np.array([*degrees_of(n, edges), 1])
     fewest = int(degrees[:-1].min())
-    asked = Row(rows[at].visits + shown, rows[at].targets)
+    asked = Shown(rows[at].visits + shown, rows[at].targets)
     weighed = [asked if s == at else row for s, row in enumerate(rows)][1:]
     wide = max(len(row.targets) for row in weighed) + 2
 
-    def weigh(row: Row, more: int = 0) -> Array:
+    def weigh(row: Shown, more: int = 0) -> Array:
         table = np.zeros((wide, n))
         some = _likelihoods(n, edges, len(row.targets) + more)
         table[: len(some)] = some * (fewest / degrees) ** float(row.visits)
@@ -127,7 +127,7 @@ def _likelihoods(n: int, edges: int, k: int) -> Array:
     return table
 
 
-def _sum_over_orders(weights: _Weights, n: int, rows: tuple[Row, ...], at: int) -> tuple[Array, float]:
+def _sum_over_orders(weights: _Weights, n: int, rows: tuple[Shown, ...], at: int) -> tuple[Array, float]:
     """Sum over orders the weights of being right, by visited state and for an unvisited one, and of everything.
 
     The sums run over the sets (bit masks) of visited states placed, without the start and the current state, and the
@@ -189,3 +189,108 @@ def _subsets(count: int) -> list[tuple[Array, Array, Array]]:
         absent = (~inside).nonzero()[1].astype(np.uint8).reshape(len(sets), count - size)
         out.append((sets, members, absent))
     return out
+
+
+@lru_cache(maxsize=1 << 14)
+def paper_posterior(
+    slots: tuple[int, ...], rows: tuple[Shown, ...], start: int, at: int, shown: bool
+) -> Posterior | None:
+    """Return the probability of each state to be right after a new edge of `at`, for automata as published.
+
+    Hidden are the sink, which is any state but the start with equal probability, and the targets. Given the sink, the
+    place of a state in the list decides its number of edges d, and states are independent. Let L states come later in
+    the list, let k edges of a state be shown, of which c_t lead to a later state t, and let it have been left m times.
+    With actions, the likelihood is d^-m (d)_k / (L)_k where d <= L (0 if a target is earlier or was shown twice), and
+    d^-m sum_x e_x(c) (d - L)_(k - x) (Q - 1)^-(k - x) elsewhere, with the elementary symmetric polynomials e_x and
+    falling factorials (x)_k. Without actions, targets are a set, and the walk is even over its members: where d > L,
+    these are the later states and those that d - L draws from all other states add to them.
+
+    Args:
+        slots: numbers of edges dealt to the states but the sink, in listing order.
+        rows: what was shown of each state, in listing order.
+        start: the state in which the walk began.
+        at: the current state.
+        shown: as for `default_posterior`.
+
+    Returns:
+        Probabilities in listing order; None if the published generator cannot draw such an automaton.
+    """
+    n = len(rows)
+    if any(i in row.targets for i, row in enumerate(rows)):
+        return None
+
+    def weigh(place: int, row: Shown, sink: int) -> float:
+        """Return the log-likelihood of a row if the sink is listed after (1), before (-1) or is (0) its state."""
+        if sink == 0:
+            return 0.0 if row.targets in ((), (start,)) else -inf
+        slot = place if sink > 0 else place - 1
+        return _log_likelihood(n, place, slots[slot], row, shown) if 0 <= slot < n - 1 else -inf
+
+    def weigh_others(sink: int) -> list[float]:
+        return [0.0 if i == at else weigh(i, row, sink) for i, row in enumerate(rows)]
+
+    first = [*accumulate(weigh_others(1), initial=0.0)]
+    last = [*accumulate(reversed(weigh_others(-1)), initial=0.0)][::-1]
+    sinks = [first[z] + w + last[z + 1] for z, w in enumerate(weigh_others(0))]
+    sinks[start] = -inf
+    # Of the current state the likelihoods are the same for all sinks listed after it, and for all before it.
+    sides = {1: _log_sum(sinks[at + 1 :]), -1: _log_sum(sinks[:at]), 0: sinks[at]}
+
+    def total(row: Shown) -> float:
+        return _log_sum([weight + weigh(at, row, side) for side, weight in sides.items()])
+
+    asked = rows[at]
+    counts = Counter(asked.targets)
+    alike: dict[tuple[bool, int], float] = {}  # targets that are as often shown are equally likely
+    right = []
+    for t in range(n):
+        kind = (t > at, counts[t]) if t != start else (t > at, -1)
+        if t != at and kind not in alike:
+            alike[kind] = total(asked.grown(t, int(shown)))
+        right.append(-inf if t == at else alike[kind])
+    whole = _log_sum(right) if shown else total(asked)
+    return tuple([exp(p - whole) for p in right]) if whole > -inf else None
+
+
+def _log_sum(logs: Sequence[float]) -> float:
+    top = max(logs, default=-inf)
+    return top + log(sum(exp(x - top) for x in logs)) if top > -inf else -inf
+
+
+@lru_cache(maxsize=1 << 16)
+def _log_likelihood(n: int, place: int, d: int, row: Shown, shown: bool) -> float:
+    """Return the log-likelihood of what was shown of a state with `d` edges that is not the sink."""
+    later, k = n - 1 - place, len(row.targets)
+    counts = Counter(row.targets)
+    ahead = [count for t, count in counts.items() if t > place]
+    if d <= later:
+        possible = sum(ahead) == k <= d and len(counts) == k
+        return log(perm(d, k)) - log(perm(later, k)) - row.visits * log(d) if possible else -inf
+    draws = d - later
+    if not shown:
+        behind = k - len(ahead)
+        logs = [
+            log(comb(place - behind, more - behind) * ways) - row.visits * log(later + more)
+            for more, ways in enumerate(_ways(draws, later, place))
+            if more >= behind and ways
+        ]
+        return _log_sum(logs) - draws * log(n - 1)
+    sums = [1]  # e_x
+    for count in ahead:
+        sums = [a + count * b for a, b in zip([*sums, 0], [0, *sums], strict=True)]
+    ways = sum(e * perm(draws, k - x) * (n - 1) ** x for x, e in enumerate(sums) if 0 <= k - x <= draws)
+    return log(ways) - k * log(n - 1) - row.visits * log(d) if ways else -inf
+
+
+@lru_cache(maxsize=1 << 14)
+def _ways(draws: int, later: int, earlier: int) -> tuple[int, ...]:
+    """Return the number of ways in which draws from all states hit `more` given earlier ones, and no other earlier one.
+
+    By inclusion and exclusion, for more = 0, 1, ... .
+    """
+    return tuple(
+        [
+            sum((-1) ** a * comb(more, a) * (later + more - a) ** draws for a in range(more + 1))
+            for more in range(min(draws, earlier) + 1)
+        ]
+    )

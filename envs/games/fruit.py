@@ -91,7 +91,10 @@ class FruitStore(Game):
     prompts ask about one random person, as here with `ask=1`, and the clues of one puzzle are prefixes of each other,
     as here those of one seed. Minimal pairs, which exchange fruits, exist for the default generator only.
 
-    Ideal reader: sees all clues, so it is uniform over the remaining fruits, which are all accepted: determined.
+    Ideal reader: sees all clues, so it is uniform over the remaining fruits, which are all accepted: determined. With
+    `generator="paper"` it names the person's own fruit, which the lists give away.
+
+    Lookup reader: uniform over the remaining fruits.
 
     Args:
         people: number of people and fruits, 2 to 21.
@@ -214,7 +217,10 @@ class FruitStore(Game):
         return self._sentence(_store(state), _clue(action))
 
     def reader(self, state: State) -> Reader:
-        return FruitReader(self._choices(_store(state))[1])
+        store = _store(state)
+        choices, (names, _) = self._choices(store)[1], WORDS[self.generator]
+        own = {names[p]: c for p, c in zip(store.people, choices, strict=True)} if self.generator == "paper" else {}
+        return FruitReader(choices, own)
 
     def draw_pair(self, rng: np.random.Generator, kind: str, design: str, steps: int | None, distance: int) -> Pair:
         """Draw a pair in which one fruit is left, so that the answer is settled: `people - 1` steps.
@@ -273,16 +279,22 @@ class FruitStore(Game):
 class FruitReader(Reader):
     """Remembers which fruits have been taken."""
 
-    def __init__(self, choices: tuple[int, ...]) -> None:
+    def __init__(self, choices: tuple[int, ...], own: Mapping[str, int]) -> None:
         self.choices, self.gone = choices, list[int]()  # for each place of the list its choice; the places taken
+        self.own = own  # for each person the choice that is their own fruit, if the lists say it
 
     def observe(self, action: Action) -> None:
         self.gone.append(_clue(action).fruit)
 
+    def lookup(self, question: Question) -> Distribution:
+        free = {c for f, c in enumerate(self.choices) if f not in self.gone}
+        return uniform(len(question.choices), tuple(sorted(free)))
+
     def guess(self, name: str, question: Question) -> Distribution:
         n = len(question.choices)
         if name == "ideal":
-            return uniform(n, tuple(sorted({c for f, c in enumerate(self.choices) if f not in self.gone})))
+            own = self.own.get(question.variable)
+            return self.lookup(question) if own is None else one_hot(n, own)
         if name == "last_mention":
             return one_hot(n, self.choices[self.gone[-1]])
         if name == "most_frequent":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nextstate.envs.game import Game, Question, Step, require, require_whole
+from nextstate.envs.games.dfa_readers import MOST_STATES
 
 LETTERS = tuple(string.ascii_lowercase)
 LOWER = {"letters": LETTERS, "pairs": tuple(map("".join, product(LETTERS, repeat=2)))}
@@ -19,6 +20,7 @@ UPPER = {kind: tuple(s.upper() for s in symbols) for kind, symbols in LOWER.item
 DENSITIES = ("min", "middle", "max")
 KINDS = ("state-action", "state-state")
 GENERATORS = ("default", "paper")
+IDEALS = ("bayes", "lookup")
 PUBLISHED_ACTIONS = {"letters": 26, "pairs": 400}  # listed in the published prompts
 Row = tuple[tuple[int, int], ...]  # pairs (action, target) of a state, actions ascending
 
@@ -107,6 +109,7 @@ class DFASettings(Game):
     symbols: str = "letters"
     kind: str = "state-action"
     generator: str = "default"
+    ideal: str = "bayes"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +117,11 @@ class DFASettings(Game):
         require(self.kind in KINDS, "kind", self.kind, f"one of {', '.join(KINDS)}")
         require(self.density in DENSITIES, "density", self.density, f"one of {', '.join(DENSITIES)}")
         require(self.generator in GENERATORS, "generator", self.generator, f"one of {', '.join(GENERATORS)}")
+        require(self.ideal in IDEALS, "ideal", self.ideal, f"one of {', '.join(IDEALS)}")
         require_whole("states", self.states, 2, len(LOWER[self.symbols]))
+        if self.generator == "default" and self.ideal == "bayes":
+            legal = f"2 to {MOST_STATES}, since the exact ideal reader sums over orders of states; give ideal='lookup'"
+            require(self.states <= MOST_STATES, "states", self.states, f"{legal} for larger automata")
         require_whole("actions_listed", self.actions_listed, 1, len(UPPER[self.symbols]))
         if self.edges is not None:
             require_whole("edges", self.edges, self.states, self._most)

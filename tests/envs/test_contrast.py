@@ -327,7 +327,7 @@ def test_what_cannot_be_is_said(game: Game, arguments: dict[str, Any], message: 
         ("DFA", {"states": 3, "actions_listed": 2, "density": "min"}, "state", 200),
         ("DFA", {"states": 4, "kind": "state-state"}, "state", 5),
         ("DFA", {"states": 4, "kind": "state-state"}, "name", 200),
-        ("DFA", {"states": 30, "symbols": "pairs"}, "state", 12),
+        ("DFA", {"states": 30, "symbols": "pairs", "ideal": "lookup"}, "state", 12),
         ("Box", {"boxes": 3, "objects": 2}, "state", 2),
         ("Box", {"boxes": 2, "objects": 2}, "action", 1),
         ("Box", {"boxes": 4, "objects": 2}, "name", 3),

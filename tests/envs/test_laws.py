@@ -160,7 +160,7 @@ DEFECTS = {
     "a reader that knows what the text does not say": (
         'return f"The ball is under cup {LETTERS[state]}."',
         'return "The ball is under a cup."',
-        "the ideal reader knows only the text",
+        "readers know only the text",
     ),
     "training episodes that are too long": (
         "    @property\n    def max_choices",
@@ -179,7 +179,7 @@ DEFECTS = {
         "    def values",
         '    shortcuts: ClassVar = ("lucky",)\n\n    def reader(self, state):\n        return Blind(self, state)\n\n'
         "    def values",
-        "no shortcut beats the ideal reader",
+        "no reader beats the ideal one",
     ),
     "a reader that is too sure of itself": (
         "    def values",
