@@ -353,7 +353,7 @@ def sign_flip_test(
     else:
         signs = np.concatenate([np.ones((1, n)), 1.0 - 2.0 * rng.integers(0, 2, (flips, n))])
     reached = np.zeros(len(found))
-    size = max(1, (1 << 22) // max(1, len(found)))
+    size = max(1, (1 << 17) // max(1, len(found)))  # what fits into a cache
     for k in range(0, len(signs), size):
         drawn = np.abs(signs[k : k + size] @ unit)
         largest = np.maximum.accumulate(drawn[:, ::-1], axis=1)[:, ::-1]

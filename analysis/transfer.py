@@ -170,7 +170,8 @@ class Transfer(Study[TransferConfig]):
             "nothing of the difference between both prompts is recovered; 1: all of it.\n\nHeads are chosen on "
             "one half of a game's pairs and patched in the other half. Intervals are 95 % over pairs; “random” is the "
             "range that holds 95 % of the random sets of as many heads of the same layers (they may hold some of the "
-            "other sets' heads), and p the share of these sets, this one included, that recover as much as the other game's heads."
+            "other sets' heads), and p the share of these sets, this one included, that recover as much as the other "
+            "game's heads."
         )
         figures = [_matrix(transfer, kind) for kind in transfer["kind"].unique(maintain_order=True)]
         ranks = "Spearman's rank correlation of the recovery of single heads in two games, over all pairs."

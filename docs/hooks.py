@@ -30,6 +30,7 @@ TABLES = {  # of each study: keys of its tables, and where their columns are
         "pairs/DESIGN-KIND": "nextstate.analysis.heads.tables:PAIRS",
         "sweeps/DESIGN-KIND-SITE-DIRECTION-WHERE": "nextstate.analysis.heads.tables:SWEEP",
         "attention/DESIGN": "nextstate.analysis.heads.tables:ATTENTION",
+        "published/KIND": "nextstate.analysis.heads.published:PUBLISHED",
     },
     "response": {
         "windows/PRECISION": f"{RESPONSE}.window:COLUMNS",

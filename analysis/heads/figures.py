@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from nextstate.analysis.figures import layout, plain, rgba, rounded
+from nextstate.analysis.figures import SCALE, layout, plain, rgba, rounded
 
 COLOURS = {"state": "#0072b2", "action": "#d55e00", "both": "#aa4499", "": "#8c8c8c"}
 LIGHT = [[0.0, "#8f3f8a"], [0.5, "#f3f0e8"], [1.0, "#00755a"]]  # purple, paper, green: safe for colour-blind readers
@@ -101,6 +101,33 @@ def _grid(title: str, layers: int, pitch: int, x: str, xaxis: Mapping[str, Any] 
     down = {"dtick": 1 if layers <= 16 else 4, "showgrid": False}
     right = {"type": "category", "showgrid": False} | dict(xaxis or {})
     return layout(title, max(120, pitch * layers + 84), x, "layer", xaxis=right, yaxis=down)
+
+
+def published_heads(rows: pl.DataFrame, title: str) -> go.Figure:
+    """Draw summed scores, with heads on the x axis and layers on the y axis; colours from 0 to 1, as published."""
+    hover = "layer %{y}, head %{x}<br>sum of scores %{z:.3f}<extra></extra>"
+    return _scores(rows, rows["head"].n_unique(), [str(h) for h in range(rows["head"].n_unique())], title, hover)
+
+
+def published_positions(rows: pl.DataFrame, title: str) -> go.Figure:
+    """Draw the scores of one trial, with positions on the x axis and layers on the y axis; colours from 0 to 1."""
+    first = rows.filter(layer=rows["layer"].min())
+    names = [f"{at}: {plain(token)}" for at, token in first.select("position", "token").iter_rows()]
+    figure = _scores(rows, len(names), names, title, "layer %{y}, position %{x}<br>score %{z:.3f}<extra></extra>")
+    shown = list(range(len(names) - 1, -1, -max(1, len(names) // 24)))[::-1]
+    axis = {"tickvals": [names[i] for i in shown], "ticktext": [names[i].partition(": ")[2] for i in shown]}
+    return figure.update_layout(xaxis=axis | {"tickangle": -90, "tickfont": {"size": 11, "family": "monospace"}})
+
+
+def _scores(rows: pl.DataFrame, width: int, x: Sequence[str], title: str, hover: str) -> go.Figure:
+    layers = rows["layer"].unique(maintain_order=True).to_list()
+    trace = go.Heatmap(
+        x=list(x), y=layers, z=rows["score"].round(4).to_numpy().reshape(-1, width).tolist(), zmin=0, zmax=1,
+        colorscale=SCALE, showscale=False, hovertemplate=hover, xgap=1 if width <= 30 else 0,
+        ygap=1 if len(layers) <= 30 else 0,
+    )  # fmt: skip
+    pitch = 26 if len(layers) <= 12 else 16 if len(layers) <= 26 else 11
+    return go.Figure([trace], _grid(title, len(layers), pitch, "head" if x[0] == "0" else ""))
 
 
 def by_layer(table: pl.DataFrame, title: str) -> go.Figure:

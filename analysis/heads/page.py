@@ -9,6 +9,7 @@ import polars as pl
 
 from nextstate.analysis.heads import figures
 from nextstate.analysis.heads.config import ADVISED_PAIRS, MIN_EFFECT, PatchConfig, main_first
+from nextstate.analysis.heads.published import summed
 from nextstate.analysis.heads.recovery import too_few
 from nextstate.analysis.page.page import FigureList, Page, Plot
 from nextstate.analysis.run import Run
@@ -38,6 +39,7 @@ def page(run: Run[PatchConfig]) -> Page:
         "by_layer": found["layers"].filter(pl.col("site") != "resid_pre").rows(named=True),
         "positions": _positions(found, drawn),
         "against": [drawn.add(figures.against(heads, "Recovery of each head, by kind of pair"))] if len(heads) else [],
+        "published": _published(found, drawn),
         "screens": _screens(found, drawn),
         "examples": _examples(found["examples"]),
         "attention": _attention(found["attention"], heads),
@@ -120,6 +122,32 @@ def _positions(found: dict[str, pl.DataFrame], drawn: FigureList) -> list[dict[s
         reach = max(0.1, float(rows["recovery"].abs().max()))  # type: ignore[arg-type]
         title = f"{_named(design, kind)} pairs, residual stream denoised (n = {rows['pairs'][0]})"
         out.append({"figure": drawn.add(figures.position_map(rows, words, title, reach)), "by_token": by_token})
+    return out
+
+
+def _published(found: dict[str, pl.DataFrame], drawn: FigureList) -> list[dict[str, Any]]:
+    """Return for each kind the published head map with ours of the same design, and the published position maps."""
+    out = []
+    for (kind,), rows in found["published"].group_by("kind", maintain_order=True):
+        patched = rows.unique(["size", "trial"], maintain_order=True, keep="first")
+        heads, word = summed(rows), "steps" if kind == "state" else "distance"
+        maps = []
+        if len(heads):
+            title = f"{kind.capitalize()} pairs, sum over {heads['trials'][0]} trials, as published"
+            maps.append(drawn.add(figures.published_heads(heads, title), "sum"))
+            ours = found["sweeps"].filter(
+                design="paper", kind=kind, site="head", direction="denoise", where="last", exact=True
+            )
+            if len(ours):
+                reach = max(0.1, float(ours["recovery"].abs().max()))  # type: ignore[arg-type]
+                title = f"{kind.capitalize()} pairs, our ratio of means (n = {ours['pairs'][0]})"
+                maps.append(drawn.add(figures.head_map(ours, title, reach), "mean"))
+        streams = [
+            drawn.add(figures.published_positions(mine, f"{kind.capitalize()} pairs, {word} = {size}, resid_pre"))
+            for (size,), mine in rows.filter(site="resid_pre").group_by("size", maintain_order=True)
+        ]
+        trials = [row | {"word": word} for row in patched.select("size", "trial", "reason").rows(named=True)]
+        out.append({"kind": kind, "maps": maps, "streams": streams, "trials": trials})
     return out
 
 

@@ -48,11 +48,12 @@ def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair
 
     A pair is excluded if it has `problems`; if its prompts differ in the wrong roles (a state pair must have different
     states and the same action, an action pair the reverse; published noop pairs only rename, and need not differ in any
-    role); if its prompts have different numbers of tokens, or the same tokens; or if one answer begins the other.
+    role); if its prompts have different numbers of tokens, or the same tokens; or if one answer begins the other. A
+    published pair is also excluded if a state's letter is several tokens, since it is measured by single tokens.
     """
     kept, out = [], []
     for i, pair in enumerate(pairs):
-        reason = "; ".join(problems(pair)) or _misfit(pair)
+        reason = "; ".join(problems(pair)) or _misfit(pair) or _split(encoder, pair)
         if not reason:
             try:
                 kept.append(_joined(encoder, pair))
@@ -76,6 +77,12 @@ def _misfit(pair: Pair) -> str:
     if must in pair.roles and must not in differ and pair.design != "paper":
         return f"the prompts of {_a(pair.kind)} pair have the same {must}"
     return ""
+
+
+def _split(encoder: Encoder, pair: Pair) -> str:
+    choices = pair.questions[0].choices if pair.design == "paper" else ()
+    split = any(len(encoder.piece(choice)) > 1 for choice in choices)
+    return "a letter of this published pair is several tokens to this tokenizer" if split else ""
 
 
 def _a(kind: str) -> str:

@@ -1,7 +1,8 @@
 """The study of heads: minimal pairs of a game, and exact patching sweeps over the sites of a model.
 
 Tables: `pairs/DESIGN-KIND` with one row for each pair, `sweeps/DESIGN-KIND-SITE-DIRECTION-WHERE` with one row for each
-cell, `attention/DESIGN` with one row for each head and example.
+cell, `attention/DESIGN` with one row for each head and example, `published/KIND` with one row for each cell of each
+trial that is patched as published.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nextstate.analysis.heads.config import (
     draw_one,
     kinds_of,
     main_first,
+    published_sizes,
     sweeps_of,
 )
 from nextstate.analysis.run import Run
@@ -53,6 +55,10 @@ class Heads(Study[PatchConfig]):
             cost = config.pairs * {"last": 4, "all": 16, "map": 40}[s.where]
             title = f"{s.design} {s.kind} pairs: {s.direction} {s.site}, {s.where if s.exact else 'attribution'}"
             jobs.append(Job(f"sweeps/{s.key}", title, cost, s, (s.pairs,), config.agent))
+        if config.aggregate == "sum":
+            for kind in (kind for design, kind in kinds if design == "paper"):
+                title = f"published {kind} pairs, added up as published"
+                jobs.append(Job(f"published/{kind}", title, 20, kind, agent=config.agent))
         for design in main_first(config.designs):
             needs = [Sweeping(design, kind, "head", "denoise", "last") for kind in ("state", "action")]
             if all(s in sweeps for s in needs):
@@ -72,6 +78,8 @@ class Heads(Study[PatchConfig]):
             return _measure(run, *job.given)
         if job.key.startswith("attention/"):
             return _attend(run, job.given)
+        if job.key.startswith("published/"):
+            return _publish(run, job.given)
         return _sweep(run, job.given)
 
     def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
@@ -197,6 +205,19 @@ def _sweep(run: Run[PatchConfig], job: Sweeping) -> pl.DataFrame:
     if job.tested and (reason := too_few(recovered.test.pairs)):
         run.warn(f"{job.design} {job.kind} pairs: {reason}")
     return sweep_rows(job, found, recovered, len(sound) - len(kept))
+
+
+def _publish(run: Run[PatchConfig], kind: str) -> pl.DataFrame:
+    """Patch the trials that the published aggregation patches; return one row for each cell."""
+    from nextstate.analysis.heads.published import PUBLISHED, trial_rows, trials
+
+    config, model = run.config, run.model(run.config.model)
+    game, rng = make_game(config.game, **config.game_args), run.rng("published", kind)
+    rows = [pl.DataFrame(schema=PUBLISHED)]
+    for trial in trials(published_sizes(kind), lambda size: game.contrast(rng, kind, "paper", **size), rng):
+        rows.append(trial_rows(model, kind, trial, int(config.max_gigabytes * 2**30)))
+    run.describe_model(model)
+    return pl.concat(rows)
 
 
 def _attend(run: Run[PatchConfig], design: str) -> pl.DataFrame:

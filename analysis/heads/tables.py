@@ -187,6 +187,7 @@ def summaries(run: Run[Any]) -> dict[str, pl.DataFrame]:
       their rank correlation.
     - `heads`, `layers`: state against action, for each head and for each whole layer (see `head_table`). Heads are
       tested; the intervals and bands of layers are descriptions.
+    - `published`: the rows of the trials that were patched as published, if any (see `published`).
     - `attention`: attention of the top heads in one example of each kind.
     """
     pairs = pl.concat(run.tables("pairs/*").values())
@@ -210,6 +211,7 @@ def summaries(run: Run[Any]) -> dict[str, pl.DataFrame]:
         "effects": pl.concat(effects) if effects else pl.DataFrame(schema=EFFECTS),
         "screens": pl.DataFrame(screens, schema=schema, orient="row"),
         **_routed(run),
+        "published": _published(run),
         "attention": pl.concat([pl.DataFrame(schema=ATTENTION), *run.tables("attention/*").values()]),
     }  # fmt: skip
 
@@ -223,6 +225,12 @@ def effect_rows(design: str, kind: str, exact: Sweep, estimate: Sweep) -> pl.Dat
     columns = {"layer": np.array(exact.layers)[layer], "head": head, "exact": right.ravel(), "estimate": up.ravel()}
     rows = pl.DataFrame(columns).filter(pl.col("exact").is_not_nan())
     return rows.select(pl.lit(design).alias("design"), pl.lit(kind).alias("kind"), pl.all()).cast(EFFECTS)
+
+
+def _published(run: Run[Any]) -> pl.DataFrame:
+    from nextstate.analysis.heads.published import PUBLISHED
+
+    return pl.concat([pl.DataFrame(schema=PUBLISHED), *run.tables("published/*").values()])
 
 
 def _routed(run: Run[Any]) -> dict[str, pl.DataFrame]:

@@ -276,6 +276,41 @@ def test_ablations_equal_one_run_a_patch(model: LanguageModel, site: Any, positi
         same(found, by_hand(model, pairs, found, donor))
 
 
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_control_is_one_run_a_patch_from_the_unrelated_prompt(model: LanguageModel, direction: Any) -> None:
+    rng, pairs = np.random.default_rng(8), make_pairs()
+    pairs = [
+        replace(pair, control=tuple(rng.integers(5, 400, len(pair.clean)).tolist()) if i != 2 else ())
+        for i, pair in enumerate(pairs)
+    ]
+    raw = Raw(model)
+
+    def donor(i: int, layer: int, head: int, column: str, at: list[int]) -> torch.Tensor:
+        return raw.values(pairs[i].control or pairs[i].clean, "head")[layer][at, head]
+
+    for positions in ("last", ("state", "last")):
+        found = sweep(model, pairs, positions=positions, direction=direction, failures="include", controls=True)
+        plain = sweep(model, pairs, positions=positions, direction=direction, failures="include")
+        assert plain.control_patched is None
+        assert found.patched.difference == pytest.approx(plain.patched.difference, abs=EXACT)
+        assert found.control_patched is not None
+        expected = by_hand(model, pairs, found, donor).difference
+        others = [0, 1, 3]
+        assert np.abs(found.control_patched[others] - expected[others]).max() < EXACT
+        assert np.isnan(found.control_patched[2]).all()
+        assert np.abs(found.control_patched[others] - found.patched.difference[others]).max() > 0.01
+
+
+def test_controls_that_are_not_possible(model: LanguageModel) -> None:
+    pairs = make_pairs()
+    own = [replace(pair, control=pair.clean) for pair in pairs]
+    for use, more in ((pairs, {}), (own, {"positions": "all"}), (own, {"direction": "mean"})):
+        with pytest.raises(PatchError, match=r"controls=True is not possible with .* expected denoise or noise"):
+            sweep(model, use, controls=True, failures="include", **more)  # type: ignore[arg-type]
+    with pytest.raises(PatchError, match="the control has 3 tokens: expected 12"):
+        replace(pairs[0], control=(1, 2, 3))
+
+
 @pytest.mark.parametrize("architecture", ["opt", "opt-350m", "qwen2", "qwen3", "mistral"])
 def test_other_architectures_too(architecture: str, folders: dict[str, Path]) -> None:
     from tests.agents.test_sites import make
@@ -489,8 +524,7 @@ def test_pairs_on_which_the_model_fails_are_counted(model: LanguageModel) -> Non
     assert (found.patched.greedy[1] == -1).all()
     alone = sweep(model, [made[0], made[2]])
     assert np.abs(found.patched.difference[[0, 2]] - alone.patched.difference).max() < EXACT
-    done = recovery(found, np.random.default_rng(0), resamples=50)
-    assert (done.pairs, done.failed, done.left_out) == (2, 6, 6)
+    assert (int(found.kept.sum()), int(found.failed.sum())) == (2, 6)
     with pytest.raises(PatchError, match="fails on all 6 pairs: it never prefers the correct answer"):
         sweep(model, [p for i, p in enumerate(made) if i not in (0, 2)])
     with pytest.raises(PatchError, match="fails on all 6 pairs"):
@@ -565,10 +599,10 @@ def made_up(effects: np.ndarray, gap: np.ndarray, **more: Any) -> Sweep:
 
 
 def test_recovery_is_a_ratio_of_means() -> None:
-    effects, gap = np.array([[1.0, 0.0, 4.0], [3.0, 0.0, 0.0]]), np.array([1.0, 7.0])
+    effects, gap = np.array([[1.0, 0.0, 4.0], [3.0, 0.0, 0.0]]), np.array([3.9, 4.1])
     found = made_up(effects, gap)
     done = recovery(found, np.random.default_rng(0))
-    assert done.value[0, :, 0].tolist() == [0.5, 0.0, 0.5]
+    assert done.value[0, :, 0] == pytest.approx([0.5, 0.0, 0.5])
     assert found.flips[0, :, 0].tolist() == [1.0, 0.0, 0.5]
     assert found.probability[0, :, 0] == pytest.approx([0.3] * 3)
     assert (done.low <= done.value).all()
@@ -578,16 +612,21 @@ def test_recovery_is_a_ratio_of_means() -> None:
     assert table(found, done).columns[:5] == ["site", "direction", "layer", "head", "position"]
 
 
-def test_one_pair_has_no_interval_and_no_scale_no_recovery() -> None:
-    one = recovery(made_up(np.array([[1.0, 2.0]]), np.array([2.0])), np.random.default_rng(0))
-    assert one.value.ravel().tolist() == [0.5, 1.0]
-    assert np.isnan(one.low).all()
-    assert not one.nonzero.any()
-    with pytest.raises(PatchError, match=r"the same mean logit difference .* nothing to recover"):
-        recovery(made_up(np.ones((2, 1)), np.array([1.0, -1.0])), np.random.default_rng(0))
-    weak = recovery(made_up(np.ones((3, 1)), np.array([1.0, -1.0, 0.1])), np.random.default_rng(0))
-    assert np.isinf(weak.low).all()
-    assert not weak.nonzero.any()
+def test_a_gap_within_noise_is_refused() -> None:
+    """A gap whose interval over pairs holds 0 is not divided by."""
+    for gap, words in (
+        ([2.0], r"by 2 \(95 % interval nan to nan\) over 1 pair, which cannot be distinguished from 0"),
+        ([1.0, -1.0], r"by 0 \(95 % interval -12.7 to 12.7\) over 2 pairs"),
+        ([1.0, -1.0, 0.1], "nothing to recover"),
+        ([1.0, 0.02, 0.3], "nothing to recover"),
+    ):
+        with pytest.raises(PatchError, match=words):
+            recovery(made_up(np.ones((len(gap), 1)), np.array(gap)), np.random.default_rng(0))
+    found = recovery(made_up(np.ones((3, 1)), np.array([1.0, 1.2, 0.9])), np.random.default_rng(0))
+    assert np.isfinite(found.low).all()
+    assert not found.test.known
+    assert np.isnan(found.test.p).all()
+    assert not found.test.carries.any()
 
 
 def test_tokens_are_those_a_model_reads(model: LanguageModel) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
@@ -26,7 +28,7 @@ from nextstate.analysis.response.tables import emerges
 from nextstate.analysis.run import ModelFailed, Run, RunError
 from nextstate.analysis.study import go, open_run, verify, write_page
 from tests.circuits import STATES, Circuit, circuit
-from tests.pages import loads_nothing, markup, places
+from tests.pages import loads_nothing, markup, places, shown
 
 NARROW: dict[str, Any] = {
     "name": "narrow", "model": "circuit", "block": 8, "prompts": 3, "directions": 1, "window_prompts": 1,
@@ -126,6 +128,41 @@ def test_where_there_is_no_signature_no_head_carries_it(folder: Path, monkeypatc
     assert not any("left-out" in name for name in made.figures.figures)
 
 
+@pytest.mark.parametrize(("noise", "swapped"), [(0.0, False), (0.3, False), (1.0, False), (0.3, True), (1.0, True)])
+def test_the_page_never_says_yes_in_one_place_and_no_in_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, noise: float, swapped: bool
+) -> None:
+    """Every statement about the signature follows from one band, with noise, and with the control as the signal."""
+    run, rng = open_run(folder, "")[1], np.random.default_rng(3)
+    table = run.table
+
+    def noisy(key: str) -> pl.DataFrame:
+        if not key.startswith("signature/"):
+            return table(key)
+        other = key.replace("repeated", "control") if "repeated" in key else key.replace("control", "repeated")
+        found = table(other if swapped else key)
+        return found.with_columns(response=pl.col("response") + pl.Series(noise * rng.normal(size=len(found))))
+
+    monkeypatch.setattr(run, "table", cache(noisy))
+    found = ResponseStudy().summarise(run)
+    monkeypatch.setattr(run, "summaries", lambda: found)
+    made = ResponseStudy().page(run)
+    text = shown(render(made, run.record))
+    (low,) = re.findall(r"Repetition adds −?[\d.]+ \((−?[\d.]+) to", text)
+    present = "The induction signature is significant from layer" in text
+    assert present == (not low.startswith("−") and float(low) > 0)
+    assert present != ("No significant induction signature." in text)
+    signature = found["signature"].filter(kind="random").row(0, named=True)
+    rows = {row["layer"]: row for row in made.context["signatures"][0]["rows"]}
+    assert rows[signature["deepest"]]["before_significant"] == present
+    assert present == (signature["emerges"] is not None)
+    assert ("There is no significant induction signature" in text) <= (not present)
+    assert present or not found["heads"]["significant"].any()
+    assert ("of the signature is lost" in text) <= present
+    assert present or noise
+    assert not (present and swapped)
+
+
 def test_only_what_is_within_the_window_is_drawn(folder: Path) -> None:
     found = read(folder).summaries()
     lines = found["lines"].filter(kind="random", measure="response")
@@ -139,8 +176,8 @@ def test_only_what_is_within_the_window_is_drawn(folder: Path) -> None:
 
 def test_the_signature_begins_where_all_later_layers_have_it() -> None:
     def first(*rows: tuple[bool, float]) -> int | None:
-        layers = [(layer, valid, low) for layer, (valid, low) in enumerate(rows)]
-        return emerges(pl.DataFrame(layers, schema=["layer", "valid", "band_low"], orient="row"))
+        layers = [(layer, valid, valid and low > 0) for layer, (valid, low) in enumerate(rows)]
+        return emerges(pl.DataFrame(layers, schema=["layer", "valid", "significant"], orient="row"))
 
     assert first((True, -1.0), (True, 1.0), (True, 2.0)) == 1
     assert first((True, 1.0), (True, -1.0), (False, -9.0), (True, 2.0)) == 3

@@ -131,9 +131,11 @@ def test_the_heads_of_a_circuit_are_those_of_both_games(tmp_path: Path, seed: in
         assert set(row["heads"].split()) == set(row["own_heads"].split()) == right
         assert (row["shared"], row["recovery"], row["difference"]) == (2, pytest.approx(1, abs=1e-3), 0)
         assert row["p"] >= 1 / 21
-    heads = run.summary("heads").filter(kind="state")
-    found = heads.filter(pl.col("band_low") > 0.02).group_by("game").agg(pl.struct("layer", "head"))
-    assert all(len(x) == 2 for x in found["layer"])
+        assert row["carrying"] == 2
+    for (kind, _), heads in run.summary("heads").group_by("kind", "game"):
+        found = set(heads.filter("carries").select("layer", "head").iter_rows())
+        assert found == {made.heads[str(kind)], made.heads["match"]}
+        assert heads["tested"].unique().to_list() == [8]
 
 
 def test_heads_are_chosen_on_other_pairs_than_they_are_measured_on(done: Path) -> None:
