@@ -171,11 +171,14 @@ def fresh_training(out: Path, threads: int, architecture: str) -> dict[str, Any]
     code = f"""
 from pathlib import Path
 import numpy as np
+import torch
 from nextstate.agents.grammar_training import train
 from nextstate.agents.training_config import GrammarTraining, ModelSpec
 from nextstate.envs.grammar.sources import random_grammar
 train(GrammarTraining(**{shape | {"evaluation_strings": 100}!r}), ModelSpec(architecture={architecture!r}),
       random_grammar(np.random.default_rng(0), levels=3), Path({str(out)!r}), mode="disabled")
+assert torch.get_num_threads() == {threads}
+assert not torch.are_deterministic_algorithms_enabled()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from pydantic import ValidationError
 
 from nextstate.agents.config import ConfigError, packaged_configs, read_config
@@ -250,6 +251,18 @@ def test_models_of_another_run_are_measured_again(small: Run[GrammarConfig], tmp
         start(tmp_path / "other", other)
     with pytest.raises(RunError, match="no model was trained there; name a finished run with the same grammar"):
         start(tmp_path / "none", again | {"models_of": str(tmp_path / "nowhere")})
+
+
+def test_measurements_use_the_number_of_threads_of_the_training(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        start(tmp_path / "run", SMALL | {"training": TINY["training"] | {"threads": 2}})
+        torch.set_num_threads(1)
+        lose(next(tmp_path.glob("run/generation/*.parquet")))
+        start(tmp_path / "run", SMALL | {"training": TINY["training"] | {"threads": 2}})
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_same_numbers_come_out_again(whole: Run[GrammarConfig]) -> None:
