@@ -104,8 +104,8 @@ def _with_interval(
 ) -> Estimate:  # fmt: skip
     below, above, error = sides
     half = float(student_t.ppf((1 + LEVEL) / 2, freedom)) * error if freedom > 0 else math.nan
-    low = max(within[0], value - float(np.fmax(below, half)))
-    high = min(within[1], value + float(np.fmax(above, half)))
+    ends = np.array([value - np.fmax(below, half), value + np.fmax(above, half)])
+    low, high = np.clip(ends, *within).tolist()
     return Estimate(value, low, high, trainings, *span, *sides)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -237,8 +236,8 @@ def divergence(found: Summary, title: str) -> go.Figure | None:
 
 def robustness(found: Summary, prefix: str, temperature: float, title: str) -> go.Figure:
     """Draw accuracy against the share of perturbed training strings, one line for each kind; clean models dotted."""
-    about = {name: found.own("generation", name, prefix=prefix, temperature=temperature) for name in found.families}
-    mean = {name: fmean(row["accuracy"] for row in own) for name, own in about.items() if own}
+    about = {row["name"]: row for row in found.rows("written", prefix=prefix, temperature=temperature)}
+    mean = {name: about[name]["accuracy"] for name in found.families if name in about}
     perturbed = {name: found.families[name] for name in mean if found.families[name]["perturbation"]}
     kinds = {model["architecture"] for model in perturbed.values()}
     clean = [name for name in found.trained if name in mean and found.families[name]["architecture"] in kinds]
@@ -258,14 +257,12 @@ def robustness(found: Summary, prefix: str, temperature: float, title: str) -> g
         style, dash = KINDS[kind], DASHES[used[kind] % len(DASHES)]
         used[kind] += 1
         title_of = f"{architecture}, {kind} at {rate:g}"
-        ends = [_ends(about[name]) for name in names]
         traces.append(
             go.Scatter(
                 x=[perturbed[name]["fraction"] for name in names], y=[mean[name] for name in names],
                 mode="lines+markers", name=title_of,
                 line={"color": style.colour, "width": 2.2, "dash": dash}, marker={"size": 7, "symbol": style.marker},
-                error_y=_bars([e | {"mean": mean[n]} for n, e in zip(names, ends, strict=True)], "mean", "low", "high",
-                              style.colour),
+                error_y=_bars([about[name] for name in names], "accuracy", "low", "high", style.colour),
                 hovertemplate=f"{title_of}<br>%{{x:.0%}} of the strings perturbed: %{{y:.1%}}<extra></extra>",
             )
         )  # fmt: skip
@@ -281,14 +278,6 @@ def robustness(found: Summary, prefix: str, temperature: float, title: str) -> g
     return go.Figure(
         traces, layout(title, 270, "perturbed strings in training", "in the grammar", xaxis=right, yaxis=up)
     )
-
-
-def _ends(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the interval of one training, or the range of several."""
-    if len(rows) == 1:
-        return {"low": rows[0]["low"], "high": rows[0]["high"]}
-    values = [row["accuracy"] for row in rows]
-    return {"low": min(values), "high": max(values)}
 
 
 def reaches(found: Summary, title: str) -> go.Figure | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import groupby
-from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -136,16 +135,9 @@ def _ancestors(found: Summary) -> dict[str, Any] | None:
 
 def _perturbed(found: Summary) -> dict[str, Any] | None:
     """Return the best perturbed model and the clean one after corrupted prefixes, at the lowest temperature."""
-    rows = found.rows("generation", prefix="corrupted")
+    rows = found.rows("written", prefix="corrupted")
     lowest = min((row["temperature"] for row in rows), default=None)
-    means = []
-    for name in found.families:
-        own = found.own("generation", name, prefix="corrupted", temperature=lowest)
-        if own:
-            value = fmean(row["accuracy"] for row in own)
-            ends = {k: own[0][k] if len(own) == 1 else None for k in ("low", "high")}
-            means.append(own[0] | ends | {"name": name, "accuracy": value})
-    means.sort(key=lambda row: -row["accuracy"])
+    means = sorted((row for row in rows if row["temperature"] == lowest), key=lambda row: -row["accuracy"])
     best = next((row for row in means if row["name"] not in found.plain), None)
     if best is None:
         return None
@@ -208,7 +200,7 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _probes(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
-    if "probes" not in found.tables:
+    if not {"probes", "learning"} & found.tables.keys():
         return None
     parts = []
     for (target, where), (title, words) in WORDS.items():
@@ -218,10 +210,11 @@ def _probes(found: Summary, drawn: FigureList) -> dict[str, Any] | None:
         parts.append({"title": title, "words": words, "figures": _plots(drawn, title, *made)})
     whose = pl.col("name").cast(pl.Enum(list(found.models)))
     reach = pl.col("reach").cast(pl.Enum(list(REACHES)))
-    rows = found.tables["probes"].sort(whose, "shuffled", "target", "where", reach, "layer", "level")
+    order = (whose, "shuffled", "target", "where", reach, "layer", "level")
+    rows = found.tables["probes"].sort(*order).rows(named=True) if "probes" in found.tables else []
     learning = [figures.learning(found, level, f"Level {level}") for level in range(2, len(found.grammar["levels"]))]
     unfinished = _unfinished(found)
-    return {"parts": [part for part in parts if part["figures"]], "rows": rows.rows(named=True),
+    return {"parts": [part for part in parts if part["figures"]], "rows": rows,
             "learning": _plots(drawn, "learning of probes", *learning), "unfinished": unfinished}  # fmt: skip
 
 

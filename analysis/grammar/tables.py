@@ -127,6 +127,7 @@ def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
     - `headline`: a row a model, over its trainings; `grammar`: one row; `models`: a row a training, in the order of
       the page; `claims`: what the paper says, and whether the models agree (`nextstate.analysis.grammar.claims`).
     - `trainings`: the main numbers of each model, with the range and the interval over its trainings.
+    - `written`: shares of right strings, over trainings.
     - `curve`, `generation`, `diversity`, `probes`: as in the tables of the trainings, with intervals, the paper's
       numbers, `nearest` (at the temperature nearest to 1) and `deepest` (the deepest layer that was probed).
     - `entropy`, `rules`: entropy of strings less that of the grammar's, and of the choice of rules, relative to it.
@@ -165,6 +166,9 @@ def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
         "models": models,
         "curve": found["curve"],
         "generation": generation,
+        "written": over_trainings(
+            generation, models, ("prefix", "temperature"), "accuracy", ("low", "high"), ("given", "strings"), (0.0, 1.0)
+        ),
         "diversity": diversity,
         "entropy": _excess(found["diversity"]),
         "symbols": found["symbols"],

@@ -48,7 +48,7 @@ def tables(models: dict[str, tuple[str, bool, str, float]] = MODELS, seed: int =
     for k, (name, (kind, untrained, perturbation, share)) in enumerate(models.items()):
         steps = 0 if untrained else 5000
         tokens = steps * 96 * 512
-        rows["training"].append((name, 86_000_000 + k, steps, tokens, "0" * 64))
+        rows["training"].append((name, 86_000_000 + k, steps, tokens, 1, "0" * 64))
         seconds = 0.0 if untrained else 1800.0 + k
         speed = None if untrained else tokens / seconds
         rows["speed"].append((name, seconds, speed, None if untrained else 0.41, "NVIDIA H100"))
@@ -73,8 +73,23 @@ def tables(models: dict[str, tuple[str, bool, str, float]] = MODELS, seed: int =
             bits, kl = 169.3 + 3 * k, 9e-5 * (1 + 4 * k) * (1 + 100 * share)
             rows["diversity"].append((name, 2000, 1990 - k, bits, bits - 1.2, bits + 1.2, 169.2, 1990 - k, 0, 1e-9, kl,
                                       kl * 0.8, kl * 1.3))  # fmt: skip
+            for level in range(1, 7):
+                possible = 2 if level == 6 else None
+                rows["symbols"].append((name, level, f"s{level}", 900, 800, 2, 2, possible, 0.98, 0.97, 1.0, 1.0))
         if perturbation:
             continue
+        auc = 0.5 if untrained else 0.9
+        rows["embeddings"].append((name, auc, auc - 0.02, auc + 0.02, 0.4 if untrained else 0.001, 0.3, 0.1, 30))
+        for one, two in ((a, b) for a in ("7", "8", "7 8") for b in ("7", "8", "7 8")):
+            rows["similarity"].append((name, one, two, 0.3 if one == two else -0.1, 90))
+        for step, gain in ((500, None), (1000, 0.1), (2000, 0.0)):
+            for level in LEVELS:
+                p = 0.8 if step == 500 else 0.9
+                ends = (None, None) if gain is None else (gain - 0.01, gain + 0.01)
+                rows["probe-curve"].append((name, step, LAYERS, "full", False, "ancestor", level, "all", p, p - 0.01,
+                                            p + 0.01, gain, *ends))  # fmt: skip
+        spread = 1.1 if untrained else 40.0
+        rows["attention-scales"].append((name, 2.0, 120.0, spread, 0.9 * spread, 1.1 * spread, 0.7, 0.68, 0.72, 100))
         for reach in ("full", "tridiagonal", "diagonal"):
             for target, where in (("ancestor", "all"), ("ancestor", "ends"), ("boundary", "all")):
                 for shuffled in (False, True) if name == "rotary" and reach == "full" else (False,):
@@ -92,6 +107,7 @@ def tables(models: dict[str, tuple[str, bool, str, float]] = MODELS, seed: int =
                 rows["attention-profile"] += [
                     (name, layer, head, d, float(w)) for d, w in enumerate(weight / weight.sum())
                 ]
+                rows["attention-heads"].append((name, layer, head, scale, scale * 0.9, scale * 1.1, 0.7))
                 for level in LEVELS:
                     noise = rng.normal(0, 1e-4, 5 + 9)
                     for i, delta in enumerate(range(-2, 3)):
@@ -103,6 +119,11 @@ def tables(models: dict[str, tuple[str, bool, str, float]] = MODELS, seed: int =
         for level in LEVELS:
             peak = 0.0 if untrained else 0.003 * (8 - level)
             rows["attention-peaks"].append((name, level, peak, peak - 4e-4, peak + 4e-4, 90_000))
+        for level in (*LEVELS, None):
+            for k, table in enumerate(("centres", "falls"), start=1):
+                peak = 0.0 if untrained else 0.002 * k
+                rows[f"attention-{table}"].append((name, level, peak, peak - 4e-4, peak + 4e-4, 9_000))
+        rows["attention-peaks"].append((name, None, 0.0 if untrained else 0.01, -4e-4, 0.0104, 450_000))
         for a in LEVELS:
             for b in LEVELS:
                 for r in range(0 if a != b else 1, 5):
@@ -172,7 +193,7 @@ def test_the_page_is_whole_and_loads_nothing(page: str) -> None:
     for anchor in re.findall(r'href="#(\w+)"', above):
         assert f'<section id="{anchor}">' in above
     assert re.findall(r'<section id="(\w+)">', above) == [
-        "grammar", "generation", "probes", "attention", "robustness", "run", "words"
+        "grammar", "paper", "generation", "probes", "embeddings", "attention", "robustness", "run", "words"
     ]  # fmt: skip
 
 
@@ -360,8 +381,11 @@ def test_a_model_has_one_colour(tmp_path: Path, whole: Run[GrammarConfig]) -> No
 
 
 HEADINGS = {
+    "symbols": "Symbol by symbol", "probe-curve": "Learning of the probes", "embeddings": 'id="embeddings"',
+    "attention-scales": "Scales of heads", "attention-centres": "Pairs of ends compared",
+    "attention-falls": "Fall with distance",
     "generation": "Generated strings that", "curve": "Learning curves", "diversity": "Diversity</h3>",
-    "probes": 'id="probes"', "attention-profile": "By distance", "attention-ends": "To the ends of",
+    "probes": "All probes, with", "attention-profile": "By distance", "attention-ends": "To the ends of",
     "attention-peaks": "Ends compared with", "attention-pairs": "From end to end",
     "attention-adjacent": "Between adjacent",
 }  # fmt: skip
@@ -373,7 +397,7 @@ def test_a_section_without_rows_is_left_out(tmp_path: Path, gone: list[str]) -> 
     for name, words in HEADINGS.items():
         assert (words in above) == (name not in gone), name
     assert ('id="robustness"' in above) == ("generation" not in gone)
-    assert ('id="attention"' in above) == (len(gone) == 1)
+    assert ('id="attention"' in above) == ('id="probes"' in above) == (len(gone) == 1)
     assert 'id="run"' in above
 
 
@@ -381,6 +405,12 @@ def test_without_perturbed_models_there_is_no_robustness(tmp_path: Path) -> None
     run = make(tmp_path, {name: model for name, model in MODELS.items() if not model[2]})
     assert 'id="robustness"' not in rendered(run)
     assert pages.headline(summary_of(run))["perturbed"] is None
+
+
+def test_strings_from_nothing_alone_make_a_page(tmp_path: Path) -> None:
+    alone = pl.col("prefix") == "nothing"
+    run = make(tmp_path, change=lambda made: made | {"generation": made["generation"].filter(alone)})
+    assert "of the strings that rotary generates from nothing are in the grammar" in shown(rendered(run))
 
 
 @pytest.mark.parametrize(
@@ -403,6 +433,7 @@ def test_unknown_numbers_are_left_out(tmp_path: Path) -> None:
             "diversity": made["diversity"].with_columns(**unknown),
             "attention-ends": made["attention-ends"].with_columns(residual=level2),
             "probes": made["probes"].clear(),
+            "probe-curve": made["probe-curve"].clear(),
         }
 
     run = make(tmp_path, change=change)
@@ -479,3 +510,88 @@ def test_numbers_of_any_size() -> None:
     assert [short(x) for x in (9e-5, 0.00045, 0.0045, -0.1, 0.0, None)] == [
         "9 × 10⁻⁵", "4.5 × 10⁻⁴", "0.0045", "−0.1", "0", "–"
     ]  # fmt: skip
+
+
+SEEDS = 3
+
+
+def seeded(path: Path, shift: float = 0.0) -> Run[GrammarConfig]:
+    """Return a run of three trainings of a few models: their numbers differ by `shift` from seed to seed."""
+    few = {name: MODELS[name] for name in ("rotary", "absolute", "random", "rotary, token 0.5 at 0.15")}
+    config = config_of(few, grammar="cfg3b").model_copy(update={"seeds": SEEDS})
+    study = GrammarStudy()
+    run = Run(path, config, open_record(study.name, config, path, "nextstate grammar made-up", Progress()))
+    for part, rows in tables(few).items():
+        for seed in range(SEEDS):
+            for own in rows.partition_by("name"):
+                title = f"{own['name'][0]}, seed {seed}"
+                made = own.with_columns(name=pl.lit(title))
+                if part == "generation":
+                    made = made.with_columns(right=(pl.col("right") * (1 - shift * seed)).cast(pl.Int64))
+                run.keep(f"{part}/{slug(title)}", made, {})
+    for name, frame in study.summarise(run).items():
+        run.keep(f"summary/{name}", frame, {})
+    return run
+
+
+def test_models_are_judged_over_their_trainings(tmp_path: Path) -> None:
+    run = seeded(tmp_path, 0.1)
+    found, text = summary_of(run), shown(rendered(run))
+    assert list(found.families) == ["rotary", "absolute", "rotary, token 0.5 at 0.15", "random"]
+    assert (found.seeds, len(found.models)) == (SEEDS, 4 * SEEDS)
+    headline = run.summary("headline")
+    assert headline["model"].to_list() == list(found.families)
+    assert headline["trainings"].to_list() == [SEEDS] * 4
+    rows = run.summary("generation").filter(prefix="nothing", temperature=1.0)
+    shares = rows.filter(pl.col("name").str.starts_with("absolute"))["accuracy"].to_numpy()
+    (own,) = headline.filter(model="absolute").rows(named=True)
+    half = 4.302653 * shares.std(ddof=1) / np.sqrt(3)
+    assert own["from_nothing"] == pytest.approx(shares.mean())
+    assert own["from_nothing_low"] == pytest.approx(max(0, shares.mean() - half))
+    assert own["from_nothing_high"] == pytest.approx(min(1, shares.mean() + half))
+    assert f"[{percents(shares.min())} to {percents(shares.max())} in 3 trainings]" in text
+    for words in ("Between trainings", "means over 3 trainings with different seeds", "Intervals are over trainings"):
+        assert words in text
+    drawn_shares = figures.generation(found, "x")
+    assert drawn_shares is not None
+    marks = [t for t in drawn_shares.data if t.name.startswith("absolute, seed") and "nothing" in t.name]
+    assert [t.x[0] for t in marks if "paper" not in t.name] == pytest.approx(shares)
+    assert len({t.y[0] for t in marks}) == SEEDS
+    assert sum("paper" in t.name for t in marks) == 1
+    ends = run.summary("ends")
+    assert set(ends["name"]) == {"rotary", "absolute", "random"}
+    assert run.summary("profile")["name"].unique(maintain_order=True).to_list() == [
+        "rotary, seed 0", "absolute, seed 0", "random, seed 0"
+    ]  # fmt: skip
+    assert len({s.colour for n, s in figures.styles(found).items() if n.startswith("absolute")}) == 1
+
+
+def test_one_training_is_said_to_be_one(page: str) -> None:
+    text = shown(page)
+    assert "95 % intervals over strings of one training; other trainings of the same model differ by more" in text
+    assert "another training may give another verdict" in text
+    assert 'id="trainings"' not in page
+
+
+def test_the_page_says_what_contradicts_the_paper(whole: Run[GrammarConfig], page: str) -> None:
+    claims, text = whole.summary("claims"), shown(page)
+    counts = dict(claims.group_by("verdict").len().iter_rows())
+    assert counts["contradicts"] > 0
+    assert f"{counts['contradicts']} of {len(claims)} comparisons with the paper contradict" in text
+    assert f", {counts['agrees']} agree" in text
+    for row in claims.filter(verdict="contradicts").head(3).iter_rows(named=True):
+        assert row["claim"] in text
+
+
+def test_probes_that_still_learn_are_named(tmp_path: Path) -> None:
+    assert "No accuracy of a trained model rose" in shown(rendered(make(tmp_path / "a")))
+    late = (pl.col("step") == 2000) & (pl.col("level") == 2) & (pl.col("name") == "rotary")
+
+    def change(made: Tables) -> Tables:
+        gain = pl.when(late).then(0.05).otherwise(pl.col("gain"))
+        low = pl.when(late).then(0.03).otherwise(pl.col("gain_low"))
+        high = pl.when(late).then(0.07).otherwise(pl.col("gain_high"))
+        return made | {"probe-curve": made["probe-curve"].with_columns(gain=gain, gain_low=low, gain_high=high)}
+
+    text = shown(rendered(make(tmp_path / "b", change=change)))
+    assert "The probe had not converged at level 2 of rotary (+5" in text
