@@ -55,10 +55,12 @@ def _blocks(found: Ledger, records: Mapping[str, Record]) -> Iterator[str]:
         made = [verdict_of(claim, one) for claim, one in zip(claims, known, strict=True)]
         yield f"## {plain(study.title)}\n"
         yield f"[arXiv {study.arxiv}](https://arxiv.org/abs/{study.arxiv}): {counted(j.verdict for j, _ in made)}.\n"
-        yield _table(("claim", "verdict", "measured on"), (
-            (f"[{plain(claim.title)}](#{claim.name})", f"{judged.verdict}", f"`{run}`" if run else "not run" if claim.runs else "–")
-            for claim, (judged, run) in zip(claims, made, strict=True)
-        ))  # fmt: skip
+        on = [
+            f"`{run}`" if run else "not run" if claim.runs else "–"
+            for claim, (_, run) in zip(claims, made, strict=True)
+        ]  # fmt: skip
+        titles = [f"[{plain(claim.title)}](#{claim.name})" for claim in claims]
+        yield _table(("claim", "verdict", "measured on"), zip(titles, (j.verdict for j, _ in made), on, strict=True))
         for claim, one in zip(claims, known, strict=True):
             yield from _section(claim, found, one)
     yield "## Runs\n"
