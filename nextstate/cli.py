@@ -35,6 +35,11 @@ from nextstate.envs import plugins
 if TYPE_CHECKING:
     import polars as pl
 
+    from nextstate.analysis.findings.claims import Claim, Ledger
+    from nextstate.analysis.findings.record import Record, Status
+    from nextstate.analysis.run import Run, RunConfig
+    from nextstate.analysis.study import Study
+
 app = typer.Typer(
     name="nextstate",
     no_args_is_help=True,
@@ -135,7 +140,7 @@ _add_studies()
 
 def _run_study(name: str, config: str, overrides: list[str], out: Path | None, accept_mixed: bool, wait: bool) -> None:
     from nextstate.agents.config import read_config, read_value
-    from nextstate.analysis.study import find_study, go
+    from nextstate.analysis.study import find_study
 
     given = read_value(config, overrides, "study") or name
     if name not in (given, "run"):
@@ -146,16 +151,25 @@ def _run_study(name: str, config: str, overrides: list[str], out: Path | None, a
     if int(os.environ.get("RANK", "0")):  # a torchrun worker: only rank 0 writes tables and the report
         study.worker(read, folder)
         return
+    run = _go(study, read, folder, accept_mixed, wait)
+    _show(study.headline(run))
+    console.print(f"Report: [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
+    _report_left_out(run.record)
+
+
+def _go(study: Study[Any], config: RunConfig, folder: Path, accept_mixed: bool = False, wait: bool = False) -> Run[Any]:
+    """Run a study with a progress bar."""
+    from nextstate.analysis.study import go
+
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left:"), TimeRemainingColumn(),
     )  # fmt: skip
     with Bar(*columns, console=console) as bar:
         command = " ".join(["nextstate", *sys.argv[1:]])
-        run = go(study, read, folder, progress=RichProgress(bar), command=command, accept_mixed=accept_mixed, wait=wait)
-    _show(study.headline(run))
-    console.print(f"Report: [bold]{escape(str(folder / 'report.html'))}[/]", soft_wrap=True)
-    _report_left_out(run.record)
+        return go(
+            study, config, folder, progress=RichProgress(bar), command=command, accept_mixed=accept_mixed, wait=wait
+        )
 
 
 def _report_left_out(record: dict[str, Any]) -> None:
@@ -260,6 +274,136 @@ def verify(
     console.print(f"{len(found) - wrong} of {len(found)} tables equal the recomputed ones.")
     if wrong:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="Examples:  nextstate reproduce   |   nextstate reproduce response-window   |   "
+    "nextstate reproduce heads-quickstart --record"
+)
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(help="A claim, or a run that claims are measured on; by default list all claims.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/findings/RUN.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the numbers of the run, from which the list and the page are made.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Write the claims and verdicts as a Markdown page, such as docs/findings.md.")
+    ] = None,
+) -> None:
+    """Check the claims of the published studies: list them with their verdicts, or measure one again.
+
+    A claim is measured by running a config as its study does. What is finished is not run again, and claims of one run
+    share its tables.
+    """
+    from nextstate.analysis.findings.claims import read_claims
+    from nextstate.analysis.findings.document import document
+    from nextstate.analysis.findings.record import read_records, record_of, write_record
+    from nextstate.envs.files import write_text
+
+    found = read_claims()
+    if name is None and (out or record):
+        raise typer.BadParameter("--out and --record go with a claim or a run: nextstate reproduce NAME")
+    if name is not None:
+        chosen, claims = found.find(name)
+        if not chosen:
+            _claim(claims[0], found, read_records())
+        elif (run := _reproduced(found, chosen, out or Path("runs") / "findings" / chosen)) is not None:
+            made = record_of(found, chosen, run)
+            for claim in claims:
+                _claim(claim, found, {chosen: made})
+            console.print(f"Report: [bold]{escape(str(run.path / 'report.html'))}[/]", soft_wrap=True)
+            if record:
+                console.print(f"Recorded: [bold]{escape(str(write_record(made)))}[/]", soft_wrap=True)
+            _report_left_out(run.record)
+    if page is not None:
+        write_text(page, document(found, read_records()))
+        console.print(f"Page: [bold]{escape(str(page))}[/]", soft_wrap=True)
+    elif name is None:
+        _claims(found, read_records())
+
+
+def _reproduced(found: Ledger, name: str, folder: Path) -> Run[Any] | None:
+    """Make a run that claims are measured on, or finish it.
+
+    Returns:
+        the run; None for a training of many GPU hours that has not been begun.
+    """
+    from nextstate.agents.config import read_config
+    from nextstate.analysis.study import find_study
+
+    entry = found.runs[name]
+    study, command = find_study(entry.study), f"{entry.command} --out {folder}"
+    console.print(Text.assemble((name, "bold"), f": {entry.what}"), soft_wrap=True)
+    if entry.cost is not None:
+        needs = f"Needs {entry.needs}; {entry.cost} ({entry.cost.how})."
+        console.print(Text(needs, style="yellow"), soft_wrap=True)
+        if entry.cost.training and not (folder / "run.json").exists():
+            console.print(Text(f"Not started. Train with the command below, then give this one again.\n{command}"))
+            return None
+    console.print(Text(command, style="cyan"), soft_wrap=True)
+    return _go(study, read_config(entry.config, entry.overrides, study.config), folder)
+
+
+STYLES = {"agrees": "green", "contradicts": "red", "cannot be said": "yellow"}
+
+
+def _claims(found: Ledger, records: dict[str, Record]) -> None:
+    """List all claims with their verdicts, a table for each study."""
+    from nextstate.analysis.findings.document import counted
+    from nextstate.analysis.findings.record import statuses, verdict_of
+
+    for key, study in found.studies.items():
+        claims = [claim for claim in found.claims if claim.study == key]
+        table = Table(title=Text(f"{study.title} (arXiv {study.arxiv})"), box=box.SIMPLE_HEAD, title_justify="left")
+        for column in ("name", "claim", "verdict", "run"):
+            table.add_column(column, overflow="fold", no_wrap=column == "name")
+        verdicts = []
+        for claim in claims:
+            judged, run = verdict_of(claim, statuses(claim, found, records))
+            verdicts.append(judged.verdict)
+            verdict = Text(judged.verdict, style=STYLES[judged.verdict])
+            table.add_row(claim.name, Text(claim.title), verdict, run or ("not run" if claim.runs else "none"))
+        console.print(table)
+        console.print(f"{counted(verdicts)}.\n")
+
+
+def _claim(claim: Claim, found: Ledger, records: dict[str, Record]) -> None:
+    """Print one claim: what was published, what was measured, and the verdict."""
+    from nextstate.analysis.findings.claims import SOURCES
+    from nextstate.analysis.findings.record import statuses
+
+    number = f" (Result {claim.result})" if claim.result else ""
+    console.print(Text.assemble("\n", (claim.name, "bold"), f": {claim.title}{number}"), soft_wrap=True)
+    console.print(Text(f"Claim: {claim.says}"))
+    console.print(Text(f"Published: {claim.published} ({SOURCES[claim.source]})"))
+    if claim.note:
+        console.print(Text(f"Note: {claim.note}"))
+    if claim.because:
+        console.print(Text.assemble(("cannot be said", STYLES["cannot be said"]), f", because {claim.because}"))
+    for status in statuses(claim, found, records):
+        if status.record is not None:
+            _measured(claim, status)
+
+
+def _measured(claim: Claim, status: Status) -> None:
+    """Print the numbers of a claim and their verdict."""
+    from nextstate.analysis.findings.document import shown
+    from nextstate.analysis.findings.verdict import judge
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("number", "value (95 %)", "check"):
+        table.add_column(column, overflow="fold")
+    checks = {check.of: check for check in claim.checks}
+    for name in [*status.numbers, *(of for of in checks if of not in status.numbers)]:
+        judged = judge(checks[name], status.numbers) if name in checks else None
+        number = judged.number if judged else status.numbers[name]
+        check = Text.assemble(f"{checks[name]}: ", (judged.verdict, STYLES[judged.verdict])) if judged else ""
+        table.add_row(Text(name), Text(shown(number)), check)
+    console.print(table)
+    verdict = status.judged
+    console.print(Text.assemble((verdict.verdict, f"bold {STYLES[verdict.verdict]}"), f": {verdict.because}"))
 
 
 @app.command(

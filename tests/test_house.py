@@ -20,7 +20,7 @@ FORBIDDEN = {  # the arrows point one way: analysis -> agents -> envs
 STATISTICS = {"multinomial", "quantile", "nanquantile", "percentile", "nanpercentile", "ndtri", "ndtr", "sem", "ppf"}
 NO_INTERVALS = {("analysis/response/figures.py", "quantile")}  # the range of a colour scale
 FRONT_DOOR = ("__main__.py",)  # the only modules of the package that may import its command line
-DATA = ("*.yaml", "*.jinja", "*.js", "*.LICENSE", "*.cfg", "py.typed")
+DATA = ("*.yaml", "*.json", "*.jinja", "*.js", "*.LICENSE", "*.cfg", "py.typed")
 
 
 def modules(folder: Path) -> list[Path]:
