@@ -86,7 +86,7 @@ def test_every_episode_is_unrolled_and_read_once(tmp_path: Path, monkeypatch: py
     agents = ["counted_ngram:NGram", {"kind": "counted_ngram:NGram", "n": 3}, "ideal", "chance", "shortcuts"]
     make(SMALL | {"agents": agents, "games": SMALL["games"][:1]}, tmp_path / "run")
     assert begun == {2: 70, 3: 70}
-    names = {"ideal", "chance", *Box.shortcuts}
+    names = {"ideal", "lookup", "chance", *Box.shortcuts}
     assert read == {(seed, name): 2 for seed in range(70) for name in names}  # one of each of the two cells
 
 
