@@ -95,13 +95,24 @@ def interval(values: np.ndarray, worlds: np.ndarray) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rooms", "objects"), [(2, 1), (2, 2), (3, 2)])
-def test_possible_values_fall_little_short_of_bayes(rooms: int, objects: int) -> None:
-    game = make_game("TextWorld", rooms=rooms, objects=objects, quest=1, theme="basic", games=1000)
+def test_possible_values_fall_short_of_bayes() -> None:
+    """In 2,000 worlds of two rooms and three things, on the open questions: those that are not determined.
+
+    The gap is at least .043 (standard error .008) there. On the 467 of 3,457 open questions that three worlds or more
+    share it is between .16 (.04) and .27 (.03). Such questions are 4 % of all.
+    """
+    game = make_game("TextWorld", rooms=2, objects=3, quest=1, theme="basic", games=2000)
     assert isinstance(game, TextWorld)
-    asked = [each for each in questions(game, 4, 3) if each.possible < 1]
+    every = questions(game, 4, 3)
+    asked = [each for each in every if each.possible < 1]
+    assert 0.02 < len(asked) / len(every) < 0.06
     low, high = accuracies(asked)
     worlds, possible = np.array([each.world for each in asked]), np.array([each.possible for each in asked])
-    for name, gap in (("at least", low - possible), ("at most", high - possible)):
-        print(f"{rooms} rooms, {objects} objects: {name} {interval(gap, worlds)} on {len(asked)} open questions")
-    assert interval(high - possible, worlds)[0] > 0
+    mean, error = interval(low - possible, worlds)
+    assert 0.02 < mean - 2 * error < mean + 2 * error < 0.08
+    seen = defaultdict[tuple[str, ...], set[int]](set)
+    for each in asked:
+        seen[each.key].add(each.world)
+    shared = np.array([len(seen[each.key]) > 2 for each in asked])
+    least, most = (interval((side - possible)[shared], worlds[shared])[0] for side in (low, high))
+    assert 0.05 < least < most < 0.4

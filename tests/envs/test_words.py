@@ -115,7 +115,9 @@ def playthrough(game: Game) -> str:
             lines += ["", f"> {game.command(step.state, step.action)}", f"  {step.narration!r}"]
             for question, ideal in zip(step.questions, belief, strict=True):
                 right = "|".join(question.choices[i].strip() for i in question.accepted)
-                likely = "|".join(c.strip() for c, p in zip(question.choices, ideal, strict=True) if p == max(ideal))
+                likely = "|".join(
+                    c.strip() for c, p in zip(question.choices, ideal, strict=True) if p > max(ideal) - 1e-9
+                )
                 lines.append(f"  {question.stem!r} ___{question.closing}  {question.answer} of {right}; ideal {likely}")
         lines += ["", "= " + episode.transcripts[-1]]
     return "\n".join(lines) + "\n"
