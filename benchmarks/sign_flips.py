@@ -1,6 +1,6 @@
 """Errors of the test of heads, by simulation: family-wise error and power of the sign-flipped max-t.
 
-    python -m benchmarks.sign_flips [--quick]
+    python -m benchmarks.sign_flips [--quick] [--sweeps N]
 
 Each simulated sweep has effects of null heads from the pair's other prompt and from a control prompt, drawn from the
 same distribution, and one true head whose effect from the other prompt is one standard deviation larger. Effects
@@ -11,7 +11,7 @@ the share in which the true head is.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 from functools import cache
 
@@ -76,8 +76,11 @@ def own_draw(effects: np.ndarray) -> Draw:
 
 def main() -> None:
     """Print the table."""
-    quick = "--quick" in sys.argv
-    sweeps, sizes = (40, (24, 48)) if quick else (1000, PAIRS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="40 sweeps a cell, of 24 and 48 pairs")
+    parser.add_argument("--sweeps", type=int, default=1000, help="simulated sweeps a cell (default: %(default)s)")
+    given = parser.parse_args()
+    sweeps, sizes = (40, (24, 48)) if given.quick else (given.sweeps, PAIRS)
     print("| effects | heads | " + " | ".join(f"{n} pairs" for n in sizes) + " |")
     print("|---|---|" + "---|" * len(sizes))
     draws = {name: (draw, SCALE[name]) for name, draw in NOISES.items()} | {"own": (own_draw(own_effects()), 1.0)}

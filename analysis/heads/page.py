@@ -66,7 +66,10 @@ def headline(
     out: dict[str, Any] = {"design": design, "kinds": {}, "routing": None, "share": None}
     for row in (c for c in counts if c["design"] == design and c["kind"] in ("state", "action")):
         own = sweeps.filter(design=design, kind=row["kind"], site="head", direction="denoise", where="last", exact=True)
-        best, tested = own.filter("carries").sort("recovery", descending=True), own["tested"].max() or 0
+        best, tested = (
+            own.filter("carries").sort("recovery", descending=True),
+            int(own["tested"].sum()) // max(1, len(own)),
+        )
         out["kinds"][row["kind"]] = {
             "counts": row, "heads": best.rows(named=True), "of": len(own), "tested": tested,
             "known": own["carries"].null_count() < len(own), "few": too_few(tested),

@@ -52,7 +52,7 @@ def trials(
         for number in range(PAPER_TRIALS):
             pair = draw(size)
             if rng.random() < 0.5:
-                yield Trial(*size.values(), number, pair)
+                yield Trial(sum(size.values()), number, pair)  # steps or distance
                 break
 
 
@@ -69,8 +69,11 @@ def scores(
     return (patched - corrupted) / gap if gap > LEAST_GAP else np.zeros_like(patched), found.columns
 
 
-def trial_rows(model: LanguageModel, kind: str, trial: Trial, max_bytes: int) -> pl.DataFrame:
-    """Return one row for each cell that is patched in a trial; one row with the reason if it cannot be used."""
+def trial_rows(model: LanguageModel, kind: str, trial: Trial, sites: Sequence[str], max_bytes: int) -> pl.DataFrame:
+    """Return one row for each cell that is patched in a trial; one row with the reason if it cannot be used.
+
+    Of `sites`, `head` and `resid_pre` are patched.
+    """
     about = {"kind": kind, "size": trial.size, "trial": trial.number}
     layers, heads = (
         model.sites.layers_with("head"),
@@ -85,10 +88,11 @@ def trial_rows(model: LanguageModel, kind: str, trial: Trial, max_bytes: int) ->
     if excluded:
         return pl.DataFrame([about | {"reason": excluded[0].reason}], schema=PUBLISHED)
     pair, rows = found[0], []
-    for site, positions in (("head", "last"), ("resid_pre", "each")):
-        value, columns = scores(model, pair, site, positions, max_bytes)  # type: ignore[arg-type]
+    patched: tuple[tuple[Site, str], ...] = (("head", "last"), ("resid_pre", "each"))
+    for site, positions in (one for one in patched if one[0] in sites):
+        value, columns = scores(model, pair, site, positions, max_bytes)
         for (n, head, c), score in np.ndenumerate(value):
-            row = about | {"site": site, "layer": model.sites.layers_with(site)[n], "score": float(score)}  # type: ignore[arg-type]
+            row = about | {"site": site, "layer": model.sites.layers_with(site)[n], "score": float(score)}
             if site == "head":
                 rows.append(row | {"head": head})
             else:

@@ -213,8 +213,8 @@ def routing(
     places = [(s.site, s.direction, s.layers, s.columns) for s, _ in (state, action)]
     if places[0] != places[1]:
         raise PatchError(f"sweeps of different cells: {places[0]} and {places[1]}")
-    tops = [changes(sweep) for sweep, _ in (state, action)]
-    *_, band = stats.ratio_difference_band(*tops, rng, level=level, draws=resamples)
+    one, two = changes(state[0]), changes(action[0])
+    *_, band = stats.ratio_difference_band(one, two, rng, level=level, draws=resamples)
     return Routing(**vars(band), state=state[1], action=action[1])
 
 

@@ -215,7 +215,7 @@ def _publish(run: Run[PatchConfig], kind: str) -> pl.DataFrame:
     game, rng = make_game(config.game, **config.game_args), run.rng("published", kind)
     rows = [pl.DataFrame(schema=PUBLISHED)]
     for trial in trials(published_sizes(kind), lambda size: game.contrast(rng, kind, "paper", **size), rng):
-        rows.append(trial_rows(model, kind, trial, int(config.max_gigabytes * 2**30)))
+        rows.append(trial_rows(model, kind, trial, config.sites, int(config.max_gigabytes * 2**30)))
     run.describe_model(model)
     return pl.concat(rows)
 

@@ -144,11 +144,11 @@ def recovered(rows: pl.DataFrame) -> Recovery:
     """Return the recovery that the rows of a sweep were made with, with its intervals and its test."""
     shape = (rows["layer"].n_unique(), -1, rows["position"].n_unique())
     names = ("recovery", "low", "high", "band_low", "band_high", "p")
-    *ends, p = (rows[name].to_numpy().reshape(shape) for name in names)
+    value, low, high, band_low, band_high, p = (rows[name].to_numpy().reshape(shape) for name in names)
     one = rows.row(0, named=True)
     carries = np.array([bool(x) for x in rows["carries"]]).reshape(shape)  # null is False
     test = Tested(one["tested"], p.astype(np.float64), carries)
-    return Recovery(*ends, pairs=one["pairs"], failed=one["failed"], left_out=0, test=test)
+    return Recovery(value, low, high, band_low, band_high, one["pairs"], one["failed"], 0, test)
 
 
 def sweep_of(run: Run[Any], *job: Any) -> tuple[Sweep, Recovery] | None:

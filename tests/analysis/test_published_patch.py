@@ -127,18 +127,28 @@ def bytewise() -> LanguageModel:
 
 def test_trials_with_one_answer_score_0_and_split_letters_are_left_out() -> None:
     agent = built().agent
-    same = trial_rows(agent, "state", Trial(10, 0, published(steps=10)), ROOM)
+    same = trial_rows(agent, "state", Trial(10, 0, published(steps=10)), ["head"], ROOM)
     assert set(same["reason"]) == {ONE_ANSWER}
     assert same["score"].to_list() == [0.0] * 16
-    split = trial_rows(bytewise(), "state", Trial(6, 0, published(steps=6)), ROOM)
+    split = trial_rows(bytewise(), "state", Trial(6, 0, published(steps=6)), ["head"], ROOM)
     assert split["reason"].to_list() == ["a letter of this published pair is several tokens to this tokenizer"]
     assert split["layer"].to_list() == [None]
     assert summed(split).is_empty()
 
 
+def test_the_stream_is_patched_at_each_position_where_the_sites_ask_for_it() -> None:
+    agent = built().agent
+    rows = trial_rows(agent, "state", Trial(6, 0, published(steps=6)), ["resid_pre"], ROOM)
+    (pair,), _ = token_pairs(agent.encoder, [published(steps=6)])
+    value, columns = scores(agent, pair, "resid_pre", "each", ROOM)
+    assert rows["score"].to_numpy() == pytest.approx(value.ravel())
+    assert rows.filter(layer=0)["position"].to_list() == [int(c) for c in columns]
+    assert rows["token"][-1].strip() == "to"
+
+
 def test_the_map_is_a_sum_over_trials() -> None:
     agent = built().agent
-    rows = [trial_rows(agent, "state", Trial(t, 0, published(steps=t)), ROOM) for t in (6, 10, 14)]
+    rows = [trial_rows(agent, "state", Trial(t, 0, published(steps=t)), ["head"], ROOM) for t in (6, 10, 14)]
     found = summed(pl.concat(rows))
     assert found["trials"].unique().to_list() == [3]
     each = [r.filter(site="head")["score"].to_numpy() for r in rows]
@@ -162,7 +172,7 @@ def test_a_run_shows_the_published_map_beside_ours(tmp_path: Path) -> None:
     run = go(Heads(), PatchConfig(**CONFIG), tmp_path / "run", model=made.agent)
     rows = run.summary("published")
     assert {"state", "noop"} == set(rows["kind"])
-    assert run.table("published/state").filter(site="resid_pre")["position"].null_count() == 0
+    assert set(rows["site"]) == {"head"}
     text = shown((tmp_path / "run/report.html").read_text(encoding="utf-8"))
     for words in ("Added up as published", "trials, as published", "our ratio of means (n = 8)"):
         assert words in text
