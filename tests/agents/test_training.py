@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from nextstate.agents.config import ConfigError, read_config
-from nextstate.agents.identity import BUILT_IN
+from nextstate.agents.identity import BUILT_IN, trained_on
 from nextstate.agents.text import Encoder
 from nextstate.agents.training import (
     Curriculum,
@@ -25,10 +25,12 @@ from nextstate.agents.training import (
     collate,
     draw_sample,
     evaluation_cells,
+    joined,
     new_model,
     predict_targets,
     train,
     train_tokenizer,
+    trained_range,
 )
 from tests.outside import write_game
 
@@ -59,6 +61,34 @@ def test_rows_fit_and_targets_lie_inside(fresh: FreshRows) -> None:
         assert all(0 <= node < len(row.tree) for node in row.context)
         assert all(parent < node for node, parent in enumerate(row.tree.parents))
         assert set(row.weight) <= {1.0, 0.05, 0.02}
+
+
+def test_the_trained_range_is_counted_in_the_tokens_of_the_rows(fresh: FreshRows) -> None:
+    """A shorter row holds fewer steps of an episode."""
+    found = trained_range(fresh.config, fresh.encoder, rows=10_000)
+    sizes = {game: {int(size) for size in steps} for game, steps in found.items()}
+    most = fresh.config.curriculum.level(fresh.config.steps - 1)
+    assert sizes["Box"] <= set(range(2, most + 1))
+    for steps in found.values():
+        assert all(step >= 1 for step in steps.values())
+    short = trained_range(fresh.config.model_copy(update={"row_tokens": 60}), fresh.encoder, rows=10_000)
+    assert max(short["Box"].values()) < max(found["Box"].values())
+    union = joined(found, short, {"Box": {"99": 7}})
+    assert union["Box"]["99"] == 7
+    assert {game: {k: v for k, v in steps.items() if k != "99"} for game, steps in union.items()} == joined(
+        found, short
+    )
+
+
+def test_the_built_in_model_says_what_it_was_trained_on() -> None:
+    config = read_config("train/tiny", [], TrainConfig)
+    known = trained_on("nextstate/tiny")
+    assert {game: max(map(int, sizes)) for game, sizes in known.items()} == {
+        "Box": 8, "Cycle": 12, "DFA": 8, "FruitStore": 8, "TextWorld": 8,
+    }  # fmt: skip
+    encoder = Encoder(AutoTokenizer.from_pretrained(BUILT_IN["nextstate/tiny"]))
+    some = trained_range(config, encoder, rows=100)
+    assert joined(known, some) == known  # a part of the rows shows nothing beyond
 
 
 def test_targets_are_predicted_as_in_a_plain_forward_pass(fresh: FreshRows) -> None:
@@ -93,6 +123,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path: Path, monke
 
     shutil.rmtree(cut / "checkpoints" / "checkpoint-4")
     resumed = train(config, cut)
+    assert trained_on(str(whole)) == trained_on(str(resumed)) == trained_range(config, Encoder(train_tokenizer(config)))
     one, two = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert one.keys() == two.keys()
     for name in one:
