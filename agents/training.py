@@ -161,7 +161,7 @@ def plant_episode(
     """
     first = []
     trunk = Trunk(encoder, episode, row.tree)
-    beliefs = episode.beliefs("lookup")  # a model that does not know how episodes are drawn can learn this
+    beliefs = episode.beliefs("ideal")
     tempting = [episode.beliefs(name) for name in stage.resist if name in episode.game.shortcuts]
     for t, step in enumerate(episode.steps):
         first.append(len(row.context))
