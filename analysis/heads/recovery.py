@@ -151,7 +151,7 @@ def changes(sweep: Sweep) -> stats.Ratio:
     low, high = stats.student(gap)
     if not (low > 0 or high < 0):  # also raises for one pair, whose noise is not known
         raise PatchError(
-            f"the mean logit difference of the source run exceeds that of the base run by {gap.mean():.3g} (95 % "
+            f"the mean logit difference of the source run minus that of the base run is {gap.mean():.3g} (95 % "
             f"interval {low:.3g} to {high:.3g}) over {len(gap)} {'pair' if len(gap) == 1 else 'pairs'}, which cannot "
             "be distinguished from 0: there is nothing to recover"
         )
