@@ -71,7 +71,7 @@ def test_step_down_finds_what_one_step_misses() -> None:
     assert sign_flip_test(values, rng)[150] == pytest.approx(alone, abs=0.01)
 
 
-SWEEPS = {32: 1000, 144: 1000, 1200: 600}
+SWEEPS = {32: 1000, 144: 1000, 1200: 1000}
 MOST = 0.07
 
 
