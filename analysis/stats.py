@@ -11,6 +11,8 @@ Which function is for what:
 - `paired_difference`, `sign_flip`: two agents on the same questions, as an interval and as a test.
 - `wilson`: a share of many independent trials, such as strings.
 - `student`: a mean of one number an episode that is no share, such as a number of commands.
+- `estimate`, `estimated_difference`: numbers of models that were trained several times, over trainings.
+- `auc`: how well a number tells two kinds of items apart.
 - `ratio_band`, `mean_band`, `mean_interval`: many ratios or means at once, such as the recovery of every head, by
   percentile bootstrap (Efron 1979, Annals of Statistics 7, 1-26); with fewer than about 20 units they are too narrow.
 
@@ -21,8 +23,9 @@ mark those of fewer than `FEW_EPISODES`. How often they contain the true value: 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -315,6 +318,110 @@ def jackknife(
     error = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
     half = float(student_t.ppf((1 + level) / 2, n - 1)) * error
     return np.stack([whole - half, whole + half])
+
+
+def auc(
+    rank: Int[np.ndarray, " item"], positive: Bool[np.ndarray, " item"], weight: Int[np.ndarray, " item"] | None = None
+) -> float:
+    """Return the probability that a positive item ranks above a negative one, equal ranks counted half.
+
+    NaN where items of one of the two kinds are missing.
+
+    Args:
+        rank: of each item, from 0; equal values have equal ranks.
+        positive: whether the item is a positive one.
+        weight: how many times it counts; by default once.
+    """
+    counted = np.ones(len(rank)) if weight is None else weight.astype(np.float64)
+    own, other = np.bincount(rank, counted * positive), np.bincount(rank, counted * ~positive)
+    total = own.sum() * other.sum()
+    return float((own * (np.cumsum(other) - other / 2)).sum() / total) if total else math.nan
+
+
+# --- numbers of models that were trained several times
+
+
+class Estimate(NamedTuple):
+    """A number of a model, over its trainings.
+
+    Attributes:
+        value: mean over trainings.
+        low: lower end of the 95 % interval; NaN where there is none.
+        high: upper end.
+        trainings: number of trainings.
+        least: the smallest value of a training.
+        most: the largest one.
+        below: how far the interval over strings alone reaches below the mean.
+        above: how far it reaches above.
+        error: standard error of the mean over trainings; NaN for one training.
+    """
+
+    value: float
+    low: float
+    high: float
+    trainings: int
+    least: float
+    most: float
+    below: float
+    above: float
+    error: float
+
+
+def estimate(
+    values: Sequence[float],
+    lows: Sequence[float | None],
+    highs: Sequence[float | None],
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:
+    """Return the mean over trainings, with its 95 % interval.
+
+    Of one training the interval is that over strings. Of several it is Student's t interval over trainings, whose
+    values differ by chance in their strings too; but where strings alone explain a wider interval, as when all
+    trainings give 100 %, it is that one.
+
+    Args:
+        values: the number of each training.
+        lows: lower end of its interval over strings; None where there is none.
+        highs: upper end.
+        within: the smallest and the largest possible number, which the interval keeps to.
+    """
+    n, mean = len(values), float(np.mean(values))
+    below, above = (
+        float(
+            np.sqrt(np.mean([math.nan if x is None else (v - x) ** 2 for v, x in zip(values, ends, strict=True)]) / n)
+        )
+        for ends in (lows, highs)
+    )
+    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return _with_interval(mean, n, (min(values), max(values)), (below, above, error), n - 1, within)
+
+
+def estimated_difference(one: Estimate, two: Estimate) -> Estimate:
+    """Return the difference of two independent estimates. The range is that of all pairs of trainings.
+
+    The interval is Welch's over trainings, or that over strings, by adding squares (Newcombe 1998, Statistics in
+    Medicine 17, 873-890), whichever is wider.
+    """
+    sides = math.hypot(one.below, two.above), math.hypot(one.above, two.below), math.hypot(one.error, two.error)
+    freedom = 0.0
+    if min(one.trainings, two.trainings) > 1 and sides[2] > 0:
+        parts = sum(x.error**4 / (x.trainings - 1) for x in (one, two))
+        freedom = sides[2] ** 4 / parts
+    trainings = min(one.trainings, two.trainings)
+    return _with_interval(
+        one.value - two.value, trainings, (one.least - two.most, one.most - two.least), sides, freedom
+    )
+
+
+def _with_interval(
+    value: float, trainings: int, span: tuple[float, float], sides: tuple[float, float, float], freedom: float,
+    within: tuple[float, float] = (-math.inf, math.inf),
+) -> Estimate:  # fmt: skip
+    below, above, error = sides
+    half = float(student_t.ppf((1 + LEVEL) / 2, freedom)) * error if freedom > 0 else math.nan
+    ends = np.array([value - np.fmax(below, half), value + np.fmax(above, half)])
+    low, high = np.clip(ends, *within).tolist()
+    return Estimate(value, low, high, trainings, *span, *sides)
 
 
 # --- simultaneous bands

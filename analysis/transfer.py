@@ -26,7 +26,7 @@ from nextstate.analysis.study import Job, Skip, Study
 if TYPE_CHECKING:
     from nextstate.agents.language import LanguageModel
     from nextstate.analysis.heads.pairs import TokenPair
-    from nextstate.analysis.heads.recovery import Tested
+    from nextstate.analysis.heads.recovery import Carried
     from nextstate.analysis.page.page import Page
 
 Heads = tuple[tuple[int, int], ...]  # layer and head of each
@@ -236,7 +236,7 @@ def _carrying(heads: pl.DataFrame) -> str:
     ) + "."  # fmt: skip
 
 
-def _tested(rows: pl.DataFrame, value: np.ndarray[Any, Any], rng: np.random.Generator) -> Tested:
+def _tested(rows: pl.DataFrame, value: np.ndarray[Any, Any], rng: np.random.Generator) -> Carried:
     from nextstate.analysis.heads.recovery import carried
 
     n = rows["pair"].n_unique()

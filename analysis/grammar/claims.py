@@ -8,15 +8,13 @@ alone, by `verdict`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import polars as pl
-from scipy.stats import t as student_t
 
 from nextstate.analysis.grammar.paper import Published, published, published_robustness
-from nextstate.analysis.stats import LEVEL
+from nextstate.analysis.stats import Estimate, estimate, estimated_difference
 
 AGREES, CONTRADICTS, OPEN = "agrees", "contradicts", "cannot be said"
 HARD = "cfg3f"  # whose numbers show the differences between architectures, where a grammar has none of its own
@@ -24,89 +22,6 @@ NEAR = 0.03  # relative difference from the truth that counts as equal: the larg
 Tables = Mapping[str, pl.DataFrame]
 Paper = tuple[float | None, str]  # a number of the paper, and the grammar that it is of
 NONE: Paper = (None, "")
-
-
-class Estimate(NamedTuple):
-    """A number of a model, over its trainings.
-
-    Attributes:
-        value: mean over trainings.
-        low: lower end of the 95 % interval; NaN where there is none.
-        high: upper end.
-        trainings: number of trainings.
-        least: the smallest value of a training.
-        most: the largest one.
-        below: how far the interval over strings alone reaches below the mean.
-        above: how far it reaches above.
-        error: standard error of the mean over trainings; NaN for one training.
-    """
-
-    value: float
-    low: float
-    high: float
-    trainings: int
-    least: float
-    most: float
-    below: float
-    above: float
-    error: float
-
-
-def estimate(
-    values: Sequence[float],
-    lows: Sequence[float | None],
-    highs: Sequence[float | None],
-    within: tuple[float, float] = (-math.inf, math.inf),
-) -> Estimate:
-    """Return the mean over trainings, with its 95 % interval.
-
-    Of one training the interval is that over strings. Of several it is Student's t interval over trainings, whose
-    values differ by chance in their strings too; but where strings alone explain a wider interval, as when all
-    trainings give 100 %, it is that one.
-
-    Args:
-        values: the number of each training.
-        lows: lower end of its interval over strings; None where there is none.
-        highs: upper end.
-        within: the smallest and the largest possible number, which the interval keeps to.
-    """
-    n, mean = len(values), float(np.mean(values))
-    below, above = (
-        float(
-            np.sqrt(np.mean([math.nan if x is None else (v - x) ** 2 for v, x in zip(values, ends, strict=True)]) / n)
-        )
-        for ends in (lows, highs)
-    )
-    error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return _with_interval(mean, n, (min(values), max(values)), (below, above, error), n - 1, within)
-
-
-def difference(one: Estimate, two: Estimate) -> Estimate:
-    """Return the difference of two independent estimates. The range is that of all pairs of trainings.
-
-    The interval is Welch's over trainings, or that over strings, by adding squares (Newcombe 1998, Statistics in
-    Medicine 17, 873-890), whichever is wider.
-    """
-    sides = math.hypot(one.below, two.above), math.hypot(one.above, two.below), math.hypot(one.error, two.error)
-    freedom = 0.0
-    if min(one.trainings, two.trainings) > 1 and sides[2] > 0:
-        parts = sum(x.error**4 / (x.trainings - 1) for x in (one, two))
-        freedom = sides[2] ** 4 / parts
-    trainings = min(one.trainings, two.trainings)
-    return _with_interval(
-        one.value - two.value, trainings, (one.least - two.most, one.most - two.least), sides, freedom
-    )
-
-
-def _with_interval(
-    value: float, trainings: int, span: tuple[float, float], sides: tuple[float, float, float], freedom: float,
-    within: tuple[float, float] = (-math.inf, math.inf),
-) -> Estimate:  # fmt: skip
-    below, above, error = sides
-    half = float(student_t.ppf((1 + LEVEL) / 2, freedom)) * error if freedom > 0 else math.nan
-    ends = np.array([value - np.fmax(below, half), value + np.fmax(above, half)])
-    low, high = np.clip(ends, *within).tolist()
-    return Estimate(value, low, high, trainings, *span, *sides)
 
 
 def verdict(found: Estimate, bound: float = 0.0, near: float | None = None) -> str:
@@ -151,8 +66,9 @@ def claims(tables: Tables) -> pl.DataFrame:
 
     Returns:
         One row for each statement and model, by result. `value` with `low` and `high`: our number, over trainings, as
-        `estimate` and `difference` have it; `least` and `most`: its range over trainings; `paper`: the paper's number,
-        of the grammar `paper_of`, null where it has only a figure; `verdict`: agrees, contradicts or cannot be said.
+        `stats.estimate` and `stats.estimated_difference` have it; `least` and `most`: its range over trainings;
+        `paper`: the paper's number, of the grammar `paper_of`, null where it has only a figure; `verdict`: agrees,
+        contradicts or cannot be said.
     """
     evidence = _Evidence(tables)
     found = [claim for results in _RESULTS for claim in results(evidence)]
@@ -223,7 +139,7 @@ def _against(
 ) -> Iterator[Claim]:
     one, two = both
     if other is not None and one is not None and two is not None:
-        yield Claim(result, claim, model, other, difference(one, two), *paper)
+        yield Claim(result, claim, model, other, estimated_difference(one, two), *paper)
 
 
 def _generation(given: _Evidence) -> Iterator[Claim]:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from jaxtyping import Bool, Float, Int
-from scipy.stats import rankdata
+from jaxtyping import Bool, Float
 
 from nextstate.analysis import stats
 from nextstate.envs.game import GameError
@@ -86,16 +85,15 @@ def clustering(
     if same.all() or not same.any():
         raise GameError("embeddings can only be compared where some tokens, and not all, have the same membership")
     cosine = cosines(embeddings)[one, two]
-    observed = _auc(rankdata(cosine), same)
+    rank = np.unique(cosine, return_inverse=True)[1].ravel()
+    observed = stats.auc(rank, same)
     shuffled = (rng.permutation(group) for _ in range(PERMUTATIONS))
-    ranks = rankdata(cosine)
-    at_least = sum(_auc(ranks, g[one] == g[two]) >= observed - 1e-12 for g in shuffled)
+    at_least = sum(stats.auc(rank, g[one] == g[two]) >= observed - 1e-12 for g in shuffled)
     weights = np.zeros((stats.DRAWS, len(group)), dtype=np.int64)
     for g in range(group.max() + 1):
         own = np.flatnonzero(group == g)
         weights[:, own] = stats.multiplicities(len(own), rng, stats.DRAWS)
-    value = np.unique(cosine, return_inverse=True)[1].ravel()
-    draws = [_weighted_auc(value, same, (w[one] * w[two]).astype(np.float64)) for w in weights]
+    draws = [stats.auc(rank, same, w[one] * w[two]) for w in weights]
     low, high = stats.percentiles(np.array(draws))
     return Clustering(
         observed, float(low), float(high), (1 + at_least) / (1 + PERMUTATIONS), float(cosine[same].mean()),
@@ -129,18 +127,3 @@ def similarity(
             rows.append((labels[one], labels[two], total / pairs if pairs else None, pairs))
     schema = {"one": pl.String, "two": pl.String, "cosine": pl.Float64, "pairs": pl.Int64}
     return pl.DataFrame(rows, schema=schema, orient="row")
-
-
-def _auc(ranks: Float[np.ndarray, " pair"], same: Bool[np.ndarray, " pair"]) -> float:
-    n = int(same.sum())
-    return float((ranks[same].sum() - n * (n + 1) / 2) / (n * (len(same) - n)))
-
-
-def _weighted_auc(
-    value: Int[np.ndarray, " pair"], same: Bool[np.ndarray, " pair"], weight: Float[np.ndarray, " pair"]
-) -> float:
-    """Return the AUC where each pair counts `weight` times; equal values count half."""
-    own = np.bincount(value, weight * same)
-    other = np.bincount(value, weight * ~same)
-    total = own.sum() * other.sum()
-    return float((own * (np.cumsum(other) - other / 2)).sum() / total) if total else float("nan")

@@ -13,7 +13,8 @@ import polars as pl
 from jaxtyping import Int
 
 from nextstate.agents.training_config import ModelSpec
-from nextstate.analysis.grammar.claims import claims, estimate
+from nextstate.analysis import stats
+from nextstate.analysis.grammar.claims import claims
 from nextstate.analysis.grammar.config import GrammarConfig
 from nextstate.analysis.grammar.paper import Published, published
 from nextstate.analysis.run import Run
@@ -172,7 +173,7 @@ def summaries(run: Run[GrammarConfig]) -> dict[str, pl.DataFrame]:
         "diversity": diversity,
         "entropy": _excess(found["diversity"]),
         "symbols": found["symbols"],
-        "rules": _rules(found["symbols"]),
+        "rules": _rule_numbers(found["symbols"]),
         "probes": probed,
         "probed": by_family,
         "ancestors": ancestors,
@@ -238,7 +239,7 @@ def over_trainings(
         numbers: tuple[Any, ...] = (None, None, None, 0, None, None)
         if len(known):
             values, low, high = (known[c].to_list() for c in (value, *ends))
-            numbers = estimate(values, low, high, within)[: len(numbers)]
+            numbers = stats.estimate(values, low, high, within)[: len(numbers)]
         out.append((*key, *numbers, *(own[c][0] for c in kept)))
     return pl.DataFrame(out, schema=schema, orient="row").fill_nan(None)
 
@@ -253,7 +254,7 @@ def _excess(diversity: pl.DataFrame) -> pl.DataFrame:
     return diversity.select("name", excess=bits / truth - 1, **ends)
 
 
-def _rules(symbols: pl.DataFrame) -> pl.DataFrame:
+def _rule_numbers(symbols: pl.DataFrame) -> pl.DataFrame:
     """Return the mean over symbols of the entropy of their choice of a rule relative to the grammar's, less 1.
 
     The ends of the interval are means of the ends, as if all symbols erred together: it is wider than need be.

@@ -114,7 +114,7 @@ class Sweep:
         return np.asarray((self.patched.probability[self.kept] - before).mean(0), dtype=np.float64)
 
 
-class Tested(NamedTuple):
+class Carried(NamedTuple):
     """Result of the test of which cells carry what the prompts differ in; arrays have one element for each cell."""
 
     pairs: int  # pairs with a control, over which cells are tested
@@ -137,7 +137,7 @@ class Recovery(stats.Band):
     pairs: int  # number of pairs that are counted
     failed: int  # pairs on which the model fails
     left_out: int  # pairs that are not counted
-    test: Tested
+    test: Carried
 
 
 def changes(sweep: Sweep) -> stats.Ratio:
@@ -151,7 +151,7 @@ def changes(sweep: Sweep) -> stats.Ratio:
     low, high = stats.student(gap)
     if not (low > 0 or high < 0):  # also raises for one pair, whose noise is not known
         raise PatchError(
-            f"the mean logit difference of the source run exceeds that of the base run by {gap.mean():.3g} (95 % "
+            f"the mean logit difference of the source run minus that of the base run is {gap.mean():.3g} (95 % "
             f"interval {low:.3g} to {high:.3g}) over {len(gap)} {'pair' if len(gap) == 1 else 'pairs'}, which cannot "
             "be distinguished from 0: there is nothing to recover"
         )
@@ -184,7 +184,7 @@ def carried(
     rng: np.random.Generator,
     *,
     level: float = stats.LEVEL,
-) -> Tested:
+) -> Carried:
     """Test which cells carry what the prompts of the pairs differ in.
 
     A cell carries it if the effect from the other prompt minus the effect from the control prompt differs from 0 by
@@ -203,11 +203,11 @@ def carried(
     if control is not None:
         rows = np.isfinite(control).reshape(len(control), -1).all(1)
     if control is None or rows.sum() < stats.FEWEST_PAIRS:
-        return Tested(int(rows.sum()), np.full(value.shape, np.nan), np.zeros(value.shape, dtype=bool))
+        return Carried(int(rows.sum()), np.full(value.shape, np.nan), np.zeros(value.shape, dtype=bool))
     ours, theirs = effect[rows], control[rows]
     p = stats.sign_flip_test(ours - theirs, rng)
     larger = np.abs(ours.mean(0)) > np.abs(theirs.mean(0))
-    return Tested(len(ours), p, (p <= 1 - level) & larger & (np.abs(value) >= MIN_EFFECT))
+    return Carried(len(ours), p, (p <= 1 - level) & larger & (np.abs(value) >= MIN_EFFECT))
 
 
 def too_few(tested: int) -> str:

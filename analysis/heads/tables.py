@@ -12,7 +12,7 @@ import polars as pl
 from nextstate.agents.sites import Site
 from nextstate.analysis.heads.config import EXAMPLES, SITES, Sweeping, main_first
 from nextstate.analysis.heads.pairs import Direction, PatchError, TokenPair
-from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, Tested, rank_agreement, table
+from nextstate.analysis.heads.recovery import Carried, Readout, Recovery, Sweep, rank_agreement, table
 from nextstate.analysis.heads.routing import Routing, head_table, routing
 from nextstate.analysis.run import Run
 from nextstate.envs.contrast import Pair
@@ -147,7 +147,7 @@ def recovered(rows: pl.DataFrame) -> Recovery:
     value, low, high, band_low, band_high, p = (rows[name].to_numpy().reshape(shape) for name in names)
     one = rows.row(0, named=True)
     carries = np.array([bool(x) for x in rows["carries"]]).reshape(shape)  # null is False
-    test = Tested(one["tested"], p.astype(np.float64), carries)
+    test = Carried(one["tested"], p.astype(np.float64), carries)
     return Recovery(value, low, high, band_low, band_high, one["pairs"], one["failed"], 0, test)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from nextstate.analysis.grammar.claims import AGREES, CONTRADICTS, OPEN, difference, estimate, verdict
+from nextstate.analysis.grammar.claims import AGREES, CONTRADICTS, OPEN, verdict
 from nextstate.analysis.grammar.paper import published
+from nextstate.analysis.stats import estimate, estimated_difference
 
 
 def test_of_one_training_the_interval_is_that_over_strings() -> None:
@@ -40,14 +41,14 @@ def test_a_difference_of_trainings_has_welchs_interval() -> None:
 
     one, two = [0.9, 0.7, 0.85], [0.4, 0.45, 0.6, 0.41]
     ends = [math.nan] * 4
-    found = difference(estimate(one, ends[:3], ends[:3]), estimate(two, ends, ends))
+    found = estimated_difference(estimate(one, ends[:3], ends[:3]), estimate(two, ends, ends))
     welch = ttest_ind(one, two, equal_var=False).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((welch.low, welch.high))
     assert (found.least, found.most, found.trainings) == (pytest.approx(0.1), pytest.approx(0.5), 3)
 
 
 def test_a_difference_of_single_trainings_adds_squares() -> None:
-    found = difference(estimate([0.8], [0.7], [0.85]), estimate([0.5], [0.42], [0.6]))
+    found = estimated_difference(estimate([0.8], [0.7], [0.85]), estimate([0.5], [0.42], [0.6]))
     assert found.low == pytest.approx(0.3 - math.hypot(0.1, 0.1))
     assert found.high == pytest.approx(0.3 + math.hypot(0.05, 0.08))
 

@@ -25,7 +25,7 @@ from nextstate.agents.language import LanguageModel
 from nextstate.analysis.heads.config import PatchConfig, draw
 from nextstate.analysis.heads.pairs import PatchError, TokenPair
 from nextstate.analysis.heads.patch import Recovery, Sweep, rank_agreement, recovery, sweep, tokens_of
-from nextstate.analysis.heads.recovery import Tested, table, too_few
+from nextstate.analysis.heads.recovery import Carried, table, too_few
 from nextstate.analysis.heads.routing import (
     Routing,
     attention_of,
@@ -166,7 +166,7 @@ def test_routing_intervals_hold_the_value_and_need_the_same_cells() -> None:
 def test_a_label_is_what_the_two_tests_say() -> None:
     value = np.zeros((1, 2, 2))
     state, action = (
-        Recovery(*[value] * 5, 30, 0, 0, Tested(30, value, np.array(cells)[None]))
+        Recovery(*[value] * 5, 30, 0, 0, Carried(30, value, np.array(cells)[None]))
         for cells in ([[True, True], [False, False]], [[True, False], [True, False]])
     )
     found = Routing(*[value] * 5, state, action)
@@ -271,7 +271,7 @@ def test_positions_are_looked_at_one_by_one_only_where_they_mean_the_same() -> N
     agent = built("DFA", 0).agent
     pairs = joined(agent, "DFA", "state")
     assert layout(pairs) == "each"
-    longer = [replace(p, clean=(1, *p.clean), corrupted=(1, *p.corrupted),
+    longer = [replace(p, clean=(1, *p.clean), corrupted=(1, *p.corrupted), control=(),
                       roles={k: v + 1 for k, v in p.roles.items()}) for p in pairs[:1]]  # fmt: skip
     roles = layout([*pairs, *longer])
     assert roles[-1] == "last"

@@ -143,7 +143,7 @@ def test_the_stream_is_patched_at_each_position_where_the_sites_ask_for_it() -> 
     value, columns = scores(agent, pair, "resid_pre", "each", ROOM)
     assert rows["score"].to_numpy() == pytest.approx(value.ravel())
     assert rows.filter(layer=0)["position"].to_list() == [int(c) for c in columns]
-    assert rows["token"][-1].strip() == "to"
+    assert rows["token"][-1].strip() == "state"
 
 
 def test_the_map_is_a_sum_over_trials() -> None:

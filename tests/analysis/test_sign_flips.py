@@ -71,7 +71,7 @@ def test_step_down_finds_what_one_step_misses() -> None:
     assert sign_flip_test(values, rng)[150] == pytest.approx(alone, abs=0.01)
 
 
-SWEEPS = {32: 600, 144: 400, 1200: 300}
+SWEEPS = {32: 1000, 144: 1000, 1200: 1000}
 MOST = 0.07
 
 
@@ -87,9 +87,9 @@ def test_family_wise_error_and_power(noise: str, heads: int) -> None:
     assert power[24] < power[48] < power[96]
     if noise == "normal" and heads == 32:
         assert power[48] >= 0.92
-    if noise == "normal" and heads == 1200:
+    if noise == "skewed" and heads == 1200:
         assert 0.68 <= power[48] <= 0.80
-    assert power[96] > 0.97
+    assert power[96] > 0.94
 
 
 @pytest.mark.slow

@@ -200,8 +200,9 @@ def test_a_second_run_does_nothing_and_imports_no_torch(done: Path) -> None:
 def test_page_and_verify_work_on_the_folder(done: Path) -> None:
     page = (done / "report.html").read_text(encoding="utf-8")
     assert loads_nothing(page)
-    words = " ".join(shown(page).split())
-    assert "of 2 ordered pairs of games the 2 heads with the largest effect on state pairs" in words
+    text = " ".join(shown(page).split())
+    assert "of 2 ordered pairs of games the 2 heads with the largest effect on state pairs" in text
+    assert "Heads that carry it:" in text
     assert all(not x.found for x in verify(done))
     write_page(*open_run(done))
     assert (done / "report.html").read_text(encoding="utf-8") == page
