@@ -68,7 +68,7 @@ class GrammarConfig(RunConfig):
     models: list[ModelSpec] = Field(default=[ModelSpec()], min_length=1, description="what is trained")
     seeds: int = Field(default=1, ge=1, description="trainings of each model; their seeds are seed, seed + 1, ...")
     models_of: str = Field(
-        default="", description="folder of an earlier run whose trained models are measured, instead of training"
+        default="", description="folder of an earlier run whose trained models are measured; nothing is trained"
     )
     training: GrammarTraining = Field(GrammarTraining(), description="shape of the models, and how they are trained")
     writing: Writing = Field(Writing(), description="what the models write")

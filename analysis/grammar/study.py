@@ -162,13 +162,14 @@ def _train(run: Run[GrammarConfig], spec: ModelSpec, identity: dict[str, Any]) -
     config, folder, done = run.config, model_folder(run.path, spec), 0
     # What else the config says, of probes and the like, does not decide the weights.
     identity |= {"config": settings(config.training, spec, _grammar(config), config.seed_of(spec))}
-    if config.models_of:
+    measured = bool(config.models_of) and not spec.untrained  # an untrained network costs nothing to make
+    if measured:
         _copy(model_folder(Path(config.models_of), spec), folder, identity)
     elif reason := _unusable(folder, identity):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # the others may have seen the folder as it was
             raise RunError(f"{folder} cannot be used: {reason}; remove it, and run the same command again")
         run.set_aside(f"models/{folder.name}", reason, suffix="")
-    if not config.models_of:
+    if not measured:
         write_json(folder / "identity.json", identity)
 
     def advance(step: int) -> None:

@@ -254,7 +254,8 @@ def test_every_model_is_trained_with_every_seed(tmp_path: Path) -> None:
 def test_models_of_another_run_are_measured_again(small: Run[GrammarConfig], tmp_path: Path) -> None:
     probes = {"heads": 2, "dim": 4, "steps": 3, "rows": 4, "strings": 6}
     again = SMALL | {"models_of": str(small.path), "probes": probes, "name": "again"}
-    run = start(tmp_path / "again", again)
+    run = start(tmp_path / "again", again | {"models": [{}, {"untrained": True}]})  # only the second one is made
+    assert run.summary("models")["steps"].to_list() == [4, 0]
     assert run.table("training/rotary").equals(small.table("training/rotary"))
     assert run.table("speed/rotary").equals(small.table("speed/rotary"))
     assert run.table("diversity/rotary").equals(small.table("diversity/rotary"))
