@@ -202,7 +202,7 @@ def test_too_few_pairs_are_not_tested_and_pairs_without_a_control_do_not_count()
     assert too_few(5) == (
         "not enough pairs to test which heads carry anything: 5 can be tested, at least 6 are needed and 48 advised"
     )
-    assert too_few(23).startswith("few pairs to test which heads carry anything: 23")
+    assert too_few(23).startswith("few pairs to test which heads carry anything: with 23,")
     assert not too_few(24)
 
 
