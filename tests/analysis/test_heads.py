@@ -246,7 +246,12 @@ def test_what_cannot_be_measured_with_is_left_out_and_told() -> None:
     assert [x.pair for x in excluded] == [1, 2, 3, 4]
     for x, words in zip(
         excluded,
-        ["both sides have the answer", "an? action pair differ in state", "have the same state", "10 and 14 steps"],
+        [
+            "both sides have the same answer",
+            "an? action pair differ in state",
+            "have the same state",
+            "10 and 14 steps",
+        ],
         strict=True,
     ):
         assert re.search(words, x.reason)
