@@ -118,7 +118,10 @@ def published_sizes(kind: str) -> tuple[dict[str, int], ...]:
 
 
 def draw(config: PatchConfig, game: Game, design: str, kind: str, rng: np.random.Generator) -> list[Pair]:
-    """Draw the pairs of one kind; those of the published design go through its lengths in turn.
+    """Draw the pairs of one kind.
+
+    Those of the published design go through its lengths in turn, and every second time their sides are exchanged, since
+    the published aggregation also patches both sides of a pair into each other.
 
     Raises:
         GameError: the game cannot make such pairs.
@@ -129,14 +132,15 @@ def draw(config: PatchConfig, game: Game, design: str, kind: str, rng: np.random
 def draw_one(
     config: PatchConfig, game: Game, design: str, kind: str, rng: np.random.Generator, number: int = 0
 ) -> Pair:
-    """Draw a pair with the length of pair `number` of a run.
+    """Draw a pair with the length (and, in the published design, the direction) of pair `number` of a run.
 
     Raises:
         GameError: the game cannot make such pairs.
     """
     if design == "paper":
-        sizes = published_sizes(kind)
-        return game.contrast(rng, kind, design, **sizes[number % len(sizes)])
+        again, size = divmod(number, len(published_sizes(kind)))
+        pair = game.contrast(rng, kind, design, **published_sizes(kind)[size])
+        return pair.swapped() if again % 2 else pair
     steps, distance = config.steps, None
     if kind == "noop":
         distance = config.distance or min(5, (game.max_steps or 6) - 1)

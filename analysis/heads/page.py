@@ -149,7 +149,7 @@ def _published(found: dict[str, pl.DataFrame], drawn: FigureList) -> list[dict[s
             drawn.add(figures.published_positions(mine, f"{kind.capitalize()} pairs, {word} = {size}, resid_pre"))
             for (size,), mine in rows.filter(site="resid_pre").group_by("size", maintain_order=True)
         ]
-        trials = [row | {"word": word} for row in patched.select("size", "trial", "reason").rows(named=True)]
+        trials = [row | {"word": word, "zero": row["score"] is not None} for row in patched.rows(named=True)]
         out.append({"kind": kind, "maps": maps, "streams": streams, "trials": trials})
     return out
 

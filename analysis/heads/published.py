@@ -25,11 +25,10 @@ from nextstate.agents.sites import Site
 from nextstate.analysis.heads.config import PAPER_TRIALS
 from nextstate.analysis.heads.pairs import TokenPair
 from nextstate.analysis.heads.patch import sweep
-from nextstate.analysis.heads.routing import token_pairs
+from nextstate.analysis.heads.routing import ONE_ANSWER, token_pairs
 from nextstate.envs.contrast import Pair
 
 LEAST_GAP = 1e-20  # scores of trials with a smaller denominator are 0
-ONE_ANSWER = "both prompts have the same answer, so its score is 0"
 PUBLISHED: dict[str, Any] = {
     "kind": pl.String, "size": pl.Int64, "trial": pl.Int64, "site": pl.String, "layer": pl.Int64, "head": pl.Int64,
     "position": pl.Int64, "token": pl.String, "score": pl.Float64, "reason": pl.String,
@@ -79,7 +78,7 @@ def trial_rows(model: LanguageModel, kind: str, trial: Trial, sites: Sequence[st
         model.sites.layers_with("head"),
         [model.sites.shape("head", n)[0] for n in range(model.sites.layers)],
     )
-    if len(set(trial.pair.answers)) == 1:
+    if len(set(trial.pair.answers)) == 1:  # clean - corrupted is 0
         cells = [(layer, head) for layer in layers for head in range(heads[layer])]
         rows = [about | {"site": "head", "layer": layer, "head": head, "score": 0.0, "reason": ONE_ANSWER}
                 for layer, head in cells]  # fmt: skip

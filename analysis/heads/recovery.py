@@ -219,8 +219,8 @@ def too_few(tested: int) -> str:
         )
     if tested < stats.FEW_PAIRS:
         return (
-            f"few pairs to test which heads carry anything: {tested}, of which the test misses most heads of moderate "
-            f"effect; {ADVISED_PAIRS} are advised"
+            f"few pairs to test which heads carry anything: with {tested}, many heads of moderate effect are missed; "
+            f"{ADVISED_PAIRS} are advised"
         )
     return ""
 

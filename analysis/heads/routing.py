@@ -27,6 +27,7 @@ from nextstate.analysis.heads.pairs import PatchError, TokenPair, tokens_of
 from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, changes, read
 from nextstate.envs.contrast import Pair, problems, segments
 
+ONE_ANSWER = "both sides have the same answer"
 _WHAT = ("state", "action", "origin", "subject")  # roles of the content of a prompt, as opposed to places
 _MAY = {"state": {"state"}, "noop": {"state", "origin"}, "action": {"action"}, "name": {"state", "action", "origin"}}
 
@@ -53,7 +54,7 @@ def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair
     """
     kept, out = [], []
     for i, pair in enumerate(pairs):
-        reason = "; ".join(problems(pair)) or _misfit(pair) or _split(encoder, pair)
+        reason = _unsound(pair) or _misfit(pair) or _split(encoder, pair)
         if not reason:
             try:
                 kept.append(_joined(encoder, pair))
@@ -62,6 +63,11 @@ def token_pairs(encoder: Encoder, pairs: Sequence[Pair]) -> tuple[list[TokenPair
                 reason = str(error)
         out.append(Excluded(i, reason))
     return kept, out
+
+
+def _unsound(pair: Pair) -> str:
+    # Without the letter, so that pairs which are left out for this reason are counted together.
+    return ONE_ANSWER if len(set(pair.answers)) == 1 else "; ".join(problems(pair))
 
 
 def _misfit(pair: Pair) -> str:

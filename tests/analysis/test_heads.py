@@ -202,7 +202,7 @@ def test_too_few_pairs_are_not_tested_and_pairs_without_a_control_do_not_count()
     assert too_few(5) == (
         "not enough pairs to test which heads carry anything: 5 can be tested, at least 6 are needed and 48 advised"
     )
-    assert too_few(23).startswith("few pairs to test which heads carry anything: 23")
+    assert too_few(23).startswith("few pairs to test which heads carry anything: with 23,")
     assert not too_few(24)
 
 
@@ -246,7 +246,12 @@ def test_what_cannot_be_measured_with_is_left_out_and_told() -> None:
     assert [x.pair for x in excluded] == [1, 2, 3, 4]
     for x, words in zip(
         excluded,
-        ["both sides have the answer", "an? action pair differ in state", "have the same state", "10 and 14 steps"],
+        [
+            "both sides have the same answer",
+            "an? action pair differ in state",
+            "have the same state",
+            "10 and 14 steps",
+        ],
         strict=True,
     ):
         assert re.search(words, x.reason)

@@ -46,6 +46,8 @@ def test_random_flips_agree_with_all_of_them() -> None:
     values = rng.normal(size=(15, 4)) + np.array([0.0, 0.3, 0.6, 0.9])
     p, exact = sign_flip_test(values, rng, flips=20_000), enumerated(values)
     assert (np.abs(p - exact) < 4 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4).all()
+    clear = 5 + rng.normal(size=(40, 1))
+    assert sign_flip_test(clear, rng, flips=99).tolist() == [0.01]  # the observed signs are one of the 100
 
 
 def test_the_shape_is_kept_and_cells_at_0_are_not_named() -> None:
