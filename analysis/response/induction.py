@@ -210,11 +210,10 @@ def lost(
     *,
     resamples: int = 2000,
 ) -> stats.Band | None:
-    """Return the share of a response that is lost without each head, a ratio of means; None if it is within noise.
+    """Return the share of a response that is lost without each head, a ratio of means; None without a response.
 
     1: the response vanishes; 0: the head has no effect; negative: the response grows. Axes [layer head 1].
     """
-    low, high = stats.student(whole)
-    if low <= 0 <= high:
+    if abs(whole.mean()) < 1e-9 * max(1.0, float(np.abs(whole).max())):
         return None
     return stats.ratio_band(((left - whole[:, None, None])[..., None], -whole), rng, draws=resamples)
