@@ -73,18 +73,18 @@ def test_step_down_finds_what_one_step_misses() -> None:
     assert sign_flip_test(values, rng)[150] == pytest.approx(alone, abs=0.01)
 
 
-SWEEPS = {32: 1000, 144: 1000, 1200: 1000}
+HEADS, SWEEPS = (32, 144, 1200), 1000
 MOST = 0.07
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", SWEEPS)
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("noise", NOISES)
 def test_family_wise_error_and_power(noise: str, heads: int) -> None:
     power = {}
     for pairs in (24, 48, 96):
         rng = np.random.default_rng([pairs, heads])
-        false, power[pairs] = simulate(NOISES[noise], SCALE[noise], heads, pairs, SWEEPS[heads], rng)
+        false, power[pairs] = simulate(NOISES[noise], SCALE[noise], heads, pairs, SWEEPS, rng)
         assert false <= MOST, (noise, heads, pairs)
     assert power[24] < power[48] < power[96]
     if noise == "normal" and heads == 32:
@@ -95,14 +95,14 @@ def test_family_wise_error_and_power(noise: str, heads: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", SWEEPS)
+@pytest.mark.parametrize("heads", HEADS)
 def test_family_wise_error_on_effects_of_the_built_in_model(heads: int) -> None:
     effects = own_effects()
     skew = (effects**3).mean(0) / (effects**2).mean(0) ** 1.5
     assert np.median(np.abs(skew)) > 0.9  # this is what makes plain sign flips fail
     for pairs in (24, 48, 96):
         rng = np.random.default_rng([pairs, heads])
-        false, _ = simulate(own_draw(effects), 1.0, heads, pairs, SWEEPS[heads], rng)
+        false, _ = simulate(own_draw(effects), 1.0, heads, pairs, SWEEPS, rng)
         assert false <= MOST, (heads, pairs)
 
 
