@@ -202,7 +202,7 @@ def test_a_training_of_other_versions_is_not_continued(small: Run[GrammarConfig]
     (copied / "training" / "rotary.parquet").unlink()
     run = start(copied)
     assert equal(run, small)
-    assert "other code, versions or devices" in run.record["set_aside"][0]["reason"]
+    assert "other settings, code, versions or devices" in run.record["set_aside"][0]["reason"]
     assert json.loads((folder / "identity.json").read_text()) == identity
 
 
