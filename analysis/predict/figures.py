@@ -248,6 +248,8 @@ def curve(
     title = f"Accuracy against {name} ({over})"
     ends = {_end(mine, axis) for mine in (trained or {}).values() if mine} if axis != "states" else set()
     marks = [_mark(end) for end in sorted(ends) if at and at[0] <= end < at[-1]]
+    if marks:  # lines of the layout have no place in the legend
+        traces.append(go.Scatter(x=[marks[0]["x0"]], y=[None], mode="lines", line=EDGE, name="end of training"))
     return go.Figure(traces, layout(title, 300, name, "accuracy", xaxis=ticks, yaxis=upright, shapes=marks))
 
 

@@ -316,6 +316,9 @@ def test_the_trained_range_is_marked_where_it_is_known(run_path: Path, tmp_path:
     assert {line[0] for line in lines("dfa-density-min-accuracy-against-states-all-steps")} == {3}
     assert {line[0] for line in lines("dfa-density-min-accuracy-against-step-all-sizes")} == {4}
     for name in drawn:
+        if "-against-" in name:
+            assert any(t.get("name") == "end of training" for t in drawn[name]["data"]) == bool(lines(name))
+    for name in drawn:
         if name.startswith(("cycle", "box")):  # trained on every cell, or not known
             assert lines(name) == set(), name
     cells: Any = page.data("cells")
