@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 from typer.testing import CliRunner
@@ -400,6 +400,7 @@ def test_a_file_that_is_no_record_is_refused(tmp_path: Path) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.just(" "), max_size=30))
+@example("__0__")
 def test_text_is_shown_as_it_is(text: str) -> None:
     page = f"| a |\n|---|\n| x{plain(text)}y |\n"
     made = markdown.markdown(page, extensions=["tables", "attr_list"])

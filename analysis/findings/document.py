@@ -159,7 +159,7 @@ def _magnitude(value: float) -> int:
 def plain(text: str) -> str:
     """Return text that stands in Markdown as it is: on one line, and without marks or HTML of its own."""
     escaped = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*\[\]|])|(?<!\w)_|_(?!\w)", lambda found: f"\\{found.group()}", escaped)
+    return re.sub(r"[\\`*_\[\]|]", lambda found: f"\\{found.group()}", escaped)
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
