@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from nextstate.analysis.findings.verdict import Verdict
 from nextstate.analysis.grammar.paper import Published, published, published_robustness
 from nextstate.analysis.stats import Estimate, estimate, estimated_difference
 
-AGREES, CONTRADICTS, OPEN = "agrees", "contradicts", "cannot be said"
+AGREES, CONTRADICTS, OPEN = (verdict.value for verdict in Verdict)
 HARD = "cfg3f"  # whose numbers show the differences between architectures, where a grammar has none of its own
 NEAR = 0.03  # relative difference from the truth that counts as equal: the largest entropy in the paper is 2.7 % off
 Tables = Mapping[str, pl.DataFrame]
