@@ -100,7 +100,7 @@ def plain_next(grammar: Grammar, strings: Sequence[Sequence[int]]) -> list[list[
 
 
 def against_plain(name: str, many: int, repeats: int) -> list[Result]:
-    """Compare on `many` strings of a published grammar; half of those asked about for membership are spoilt."""
+    """Compare on `many` strings of a published grammar; half of those asked about for membership are perturbed."""
     grammar, rng = published(name), np.random.default_rng(0)
     strings = [each.tokens.tolist() for each in sample(grammar, rng, many)]
     mixed = [list(string) for string in strings]
