@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nextstate.agents.config import AgentConfig
+from nextstate.envs.files import read_json
 
 BUILT_IN = {"nextstate/tiny": Path(__file__).parent / "tiny"}
 
@@ -33,16 +33,19 @@ def folder_of(name: str) -> Path | None:
 
 
 def trained_on(name: str) -> dict[str, dict[str, int]]:
-    """Return what a model was trained on, if its folder says so: of each game and size the largest step, else {}.
+    """Return what a model was trained on: of each game and size the largest step; {} if its folder does not say so.
 
     Examples:
         >>> sorted(trained_on("nextstate/tiny")["DFA"])
         ['2', '3', '4', '5', '6', '7', '8']
     """
     folder = folder_of(name)
-    path = folder / TRAINED if folder is not None else None
-    found: dict[str, dict[str, int]] = json.loads(path.read_text()) if path is not None and path.is_file() else {}
-    return found
+    found = read_json(folder / TRAINED) if folder is not None else {}
+    # The folder may be anybody's, with another meaning of this file.
+    if not all(isinstance(sizes, dict) for sizes in found.values()):
+        return {}
+    steps = [item for sizes in found.values() for item in sizes.items()]
+    return found if all(size.isdecimal() and type(step) is int for size, step in steps) else {}
 
 
 def files_digest(name: str, revision: str | None = None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -35,6 +34,7 @@ from nextstate.agents.rollout import determined_accuracy, episodes_of, seeds_for
 from nextstate.agents.text import Encoder, begins_with
 from nextstate.agents.trainer import TRAINING_STREAM, fit, init_train_dir
 from nextstate.agents.training_config import Optimisation
+from nextstate.envs.files import write_json
 from nextstate.envs.game import Episode, GameError, Sample, expected_accuracy, unroll
 from nextstate.envs.games import game_class, make_game
 
@@ -434,5 +434,5 @@ def train(config: TrainConfig, out: Path) -> Path:
     tokenizer.save_pretrained(final)
     before = trained_on(config.start) if config.start else {}
     whole = joined(before, trained_range(config, Encoder(tokenizer)))
-    (final / TRAINED).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_json(final / TRAINED, whole)
     return final

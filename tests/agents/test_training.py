@@ -91,6 +91,14 @@ def test_the_built_in_model_says_what_it_was_trained_on() -> None:
     assert joined(known, some) == known  # a part of the rows shows nothing beyond
 
 
+@pytest.mark.parametrize("text", ["{", "[1]", '{"Box": 3}', '{"Box": {"two": 3}}', '{"Box": {"2": "<b>"}}'])
+def test_a_file_of_the_same_name_with_another_meaning_says_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "trained.json").write_text(text, encoding="utf-8")
+    assert trained_on(str(tmp_path)) == {}
+    (tmp_path / "trained.json").write_text('{"Box": {"2": 3}}', encoding="utf-8")
+    assert trained_on(str(tmp_path)) == {"Box": {"2": 3}}
+
+
 def test_targets_are_predicted_as_in_a_plain_forward_pass(fresh: FreshRows) -> None:
     torch.manual_seed(0)
     model = new_model(fresh.config.model, len(fresh.encoder.tokenizer)).eval()
