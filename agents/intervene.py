@@ -137,7 +137,7 @@ class Intervened(Agent):
         self.incomplete = model.incomplete
         self._reader: Agent = model
 
-    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+    def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
         with self.model.hooks(*self._puts.edits(prompts)):
             return self._reader.predict(prompts)
 

@@ -192,7 +192,7 @@ class LanguageModel(Agent):
             )
         return "\n".join(found)
 
-    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+    def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
         if not all(p.asked.choices for p in prompts):  # free-form answers are generated token by token
             return self.live().predict(prompts)
         trunks, planted = self.add_question(prompts)

@@ -25,7 +25,7 @@ class Reference(Agent):
         self.kind = belief if belief in READERS else "shortcut"
         self.name = belief if belief == self.kind else f"shortcut:{belief}"
 
-    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+    def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
         beliefs: dict[int, list[list[Distribution]]] = {}
         out = []
         for prompt in prompts:

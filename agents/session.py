@@ -36,7 +36,7 @@ class Session(Agent):
         self.trunks: dict[int, Trunk] = {}  # by the id of its episode, which the trunk keeps alive
         self.memory: Memory | None = None  # of these trunks, in their order
 
-    def predict(self, prompts: Sequence[Prompt]) -> list[Prediction]:
+    def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
         self._go_on([p.episode for p in prompts])
         unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
         if unknown and self.trunks:
