@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-_LOCK = threading.RLock()  # the mask functions of transformers are shared by all models of a process
+LOCK = threading.RLock()  # the mask functions of transformers are shared by all models of a process
 
 
 class Places(NamedTuple):
@@ -66,7 +66,7 @@ class PathMasks:
     @contextmanager
     def __call__(self, places: Places) -> Iterator[None]:
         """Use path coordinates until the context is closed; `places` are on the model's device."""
-        with _LOCK, ExitStack() as stack:
+        with LOCK, ExitStack() as stack:
             for name in self.attention:
                 kind = MASKS.get(name)
                 if kind in (sdpa_mask, eager_mask):

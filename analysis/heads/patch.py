@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from nextstate.agents.forward import out_of_memory
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import ATTENTIONS, Activation, Site
+from nextstate.analysis.heads.copies import Copy, Values
 from nextstate.analysis.heads.pairs import DIRECTIONS, PATCHES, Direction, Group, PatchError, TokenPair, plan, tokens_of
 from nextstate.analysis.heads.recovery import Readout, Recovery, Sweep, rank_agreement, read, recovery
-from nextstate.analysis.heads.sweep import ROW_TOKENS, Copy, Runs, run_copies, run_pairs, site_values
+from nextstate.analysis.heads.sweep import PASS_TOKENS, Runs, effective, passes, run_copies, run_pairs, site_values
 
 __all__ = [
     "DIRECTIONS", "Direction", "PatchError", "Readout", "Recovery", "Sweep", "TokenPair", "attribution",
@@ -29,7 +30,7 @@ __all__ = [
 ]  # fmt: skip
 
 Failures = Literal["exclude", "include"]
-Donor = Callable[[Group, int], dict[int, Activation]]
+Donor = Callable[[Group], Values]  # what is patched into the pairs of a group
 
 
 class _Results(NamedTuple):
@@ -53,7 +54,7 @@ def sweep(
     failures: Failures = "exclude",
     controls: bool = False,
     vocabulary: bool = True,
-    max_bytes: int = 2 << 30,
+    max_bytes: int | None = None,
     rng: np.random.Generator | None = None,
 ) -> Sweep:
     """Patch each head (or layer) at each position asked for, one at a time, exactly.
@@ -78,7 +79,8 @@ def sweep(
             vocabulary for every copy, a considerable part of the work in small models.
         max_bytes: bound on the memory of a sweep in addition to the model: keys, values and kept activations of the
             current pairs, plus activations, scores and logits of the copies in one pass. (At least one copy is always
-            run.) If memory runs out nevertheless, passes are halved.
+            run.) By default 2 GiB on a CPU, and 60 % of the free memory of a GPU. If memory runs out nevertheless,
+            passes are halved.
         rng: draws the partners of "resample".
 
     Raises:
@@ -91,11 +93,11 @@ def sweep(
     columns, groups = plan(pairs, positions, direction)
     donor = _donor(model, pairs, groups, site, direction, rng)
     unrelated = _unrelated(model, pairs, groups, site, direction) if controls else None
-    copies = [Copy(layer, head) for layer in chosen for head in range(model.sites.shape(site, layer)[0])]
+    places = [(layer, head) for layer in chosen for head in range(model.sites.shape(site, layer)[0])]
     found = _results(model, pairs, chosen, site, columns, controls)
     worst = 0.0
 
-    def work(group: Group, most: int) -> None:
+    def work(group: Group, room: Room) -> None:
         nonlocal worst
         runs, answer, other = _base(model, pairs, group, site, direction, failures, found)
         rows = np.array(group.pairs)[found.kept[list(group.pairs)]]
@@ -104,30 +106,37 @@ def sweep(
         group = replace(group, pairs=tuple(rows.tolist()))
         whole = group.whole
 
-        def run(part: Sequence[Copy], values: dict[int, Activation], start: int, full: bool) -> Readout:
+        def run(part: Sequence[Copy], values: Values, full: bool) -> Readout:
             nonlocal worst
             only = None if full else torch.stack([answer, other], 1)
-            logits, error = run_copies(model, runs, site, part, values, start, whole, only)
+            logits, error = run_copies(model, runs, site, part, values, whole, only)
             worst = max(worst, error)
             got = read(logits, answer, other, full)
             # Relative to the control of the same pass, since rounding in half precision depends on the batch shape.
             drift = got.difference[:, :1] - found.base.difference[rows, None]
             return Readout(got.difference[:, 2:] - drift, got.probability[:, 2:], got.greedy[:, 2:])
 
-        for column, start in group.starts:
-            values = donor(group, column) if donor else runs.taken
-            others = unrelated(group, column) if unrelated else None
-            room = max(1, min(most, ROW_TOKENS // (group.length - start) - 2))
-            for k in range(0, len(copies), room):
-                part = copies[k : k + room]
-                at = (rows[:, None], [chosen.index(c.layer) for c in part], [c.head for c in part], column)
-                found.patched.put(at, run(part, values, start, vocabulary))
-                if others is not None and found.control is not None:
-                    found.control[at] = run(part, others, start, False).difference
+        values = donor(group) if donor else runs.values(whole)
+        others = unrelated(group) if unrelated else None
+        if found.control is not None:
+            found.control[rows] = found.base.difference[rows, None, None, None]
+        every = [Copy(n, head, start, column) for column, start in group.starts for n, head in places]
+        length = group.length
+
+        def fits(copies: Sequence[Copy]) -> bool:
+            spans = [length if runs.way == "rows" else length - copy.start for copy in copies]
+            return room.fits(sum(spans) + 2 * max(spans), len(spans) + 2, len(rows))
+
+        for part in passes(runs, effective(model, runs, site, every, whole), fits):
+            at = (rows[:, None], [chosen.index(c.layer) for c in part], [c.head for c in part],
+                  [c.column for c in part])  # fmt: skip
+            found.patched.put(at, run(part, values, vocabulary))
+            if others is not None and found.control is not None:
+                found.control[at] = run(part, others, False).difference
 
     for group in groups:
-        for part, most in _fitting(model, group, site, len(copies), max_bytes):
-            _halving(model, work, part, most)
+        for part, room in _fitting(model, group, max_bytes):
+            _halving(model, work, part, room)
     return _finish(model, pairs, site, direction, chosen, columns, found, True, worst)
 
 
@@ -153,26 +162,26 @@ def attribution(
     donor = _donor(model, pairs, groups, site, direction, rng)
     found = _results(model, pairs, chosen, site, columns)
 
-    def work(group: Group, _: int) -> None:
+    def work(group: Group, _: Room) -> None:
         runs, answer, other = _base(model, pairs, group, site, direction, failures, found)
         rows = np.array(group.pairs)[found.kept[list(group.pairs)]]
         if not len(rows):
             return
         group = replace(group, pairs=tuple(rows.tolist()))
         own, slopes = _gradient(model, runs.tokens, site, chosen, answer, other)
+        values = donor(group) if donor else runs.values(group.whole)
         for column, start in group.starts:
-            values = donor(group, column) if donor else runs.taken
-            late, end = start - group.first, None if group.whole else start - group.first + 1
+            end = None if group.whole else start + 1
             for i, layer in enumerate(chosen):
-                moved = (values[layer] - own[layer][:, group.first :])[:, late:end]
-                effect = (moved * slopes[layer][:, group.first :][:, late:end]).float().sum((1, 3))  # [pair head]
+                moved = values(layer, Copy(layer, 0, start, column)) - own[layer][:, start:end]
+                effect = (moved * slopes[layer][:, start:end]).float().sum((1, 3))  # [pair head]
                 found.patched.difference[rows, i, :, column] += effect.cpu().numpy()
         found.patched.probability[rows], found.patched.greedy[rows] = np.nan, -1
 
     for group in groups:
         size = max(1, model.batch_tokens // (8 * group.length))  # the graph keeps activations in memory
         for k in range(0, len(group.pairs), size):
-            _halving(model, work, replace(group, pairs=group.pairs[k : k + size]), 1)
+            _halving(model, work, replace(group, pairs=group.pairs[k : k + size]), Room())
     return _finish(model, pairs, site, direction, chosen, columns, found, False, float("nan"))
 
 
@@ -326,7 +335,7 @@ def _donor(
     if direction in PATCHES:
         return None
     sites, n = model.sites, len(pairs)
-    layers, like = sites.layers_with(site), {"dtype": model.model.dtype, "device": model.device}
+    like: dict[str, Any] = {"dtype": model.model.dtype, "device": model.device}
     seen: dict[int, Float[Tensor, "pair column head dim"]] = {}
     if direction != "zero":
         seen = _seen(model, [pair.clean for pair in pairs], groups, site)
@@ -339,17 +348,17 @@ def _donor(
             partner = torch.from_numpy(np.roll(order, 1)[order.argsort()]).to(model.device)  # never itself
             seen = {layer: x[partner] for layer, x in seen.items()}
 
-    def values(group: Group, column: int) -> dict[int, Activation]:
-        late, rows = group.length - group.first, list(group.pairs)
-        out = {layer: torch.zeros(len(rows), late, *sites.shape(site, layer), **like) for layer in layers}
-        for layer, x in seen.items():
-            if group.whole:
-                out[layer] = x[rows]
-            else:
-                out[layer][:, dict(group.starts)[column] - group.first] = x[rows, column]
-        return out
+    def of(group: Group) -> Values:
+        rows, deep = list(group.pairs), group.length - group.first if group.whole else 1
 
-    return values
+        def values(layer: int, copy: Copy) -> Activation:
+            if direction == "zero":
+                return torch.zeros(len(rows), deep, *sites.shape(site, layer), **like)
+            return seen[layer][rows] if group.whole else seen[layer][rows, copy.column, None]
+
+        return values
+
+    return of
 
 
 def _unrelated(
@@ -364,14 +373,11 @@ def _unrelated(
         )
     seen = _seen(model, [pair.control or pair.clean for pair in pairs], groups, site)
 
-    def values(group: Group, column: int) -> dict[int, Activation]:
-        rows, late = list(group.pairs), dict(group.starts)[column] - group.first
-        out = {layer: x.new_zeros(len(rows), group.length - group.first, *x.shape[2:]) for layer, x in seen.items()}
-        for layer, x in seen.items():
-            out[layer][:, late] = x[rows, column]
-        return out
+    def of(group: Group) -> Values:
+        rows = list(group.pairs)
+        return lambda layer, copy: seen[layer][rows, copy.column, None]
 
-    return values
+    return of
 
 
 def _seen(
@@ -395,50 +401,66 @@ def _seen(
     return out
 
 
-def _fitting(
-    model: LanguageModel, group: Group, site: Site, copies: int, max_bytes: int
-) -> Iterator[tuple[Group, int]]:
-    """Split a group into parts that fit into memory; yield each with the largest number of copies in one pass."""
-    config, sites = model.model.config.get_text_config(), model.sites
-    size, span = model.model.dtype.itemsize, group.length - group.first
-    mlp_width = max(
-        [4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner", "ffn_dim"))]
-    )
-    columns = 2 * group.length
-    kv = 2 * columns * sites.heads * sites.head_dim
-    held = size * sites.layers * (kv + span * (2 * sites.hidden + 2 * max(sites.hidden, sites.heads * sites.head_dim)))
-    scores = (
-        ATTENTIONS.get(model.model.config._attn_implementation, 3)
-        * sites.heads
-        * (columns + min(ROW_TOKENS, (copies + 2) * span))
-    )
-    token = size * (12 * sites.hidden + 4 * mlp_width + 2 * kv // (2 * columns) + scores)
-    copy = span * token + int(config.vocab_size) * (2 * size + 8)
-    full = min(copies + 2, max(3, ROW_TOKENS // span))
-    rows = min(max_bytes // (held + full * copy), model.batch_tokens // max(full * span, columns), len(group.pairs))
+class Room(NamedTuple):
+    """How much one pass may hold. A single copy of one pair is always run.
+
+    Attributes:
+        bytes: of memory, besides the model and what is kept of the base and source runs.
+        tokens: of copies and controls, all pairs together.
+        token: bytes for each of these.
+        copy: further bytes for each copy or control.
+    """
+
+    bytes: int = 0
+    tokens: int = 0
+    token: int = 1
+    copy: int = 1
+
+    def fits(self, tokens: int, copies: int, pairs: int) -> bool:
+        """Return whether copies and controls fit; numbers of tokens and copies are those of one pair."""
+        return pairs * (tokens * self.token + copies * self.copy) <= self.bytes and pairs * tokens <= self.tokens
+
+
+def _fitting(model: LanguageModel, group: Group, max_bytes: int | None) -> Iterator[tuple[Group, Room]]:
+    """Split a group into parts that fit into memory; yield each with the room for its passes."""
+    config, sites, device = model.model.config.get_text_config(), model.sites, model.device
+    if max_bytes is None:
+        max_bytes = 2 << 30 if device.type != "cuda" else int(0.6 * torch.cuda.mem_get_info(device)[0])
+    tokens = PASS_TOKENS if device.type == "cpu" else model.batch_tokens
+    size, span, length = model.model.dtype.itemsize, group.length - group.first, group.length
+    mlp = max([4 * sites.hidden, *(getattr(config, k, None) or 0 for k in ("intermediate_size", "n_inner", "ffn_dim"))])
+    wide = max(sites.hidden, sites.heads * sites.head_dim)
+    held = (
+        size * sites.layers * (4 * length * wide + span * (4 * wide + 3 * wide))
+    )  # keys; streams, patches, projections
+    scores = ATTENTIONS.get(model.model.config._attn_implementation, 3) * sites.heads * 2 * length
+    token = size * (24 * wide + 4 * mlp) + 4 * scores
+    copy = int(config.vocab_size) * (2 * size + 8)
+    rows = min(max_bytes // (held + 3 * (span * token + copy)), tokens // (16 * span), len(group.pairs))
     rows = max(1, rows)
-    most = max(1, min((max_bytes // rows - held) // copy, model.batch_tokens // (rows * span)) - 2)
+    room = Room(max_bytes - rows * held, tokens, token, copy)
     for k in range(0, len(group.pairs), rows):
-        yield replace(group, pairs=group.pairs[k : k + rows]), most
+        yield replace(group, pairs=group.pairs[k : k + rows]), room
 
 
-def _halving(model: LanguageModel, work: Callable[[Group, int], None], group: Group, most: int) -> None:
+def _halving(model: LanguageModel, work: Callable[[Group, Room], None], group: Group, room: Room) -> None:
     """Do the work; if memory runs out, do it in smaller pieces."""
     try:
-        work(group, most)
+        work(group, room)
         return
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not out_of_memory(error):
             raise
-        if most == 1 and len(group.pairs) == 1:
+        single = not room.fits(4 * group.length, 4, 1)  # not even two copies fit, beside the controls
+        if single and len(group.pairs) == 1:
             raise PatchError(
                 f"{model.name} runs out of memory on one copy of a pair of {group.length:,} tokens on {model.device}"
             ) from error
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
     if len(group.pairs) == 1:
-        _halving(model, work, group, most // 2)
+        _halving(model, work, group, room._replace(bytes=room.bytes // 2, tokens=room.tokens // 2))
         return
     middle = len(group.pairs) // 2
     for half in (group.pairs[:middle], group.pairs[middle:]):
-        _halving(model, work, replace(group, pairs=half), most)
+        _halving(model, work, replace(group, pairs=half), room)

@@ -1,62 +1,42 @@
 """Batched forward passes for patching: many patched runs of pairs of prompts at a time.
 
-On the tree road, all patched runs share one forward pass. A patched run differs from the base run only from position
-`start` on, so only the tokens from there on are copied; a mask lets each copy attend to the keys and values before
-`start` and to itself, but not to other copies. Below the layer in which it is patched, a copy equals the base run, so
-it is added to the pass only in that layer. Before this is used, a small sweep is compared with plain hooks. If they
-disagree, and on all other roads, every patched run is a row of its own (on the fork road from a copied state of the
-tokens before `start`). Both ways give the logits of one forward pass for each patch, up to rounding.
+There are three ways of running them, which give the logits of one forward pass for each patch, up to rounding:
 
-Two controls are part of every pass and raise an error if they fail: one is not patched and must give the logits of the
-base run; the other is patched everywhere and must give the logits of the source run.
+- layers: copies of the tokens that a patch changes are resumed at the layer in which they are patched, many in each
+  call of a block (`nextstate.analysis.heads.copies`);
+- fork: each patched run is a row that continues the model's own state before the first patched token;
+- rows: each patched run is a row of its own.
+
+The first one that agrees with rows in a small sweep is used. Two controls are part of every pass and raise an error if
+they fail: one is not patched and must give the logits of the base run; the other is patched everywhere and must give
+the logits of the source run.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
-from nextstate.agents.forward import out_of_memory, read_out, skipping
+from nextstate.agents.forward import out_of_memory, read_out
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import Places
 from nextstate.agents.sites import Activation, Site
+from nextstate.analysis.heads.copies import Copy, Resumable, Values, watch_projections
 from nextstate.analysis.heads.pairs import PatchError
 
-ROW_TOKENS = 1024  # most tokens of copies in one row: the cost of masked attention is quadratic in them
+Way = Literal["layers", "fork", "rows"]
+PASS_TOKENS = 4096  # most tokens of copies in one pass on a CPU: larger ones are not faster
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-
-class Copy(NamedTuple):
-    """The place that is patched in one run."""
-
-    layer: int
-    head: int  # 0 at sites without heads
-
-
-@dataclass(frozen=True)
-class Trunks:
-    """Keys, values and residual stream of base and source runs in one tree, from which copies start."""
-
-    cache: list[tuple[Float[Tensor, "pair kv column dim"], Float[Tensor, "pair kv column dim"]]]
-    depths: Int[Tensor, " column"]  # the position of each cached column
-    columns: Int[Tensor, " position"]  # columns of the source run; those of the base run are 0, 1, ...
-    base: list[Activation]  # resid_pre for each layer, [pair late 1 hidden]
-    source: list[Activation]
-
-    def select(self, rows: Int[Tensor, " row"]) -> Trunks:
-        """Return the same for a selection of the pairs."""
-        cache = [(k[rows], v[rows]) for k, v in self.cache]
-        return replace(self, cache=cache, base=[x[rows] for x in self.base], source=[x[rows] for x in self.source])
 
 
 @dataclass(frozen=True)
@@ -72,7 +52,17 @@ class Runs:
     taken: dict[int, Activation]  # the swept site in the source run, by layer, [pair late head dim]
     base_logits: Float[Tensor, "pair vocab"]
     source_logits: Float[Tensor, "pair vocab"]
-    trunks: Trunks | None = None  # set if copies run in one tree
+    way: Way = "rows"
+    resumable: Resumable | None = None  # on the way "layers"
+
+    def values(self, whole: bool) -> Values:
+        """Return what the source run has at the patched positions."""
+
+        def taken(layer: int, copy: Copy) -> Activation:
+            late = copy.start - self.first
+            return self.taken[layer][:, late : None if whole else late + 1]
+
+        return taken
 
     def select(self, rows: Int[Tensor, " row"]) -> Runs:
         """Return the same for a selection of the pairs."""
@@ -83,7 +73,7 @@ class Runs:
             taken={layer: x[rows] for layer, x in self.taken.items()},
             base_logits=self.base_logits[rows],
             source_logits=self.source_logits[rows],
-            trunks=None if self.trunks is None else self.trunks.select(rows),
+            resumable=None if self.resumable is None else self.resumable.select(rows),
         )
 
 
@@ -111,7 +101,7 @@ def run_pairs(
     source: Int[np.ndarray, "pair position"],
     site: Site,
     first: int,
-    in_tree: bool | None = None,
+    way: Way | None = None,
 ) -> Runs:
     """Run base and source prompts.
 
@@ -121,19 +111,21 @@ def run_pairs(
         source: tokens of the runs from which activations are taken; equal to `base` before `first`.
         site: site whose activations in the source run are kept.
         first: position from which activations are kept.
-        in_tree: whether copies run in one tree; by default if that is verified for this model.
+        way: how copies are run; by default the fastest one that is verified for this model.
+
+    Raises:
+        AgentError: no road reproduces the plain forward passes of the model.
     """
-    length = base.shape[1]
-    copied = max(ROW_TOKENS, 3 * (length - first))  # a pass holds at least one copy and both controls
-    if fast(model, site, length, 2 * length + copied) if in_tree is None else in_tree:
-        return _run_trunks(model, base, source, site, first)
+    way = way_of(model, site, base.shape[1]) if way is None else way
+    if way == "layers":
+        return _run_together(model, base, source, site, first)
     rows = [torch.from_numpy(x).to(model.device) for x in (base, source)]
     taken = {layer: x[:, first:] for layer, x in site_values(model, source, site).items()}
     logits = [model.forward.plain(x, [base.shape[1] - 1])[:, 0] for x in rows]
-    return Runs(rows[0], rows[1], first, taken, logits[0], logits[1])
+    return Runs(rows[0], rows[1], first, taken, logits[0], logits[1], way)
 
 
-def _run_trunks(
+def _run_together(
     model: LanguageModel,
     base: Int[np.ndarray, "pair position"],
     source: Int[np.ndarray, "pair position"],
@@ -151,14 +143,14 @@ def _run_trunks(
     visible[length:, columns] = torch.ones(length, length, dtype=torch.bool).tril()[shared:]
     depths = torch.cat([torch.arange(length), torch.arange(shared, length)])
     tokens = torch.from_numpy(np.concatenate([base, source[:, shared:]], 1)).to(model.device)
-    late, moved = torch.arange(first, length), columns[first:].to(model.device)
-    late = late.to(model.device)
+    columns = columns.to(model.device)
+    late, moved = torch.arange(first, length, device=model.device), columns[first:]
     base_stream, source_stream, taken = list[Tensor](), list[Tensor](), dict[int, Tensor]()
     cache = DynamicCache()
 
-    def resid(x: Tensor) -> None:
-        base_stream.append(x[:, late])
-        source_stream.append(x[:, moved])
+    def resid(x: Activation) -> None:
+        base_stream.append(x[:, late, 0])
+        source_stream.append(x[:, moved, 0])
 
     with ExitStack() as stack:
         for layer in range(model.sites.layers):
@@ -169,11 +161,12 @@ def _run_trunks(
                 taken[layer] = x[:, moved]
 
             stack.enter_context(model.sites.hook(site, layer, take))
+        projected = stack.enter_context(watch_projections(model, late))
         logits = tree_pass(model, tokens, visible[None], depths[None], cache, torch.tensor([length - 1, width - 1]))
-    held = [(layer.keys, layer.values) for layer in cache.layers]
-    whole = torch.from_numpy(source).to(model.device)
-    trunks = Trunks(held, depths, columns, base_stream, source_stream)
-    return Runs(tokens[:, :length], whole, first, taken, logits[:, 0], logits[:, 1], trunks)
+    keys = [(layer.keys, layer.values) for layer in cache.layers]
+    whole, own = torch.from_numpy(source).to(model.device), tokens[:, :length]
+    resumable = Resumable(model, own, first, keys, columns, shared, base_stream, source_stream, projected)
+    return Runs(own, whole, first, taken, logits[:, 0], logits[:, 1], "layers", resumable)
 
 
 @torch.no_grad()
@@ -191,54 +184,91 @@ def site_values(model: LanguageModel, tokens: Int[np.ndarray, "pair position"], 
     return kept
 
 
-_PROVED: WeakKeyDictionary[LanguageModel, dict[Site, bool]] = WeakKeyDictionary()
+_PROVED: WeakKeyDictionary[LanguageModel, dict[Site, Way]] = WeakKeyDictionary()
 
 
-def fast(model: LanguageModel, site: Site, length: int, columns: int) -> bool:
-    """Return whether copies may run in one tree. This is verified once for each model and site.
+def way_of(model: LanguageModel, site: Site, length: int) -> Way:
+    """Return how copies are run. This is measured once for each model and site.
 
     Args:
         model: the language model.
         site: the site that is patched.
         length: tokens of a prompt.
-        columns: columns of the tree, including copies.
 
     Raises:
         AgentError: no road reproduces the plain forward passes of the model.
     """
-    if model.forward.require(length, columns) != "tree":
-        return False
+    road = model.forward.require(length, 2 * length)
+    if road not in ("tree", "fork"):
+        return "rows"
     known = _PROVED.setdefault(model, {})
     if site not in known:
-        known[site] = len(model.sites.layers_with("resid_pre")) == model.sites.layers and _agrees(model, site)
+        possible: list[Way] = ["layers", "fork"] if road == "tree" else ["fork"]
+        known[site] = next((way for way in possible if _agrees(model, site, way)), "rows")
     return known[site]
 
 
-def _agrees(model: LanguageModel, site: Site) -> bool:
-    """Compare a small sweep in one tree with plain hooks: one head per layer, at the last and at all late tokens."""
+def _agrees(model: LanguageModel, site: Site, way: Way) -> bool:
+    """Compare a small sweep with rows: one head per layer, at the last, the first and at all late tokens."""
+    if way == "layers" and len(model.sites.layers_with("resid_pre")) < model.sites.layers:
+        return False
     rng, length, first = np.random.default_rng(3), 12, 5
     base = rng.integers(3, min(1000, model.model.get_input_embeddings().weight.shape[0]), (2, length))
     source = base.copy()
     source[:, first] = np.roll(source[:, first], 1) + (source[0, first] == source[1, first])
-    copies = [Copy(layer, model.sites.shape(site, layer)[0] - 1) for layer in model.sites.layers_with(site)]
-    found: dict[bool, list[Tensor]] = {}
+    heads = {layer: model.sites.shape(site, layer)[0] for layer in model.sites.layers_with(site)}
+    found: dict[Way, list[Tensor]] = {}
     try:
-        for in_tree in (True, False):
-            runs = run_pairs(model, base, source, site, first, in_tree)
-            found[in_tree] = [
-                run_copies(model, runs, site, copies, runs.taken, start, whole)[0][:, 2:]
-                for start, whole in ((length - 1, False), (first, True))
-            ]
+        for one in (way, "rows"):
+            runs, found[one] = run_pairs(model, base, source, site, first, one), []
+            for starts, whole in (((first, length - 1), False), ((first,), True)):
+                copies = [Copy(n, heads[n] - 1, start, c) for n in heads for c, start in enumerate(starts)]
+                logits = runs.base_logits[:, None].repeat(1, len(copies), 1)
+                for part in passes(runs, copies):
+                    some = effective(model, runs, site, part, whole)
+                    got = run_copies(model, runs, site, some, runs.values(whole), whole)[0]
+                    logits[:, [copies.index(copy) for copy in some]] = got[:, 2:]
+                found[one].append(logits)
     except Exception as error:
         if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
             raise
         return False
     limit = TOLERANCE.get(model.model.dtype, 1e-1)
-    spread = max(float(x.float().std()) for x in found[False])
+    spread = max(float(x.float().std()) for x in found["rows"])
     return all(
         float((one - two).float().abs().max()) <= 8 * limit * max(spread, 1e-6)
-        for one, two in zip(found[True], found[False], strict=True)
+        for one, two in zip(found[way], found["rows"], strict=True)
     )
+
+
+def passes(runs: Runs, copies: Sequence[Copy], fits: Callable[[Sequence[Copy]], bool] = bool) -> Iterator[list[Copy]]:
+    """Divide copies into those of one pass each, which on some ways must all begin at one position.
+
+    Args:
+        runs: the base and source runs.
+        copies: all copies.
+        fits: whether some copies can be run in one pass; a single copy always is.
+    """
+    together = runs.resumable is not None
+    part: list[Copy] = []
+    for copy in sorted(copies, key=lambda c: (c.layer, c.column, c.head) if together else (c.column, c.layer, c.head)):
+        if part and not ((together or copy.start == part[0].start) and fits([*part, copy])):
+            yield part
+            part = []
+        part.append(copy)
+    if part:
+        yield part
+
+
+def effective(model: LanguageModel, runs: Runs, site: Site, copies: Sequence[Copy], whole: bool) -> list[Copy]:
+    """Return the copies that are to be run: all whose patch can change the answer.
+
+    What a head or MLP of the last block adds to an earlier token is read by no other token. `way_of` verifies this.
+    """
+    if runs.resumable is None or whole or site == "resid_pre":
+        return list(copies)
+    last, answering = model.sites.layers - 1, runs.tokens.shape[1] - 1
+    return [copy for copy in copies if copy.layer < last or copy.start == answering]
 
 
 @torch.no_grad()
@@ -247,28 +277,31 @@ def run_copies(
     runs: Runs,
     site: Site,
     copies: Sequence[Copy],
-    values: Mapping[int, Activation],
-    start: int,
+    values: Values,
     whole: bool,
     only: Int[Tensor, "pair token"] | None = None,
 ) -> tuple[Float[Tensor, "pair copy vocab"], float]:
-    """Run patched copies of the tokens from `start` on; return their logits and the largest error of the controls.
+    """Run patched copies; return the logits of two controls and of the copies, and the largest error of the controls.
 
     Args:
         model: the language model.
         runs: the base and source runs.
         site: the site to patch.
-        copies: the places to patch, ordered by layer.
-        values: activations to patch in, by layer, from position `runs.first` on.
-        start: position of the first token of a copy.
-        whole: patch all positions from `start` on instead of `start` alone.
+        copies: the places to patch, from `effective`; some that are run in one pass, from `passes`.
+        values: activations to patch in.
+        whole: patch all positions from the start of a copy instead of that one alone.
         only: tokens of each pair to compute logits of; by default the whole vocabulary.
 
     Raises:
         PatchError: the error of a control exceeds `TOLERANCE` times the range of the logits.
     """
-    run = _copies_in_rows if runs.trunks is None else _copies_in_tree
-    logits = run(model, runs, site, copies, values, start, whole, only)
+    if runs.resumable is None:
+        logits = _copies_in_rows(model, runs, site, copies, values, whole, only)
+    else:
+        logits, reached = runs.resumable.run(site, copies, values, runs.taken, whole, overwrite, only)
+        expected = [layer for layer in model.sites.layers_with(site) if layer >= copies[0].layer]
+        if reached != expected:
+            raise PatchError(f"control failed: layers {reached} were patched, expected {expected}")
     error = max(
         _control(model, "nothing", "base", logits[:, 0], runs.base_logits, only),
         _control(model, "everything", "source", logits[:, 1], runs.source_logits, only),
@@ -281,17 +314,16 @@ def _copies_in_rows(
     runs: Runs,
     site: Site,
     copies: Sequence[Copy],
-    values: Mapping[int, Activation],
-    start: int,
+    values: Values,
     whole: bool,
     only: Int[Tensor, "pair token"] | None,
 ) -> Float[Tensor, "pair copy vocab"]:
-    """Run every copy as a row of its own: on the fork road from a copied state at `start`, else from the beginning."""
-    sites, (pairs, length), n = model.sites, runs.tokens.shape, 2 + len(copies)
+    """Run every copy as a row of its own: from a copied state at its start ("fork"), or from the beginning."""
+    sites, (pairs, length), n, start = model.sites, runs.tokens.shape, 2 + len(copies), copies[0].start
     rows = runs.tokens[:, None].repeat(1, n, 1)
     rows[:, 1] = runs.source_tokens
     rows = rows.flatten(0, 1)
-    forked = start > 0 and model.forward.require(length, 2 * length) == "fork"
+    forked = start > 0 and runs.way == "fork"
     begin, late = start if forked else 0, start - runs.first
     wanted = None if only is None else only.repeat_interleave(n, 0)
     state = None
@@ -312,9 +344,10 @@ def _copies_in_rows(
             x = x.reshape(pairs, n, *x.shape[1:]).clone()
             x[:, 1, here:] *= -1  # makes the second control fail wherever it is not patched
             overwrite(x[:, 1:2, here:], torch.ones_like(every, dtype=torch.bool)[None], runs.taken[layer][:, late:])
-            end = None if whole else 1
-            mine_in = x[:, 2:][:, mine, here : None if whole else here + 1]
-            overwrite(mine_in, every == heads[mine, None], values[layer][:, late:][:, :end])
+            if copies[mine]:
+                new = values(layer, copies[mine][0])
+                target = x[:, 2:][:, mine, here : here + new.shape[1]]
+                overwrite(target, every == heads[mine, None], new)
             return x.flatten(0, 1)
 
         return patch
@@ -327,78 +360,6 @@ def _copies_in_rows(
         else:
             logits = model.forward.resumed(rows[:, start:], state, start, [length - 1 - start], wanted)
     return logits.reshape(pairs, n, -1)
-
-
-def _copies_in_tree(
-    model: LanguageModel,
-    runs: Runs,
-    site: Site,
-    copies: Sequence[Copy],
-    values: Mapping[int, Activation],
-    start: int,
-    whole: bool,
-    only: Int[Tensor, "pair token"] | None,
-) -> Float[Tensor, "pair copy vocab"]:
-    """Run all copies in one forward pass, each added in the layer in which it is patched."""
-    assert runs.trunks is not None
-    sites, trunks, span, n = model.sites, runs.trunks, runs.tokens.shape[1] - start, 2 + len(copies)
-    entry, late = copies[0].layer, start - runs.first
-    layer_of = torch.tensor([c.layer for c in copies])
-    ends = [2 + int((layer_of <= layer).sum()) for layer in range(sites.layers)]  # copies present after each layer
-    begins = [2 + int((layer_of < layer).sum()) for layer in range(sites.layers)]
-    heads = sites.shape(site, entry)[0]
-    patched = [layer for layer in sites.layers_with(site) if layer >= entry]
-    chosen = torch.nn.functional.one_hot(torch.tensor([c.head for c in copies]), heads).bool().to(model.device)
-    visible = _visible(trunks, start, span, n)
-    deep = span if whole else 1
-    fired: list[int] = []
-
-    def enter(layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if layer == entry:
-                own = trunks.base[layer][:, late:, 0]
-                # At resid_pre the second control starts from the base run: only its patches make it the source run.
-                full = own if site == "resid_pre" else trunks.source[layer][:, late:, 0]
-                hidden = torch.cat([own, full], 1)
-            new = ends[layer] - begins[layer]
-            hidden = torch.cat([hidden, hidden[:, :span].repeat(1, new, 1)], 1)
-            cut = _Cut(n * span, ends[layer] * span, visible.shape[1] - n * span)
-            kwargs = {k: cut(v) for k, v in kwargs.items()}
-            if args:
-                return (hidden, *(cut(a) for a in args[1:])), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        return hook
-
-    def edit(layer: int) -> Any:
-        def patch(x: Activation) -> Activation:
-            fired.append(layer)
-            x = x.reshape(len(x), ends[layer], span, *x.shape[2:]).clone()
-            x[:, 1] *= -1  # makes the second control fail wherever it is not patched
-            everything = torch.ones(1, heads, dtype=torch.bool, device=x.device)
-            overwrite(x[:, 1:2], everything, runs.taken[layer][:, late:])
-            new = slice(begins[layer], ends[layer])
-            which = chosen[begins[layer] - 2 : ends[layer] - 2]
-            overwrite(x[:, new, :deep], which, values[layer][:, late : late + deep])
-            return x.flatten(1, 2)
-
-        return patch
-
-    with ExitStack() as stack:
-        stack.enter_context(skipping({x.block: x.returns_tuple for x in sites.per_layer[:entry]}))
-        for layer in range(entry, sites.layers):
-            hook = sites.blocks[layer].register_forward_pre_hook(enter(layer), with_kwargs=True)
-            stack.callback(hook.remove)
-        for layer in patched:
-            stack.enter_context(sites.hook(site, layer, edit(layer)))
-        depths = torch.cat([trunks.depths, torch.arange(start, start + span).repeat(n)])
-        tokens = runs.tokens[:, start:].repeat(1, n)
-        ends_of = torch.arange(n) * span + span - 1
-        logits = tree_pass(model, tokens, visible[None], depths[None], Held(trunks.cache), ends_of, only)
-    if fired != patched:
-        raise PatchError(f"control failed: layers {fired} were patched, expected {patched}")
-    return logits
 
 
 def overwrite(
@@ -426,37 +387,6 @@ def tree_pass(
     ask, places = ask.to(model.device), Places(visible.to(model.device), depths.to(model.device))
     with read_out(model.model, lambda x: x[:, ask], only):
         return model.forward.in_tree(tokens, places, cache)
-
-
-def _visible(trunks: Trunks, start: int, span: int, n: int) -> Bool[Tensor, "token column"]:
-    """Return the mask of copies: each sees the base run before `start` (control 2: the source run) and itself."""
-    cached = len(trunks.depths)
-    seen = torch.zeros(n, span, cached + n * span, dtype=torch.bool)
-    seen[:, :, :start] = True
-    seen[1, :, :start] = False
-    seen[1][:, trunks.columns[:start]] = True
-    own = torch.kron(torch.eye(n), torch.ones(span, span).tril()).bool()
-    seen[:, :, cached:] = own.view(n, span, n * span)
-    return seen.flatten(0, 1)
-
-
-class _Cut(NamedTuple):
-    """Cuts the arguments that a model passes to its blocks down to the tokens of the copies present so far."""
-
-    tokens: int
-    alive: int
-    cached: int
-
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(self(v) for v in value)
-        if not isinstance(value, Tensor) or self.alive == self.tokens:
-            return value
-        if value.ndim == 4 and value.shape[-2:] == (self.tokens, self.cached + self.tokens):
-            return value[..., : self.alive, : self.cached + self.alive]
-        if value.ndim == 3 and value.shape[1:] == (1, self.cached + self.tokens):  # ALiBi
-            return value[..., : self.cached + self.alive]
-        return value[:, : self.alive] if value.ndim in (2, 3) and value.shape[1] == self.tokens else value
 
 
 def _control(

@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float, Int
 
 from nextstate.agents.language import LanguageModel
-from nextstate.analysis.heads.sweep import fast
 from nextstate.analysis.response.branches import (
     LIMIT,
     ResponseError,
@@ -159,7 +158,9 @@ def _measure(
     value = np.full((n, s, ways, len(after), len(chosen), length), np.nan, dtype=kind)
     dots = np.zeros((n, s - 1, *value.shape[2:]), dtype=kind)
     norms, pushed, worst = np.zeros((n, len(after), length)), np.zeros((n, len(chosen))), 0.0
-    in_tree = fast(model, "resid_pre", length, 2 * length)
+    in_tree = (
+        model.forward.require(length, 2 * length) == "tree" and len(sites.layers_with("resid_pre")) == sites.layers
+    )
     spans = [length - p for p in chosen.tolist()]
     rows = (rows_of if in_tree else whole_rows)(spans, ways, length)
     most = fitting(model, length, rows, s, max_bytes)

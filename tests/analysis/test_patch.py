@@ -18,6 +18,7 @@ from nextstate.agents.agent import Prompt
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.sites import SITES, SiteError
+from nextstate.analysis.heads import copies as copying
 from nextstate.analysis.heads import patch as patching
 from nextstate.analysis.heads import sweep as engine
 from nextstate.analysis.heads.patch import (
@@ -448,10 +449,28 @@ def test_a_broken_patch_is_caught_by_a_control(model: LanguageModel, monkeypatch
     with pytest.raises(PatchError, match="control failed"):
         sweep(model, pairs[:2], failures="include")
     monkeypatch.undo()
-    seen = engine._visible
-    monkeypatch.setattr(engine, "_visible", lambda *a: seen(*a).fill_(True))  # copies that see each other
-    with pytest.raises(PatchError, match=r"control failed: with nothing patched, .* the base run"):
-        sweep(model, pairs, failures="include")
+    if model.model.config.model_type == "nextstate_distances":
+        return  # computes attention on its own
+
+    attend = copying.attention
+
+    def ahead(q: Any, shared: Any, own: Any, scale: Any, cap: Any, hidden: Any, _: Any) -> Any:
+        seen = torch.zeros(q.shape[3], own[0].shape[3], dtype=torch.bool)
+        return attend(q, shared, own, scale, cap, hidden, seen)
+
+    def alone(q: Any, shared: Any, *rest: Any) -> Any:
+        return attend(q, tuple(x[:, :, 1:] for x in shared), *rest)
+
+    def others(q: Any, shared: Any, own: Any, *rest: Any) -> Any:
+        return attend(q, tuple(x.roll(1, 0) for x in shared), own, *rest)
+
+    def neighbours(q: Any, shared: Any, own: Any, *rest: Any) -> Any:
+        return attend(q, shared, tuple(x.roll(1, 2) for x in own), *rest)
+
+    for wrong in (ahead, alone, others, neighbours):
+        monkeypatch.setattr(copying, "attention", wrong)
+        with pytest.raises(PatchError, match=r"control failed: with (no|every)thing patched"):
+            sweep(model, make_pairs()[:2], positions="each", failures="include")
 
 
 def test_a_site_that_is_never_reached_is_caught(model: LanguageModel) -> None:

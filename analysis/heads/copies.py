@@ -1,0 +1,573 @@
+"""Patched copies of a run, resumed at the layer in which they are patched, with many copies in each call of a block.
+
+A patch at one position of layer `l` changes one token of that layer. From the next layer on it changes all tokens from
+that position on, and in the last layer only the last token is read. So a copy is
+
+- one token in its own layer (all tokens from the position on, if all of them are patched);
+- all tokens from the position on in later layers. In the first of these, the input of all but one of them is that of
+  the base run, and so are the outputs of the projections before attention, which are not computed again;
+- keys and values of these tokens, and everything for the last token alone, in the last layer.
+
+The blocks are called directly, with the arguments that the model itself passes to them (`record_inputs`). All tokens of
+all copies of a pair are one row, also where copies begin at different positions, so that a layer is one call. Only
+attention needs to know which copy a token belongs to: while copies run, it is computed by `attention`, from the keys
+and values of the base run (for all copies at once) and those of each copy. Models that compute attention on their own,
+without the attention functions of transformers, are not supported. `nextstate.analysis.heads.sweep` compares a model
+with plain hooks before using this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nextstate.agents.forward import instead, read_out
+from nextstate.agents.language import LanguageModel
+from nextstate.agents.masks import LOCK, Places
+from nextstate.agents.sites import Activation, Site
+from nextstate.agents.tracing import given, is_linear, with_stream
+
+
+class Copy(NamedTuple):
+    """The place that is patched in one run."""
+
+    layer: int
+    head: int  # 0 at sites without heads
+    start: int  # the first position that is patched
+    column: int = 0  # of the sweep
+
+
+Values = Callable[[int, Copy], Activation]  # layer and copy -> [pair token head dim], for the patched positions
+Overwrite = Callable[
+    [Float[Tensor, "pair copy token head dim"], Bool[Tensor, "copy head"], Float[Tensor, "pair token head dim"]], None
+]
+
+
+class NotSupported(RuntimeError):
+    """A model's blocks cannot be resumed with many copies in one call."""
+
+
+class BlockInputs(NamedTuple):
+    """The arguments of a block besides the residual stream, for tokens of the positions from `first` on."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden: Bool[Tensor, "late position"] | None  # what tokens may not attend to, if that is not only what comes later
+
+
+# --- recording
+
+
+@contextmanager
+def watch_projections(model: LanguageModel, late: Int[Tensor, " late"]) -> Iterator[list[dict[nn.Module, Tensor]]]:
+    """Keep the outputs of all linear layers that run before the output projection of attention, in each block.
+
+    Args:
+        model: the language model.
+        late: columns to keep.
+    """
+    found: list[dict[nn.Module, Tensor]] = [{} for _ in model.sites.per_layer]
+    seen: list[set[nn.Module]] = [set() for _ in model.sites.per_layer]
+    with ExitStack() as stack:
+        for layer, own in enumerate(model.sites.per_layer):
+            if own.projection is None:
+                continue
+            over: list[bool] = []
+
+            def keep(module: nn.Module, _: Any, out: Any, layer: int = layer, over: list[bool] = over) -> None:
+                if module in seen[layer]:
+                    found[layer].pop(module, None)  # called twice: which call is meant cannot be known
+                elif not over and isinstance(out, Tensor) and out.ndim == 3:
+                    found[layer][module] = out[:, late]
+                seen[layer].add(module)
+
+            def end(*_: Any, over: list[bool] = over) -> None:
+                over.append(True)
+
+            stack.callback(own.projection.register_forward_pre_hook(end).remove)
+            for module in own.block.modules():
+                if is_linear(module) and module is not own.projection:
+                    stack.callback(module.register_forward_hook(keep).remove)
+        yield found
+
+
+class _Stop(Exception):
+    """Ends a call of a block once the keys and values are known."""
+
+
+class _Own(DynamicCache):  # type: ignore[misc]
+    """A cache that returns new keys and values alone; those of the base run are added by `attention`."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.stops, self.last = length, False, (torch.empty(0), torch.empty(0))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.last = key_states, value_states
+        if self.stops:
+            raise _Stop
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+
+def record_inputs(
+    model: LanguageModel, tokens: Int[Tensor, "pair position"], first: int
+) -> tuple[list[BlockInputs], _Own]:
+    """Return the arguments that the model passes to its blocks for the tokens from `first` on, and the cache in them.
+
+    Raises:
+        NotSupported: the model does not call its blocks once each, or with other masks.
+    """
+    length = tokens.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=model.device).tril()[first:]
+    places = Places(causal[None], torch.arange(length, device=model.device)[None])
+    cache, found = _Own(first), list[BlockInputs]()
+
+    def recorder(as_tuple: bool) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            stream, mask = given(args, kwargs), kwargs.get("attention_mask")
+            if stream is None or stream.shape[:2] != (len(tokens), length - first):
+                raise NotSupported("a block has no residual stream among its arguments")
+            hidden = None
+            if isinstance(mask, Tensor):
+                seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+                if mask.ndim != 4 or mask.shape[2:] != causal.shape or not (seen == seen[:1, :1]).all():
+                    raise NotSupported("a block has a mask that is not the same for all rows and heads")
+                hidden = None if torch.equal(seen[0, 0], causal) else ~seen[0, 0]
+            found.append(BlockInputs(args, kwargs, hidden))
+            return (stream,) if as_tuple else stream
+
+        return record
+
+    recorders = {x.block: recorder(x.returns_tuple) for x in model.sites.per_layer}
+    with instead(recorders), read_out(model.model, lambda x: x[:1, :1]):
+        model.forward.in_tree(tokens[:, first:], places, cache)
+    if len(found) != model.sites.layers:
+        raise NotSupported("blocks are not called once each")
+    return found, cache
+
+
+# --- running copies
+
+
+class _Call:
+    """The tokens of a call of a block, and how its attention is computed.
+
+    First come the tokens of copies that are `wide`: from a copy's start to the end of the prompt, or the last alone.
+    The first wide copy is the control that is patched everywhere, in which the base run's columns are the source run's.
+    Behind them come the tokens of copies that enter.
+
+    Args:
+        model: the language model.
+        starts: position of the first token of each wide copy.
+        old: number of wide copies of which every input differs from the base run's; of others it is the first token's.
+        entering: position of each token of the copies that enter, whose input is the base run's.
+        length: tokens of a prompt.
+        own: keys and values of the wide copies, [pair kv token dim], if only their last tokens are in the call.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        starts: Int[np.ndarray, " copy"],
+        old: int,
+        entering: Int[np.ndarray, " token"],
+        length: int,
+        own: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        spans = length - starts
+        ends = np.cumsum(spans)
+        self.device, self.own, self.length = model.device, own, length
+        self.spans, self.widest = spans, int(spans.max())
+        self.first, self.last = ends - spans, ends - 1
+        all_at = np.arange(ends[-1]) - np.repeat(self.first - starts, spans)
+        at, begins = (all_at, np.repeat(starts, spans)) if own is None else (np.full(len(starts), length - 1), starts)
+        self.wide, self.entering, self.copies = len(at), len(entering), len(starts)
+        self.changed = int(ends[old - 1]) if old else 0  # tokens whose input differs from the base run's, and then
+        self.new = self.first[old:] - self.changed  # ... the first tokens of new copies, among those that follow
+        self.at = self.index(np.concatenate([at, entering]))
+        self.begins = self.index(np.concatenate([begins, entering + 1]))  # tokens see these columns of the base run
+        self.control = int(starts[0])
+        # Copies side by side for attention to their own keys: token of each [copy, place], padded at the end.
+        places = np.minimum(self.first[:, None] + np.arange(self.widest), self.last[:, None])
+        self.square = bool((spans == self.widest).all())
+        self.padded = self.index(places.ravel())
+        self._places = all_at[places]  # position of each [copy, place]
+        self.flat = self.index(
+            np.repeat(np.arange(len(starts)) * self.widest - self.first, spans) + np.arange(ends[-1])
+        )
+
+    def hides_own(self, hidden: Bool[Tensor, "late position"] | None, first: int) -> Tensor | None:
+        """Return which of its own keys each token may not attend to, [copy token place]; None: only later ones."""
+        if self.own is None and hidden is None:
+            return None
+        keys = np.arange(self.widest)
+        if self.own is not None:  # the last token of each copy
+            hides = self.index(keys >= self.spans[:, None])[:, None]
+            return hides if hidden is None else hides | hidden[-1][self.index(self._places)][:, None]
+        places = self.index(self._places)
+        assert hidden is not None
+        later = self.index(keys[:, None] < keys)
+        return later | hidden[(places - first)[:, :, None], places[:, None]]
+
+    def index(self, values: Int[np.ndarray, ...]) -> Tensor:
+        """Return indices on the device."""
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+
+    def apart(self, x: Float[Tensor, "pair head token dim"]) -> Float[Tensor, "pair head copy place dim"]:
+        """Return the tokens of wide copies side by side, padded at the end."""
+        x = x if self.square else x.index_select(2, self.padded)
+        return x.reshape(*x.shape[:2], self.copies, self.widest, *x.shape[3:])
+
+    def together(self, x: Float[Tensor, "pair head copy place dim"]) -> Float[Tensor, "pair head token dim"]:
+        """Undo `apart`."""
+        x = x.flatten(2, 3)
+        return x if self.square else x.index_select(2, self.flat)
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """The base and source runs of pairs, from which patched copies are resumed.
+
+    Axes called `late` hold the positions from `first` on. In `keys`, columns 0, 1, ... are those of the base run.
+
+    Attributes:
+        model: the language model.
+        tokens: the base prompts.
+        first: the first position that may be patched.
+        keys: keys and values of both runs, by layer.
+        columns: columns of the source run in `keys`.
+        shared: number of first tokens that are equal in both runs of all pairs; their columns are the same.
+        base: residual stream of the base run before each layer.
+        source: ... of the source run.
+        projected: outputs of the projections before attention in the base run, by layer.
+    """
+
+    model: LanguageModel
+    tokens: Int[Tensor, "pair position"]
+    first: int
+    keys: list[tuple[Float[Tensor, "pair kv column dim"], Float[Tensor, "pair kv column dim"]]]
+    columns: Int[Tensor, " position"]
+    shared: int
+    base: list[Float[Tensor, "pair late hidden"]]
+    source: list[Float[Tensor, "pair late hidden"]]
+    projected: list[dict[nn.Module, Float[Tensor, "pair late out"]]]
+
+    def select(self, rows: Int[Tensor, " row"]) -> Resumable:
+        """Return the same for a selection of the pairs."""
+        keys = [(k[rows], v[rows]) for k, v in self.keys]
+        projected = [{module: x[rows] for module, x in layer.items()} for layer in self.projected]
+        base, source = ([x[rows] for x in stream] for stream in (self.base, self.source))
+        return replace(self, tokens=self.tokens[rows], keys=keys, base=base, source=source, projected=projected)
+
+    @cached_property
+    def inputs(self) -> tuple[list[BlockInputs], _Own]:
+        """The arguments of the blocks, and the cache among them."""
+        return record_inputs(self.model, self.tokens, self.first)
+
+    def run(
+        self,
+        site: Site,
+        copies: Sequence[Copy],
+        values: Values,
+        taken: Mapping[int, Activation],
+        whole: bool,
+        overwrite: Overwrite,
+        only: Int[Tensor, "pair token"] | None = None,
+    ) -> tuple[Float[Tensor, "pair copy vocab"], list[int]]:
+        """Return the logits of two controls and of all copies, and the layers in which `site` was reached.
+
+        The first control is not patched; the second one is patched everywhere, with what the source run has.
+
+        Args:
+            site: the site to patch.
+            copies: the places to patch, ordered by layer and column; each of them can change the answer.
+            values: activations to patch in.
+            taken: the site in the source run, by layer, from position `first` on.
+            whole: patch all positions from the start of a copy instead of that one alone. Then all starts are equal.
+            overwrite: writes values into heads of copies.
+            only: tokens of each pair to compute logits of; by default the whole vocabulary.
+
+        Raises:
+            NotSupported: blocks do not work in the way that this needs.
+        """
+        sites, length, entry = self.model.sites, self.tokens.shape[1], copies[0].layer
+        end, begin = sites.layers - 1, min(copy.start for copy in copies)
+        stream = site == "resid_pre"  # the input of a block is patched: there is no layer in which a copy is one token
+        heads, reached, span = sites.shape(site, entry)[0], list[int](), length - begin
+        every = torch.ones(1, heads, dtype=torch.bool, device=self.model.device)
+        # Tokens of wide copies before each layer, [pair token hidden], the controls first: patched everywhere, nowhere.
+        own = self.base[entry][:, begin - self.first :]
+        wide = torch.cat([own if stream else self.source[entry][:, begin - self.first :], own], 1)
+        starts = np.array([begin, begin])
+        fresh, fresh_starts = wide[:, :0], starts[:0]  # the first tokens of copies that have become wide
+        for layer in range(entry, end + 1):
+            mine = [copy for copy in copies if copy.layer == layer]
+            groups = [list(group) for _, group in groupby(mine, lambda copy: copy.column)]
+            at = np.array([copy.start for copy in mine], dtype=np.int64)
+            entering = at
+            if whole:
+                entering = (at[:, None] + np.arange(span) if stream or layer < end else at[:, None] + span - 1).ravel()
+            entered = self.base[layer].index_select(1, torch.from_numpy(entering - self.first).to(self.model.device))
+            if stream:
+                reached.append(layer)
+                wide = wide.clone()
+                wide[:, :span] *= -1  # makes the control fail where it is not patched
+                overwrite(wide[:, None, :span, None], every, taken[layer][:, begin - self.first :])
+                self._patch(entered[:, :, None], layer, groups, values, overwrite)
+                if whole:
+                    wide, starts = torch.cat([wide, entered], 1), np.concatenate([starts, at])
+                else:
+                    fresh, fresh_starts = entered, at
+                entering, entered = entering[:0], entered[:, :0]
+            call = _Call(self.model, np.concatenate([starts, fresh_starts]), len(starts), entering, length)
+            first = self.base[layer].index_select(1, call.at[call.changed : call.wide] - self.first)
+            first[:, call.new] = fresh
+            wide, starts = torch.cat([wide, first], 1), np.concatenate([starts, fresh_starts])
+            if layer == end and call.widest > 1:
+                keys = self._keys(layer, wide, call)
+                wide = wide.index_select(1, call.index(call.last))
+                call = _Call(self.model, starts, len(starts), entering, length, keys)
+
+            def patch(
+                x: Activation, layer: int = layer, call: _Call = call, groups: list[list[Copy]] = groups
+            ) -> Activation:
+                reached.append(layer)
+                x = x.clone()
+                control = span if call.own is None else 1
+                x[:, :control] *= -1  # makes the control fail where it is not patched
+                overwrite(x[:, None, :control], every, taken[layer][:, -control:])
+                self._patch(x[:, call.wide :], layer, groups, values, overwrite)
+                return x
+
+            hooked = not stream and layer in sites.layers_with(site)
+            with sites.hook(site, layer, patch) if hooked else ExitStack():
+                hidden = self._call(layer, torch.cat([wide, entered], 1), call)
+            if whole and layer < end:
+                wide, starts = hidden, starts if stream else np.concatenate([starts, at])
+            else:
+                wide, fresh, fresh_starts = hidden[:, : call.wide], hidden[:, call.wide :], at
+                fresh_starts = fresh_starts[: fresh.shape[1]]
+        return self._logits(torch.cat([wide[:, [1, 0]], wide[:, 2:], fresh], 1), only), reached
+
+    def _patch(
+        self,
+        entering: Float[Tensor, "pair token head dim"],
+        layer: int,
+        groups: Sequence[Sequence[Copy]],
+        values: Values,
+        overwrite: Overwrite,
+    ) -> None:
+        """Write values into the heads of copies that enter, in place."""
+        low = 0
+        for group in groups:
+            new = values(layer, group[0])
+            deep = min(new.shape[1], entering.shape[1] // sum(map(len, groups)))
+            high = low + len(group) * deep
+            chosen = torch.zeros(len(group), entering.shape[2], dtype=torch.bool)
+            chosen[torch.arange(len(group)), [copy.head for copy in group]] = True
+            target = entering[:, low:high].view(len(entering), len(group), deep, *entering.shape[2:])
+            overwrite(target, chosen.to(entering.device), new[:, -deep:])
+            low = high
+
+    def _call(
+        self, layer: int, hidden: Float[Tensor, "pair token hidden"], call: _Call
+    ) -> Float[Tensor, "pair token hidden"]:
+        """Run a block on the tokens of copies."""
+        own, inputs = self.model.sites.per_layer[layer], self.inputs[0][layer]
+        late = call.at[: hidden.shape[1]] - self.first
+        args, kwargs = with_stream(self._cut(inputs.args, late), self._cut(inputs.kwargs, late), hidden)
+        calls: list[nn.Module] = []
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **more: Any) -> Any:
+            calls.append(module)
+            return self._attend(layer, call, query, key, value, more.get("scaling"), more.get("softcap")), None
+
+        with _attention_by(attend, self.model.forward.masks.attention), self._reusing(layer, call):
+            out = own.block(*args, **kwargs)
+        if len(calls) != 1:
+            raise NotSupported("a block does not use the attention functions of transformers once")
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+    def _keys(self, layer: int, wide: Float[Tensor, "pair token hidden"], call: _Call) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of wide copies, [pair kv token dim]."""
+        cache = self.inputs[1]
+        cache.stops = True
+        try:
+            self._call(layer, wide, call)
+        except _Stop:
+            return cache.last
+        finally:
+            cache.stops = False
+        raise NotSupported("a block does not use its cache")
+
+    def _logits(
+        self, hidden: Float[Tensor, "pair copy hidden"], only: Int[Tensor, "pair token"] | None
+    ) -> Float[Tensor, "pair copy vocab"]:
+        """Apply what follows the last block."""
+        model, n = self.model, hidden.shape[1]
+        returned = {True: lambda *_, **__: (hidden,), False: lambda *_, **__: hidden}
+        tokens = torch.zeros(len(hidden), n, dtype=torch.long, device=model.device)
+        places = Places(torch.eye(n, dtype=torch.bool, device=model.device)[None], tokens[:1])
+        blocks = {x.block: returned[x.returns_tuple] for x in model.sites.per_layer}
+        with instead(blocks), read_out(model.model, lambda x: x, only):
+            return model.forward.in_tree(tokens, places)
+
+    def _cut(self, value: Any, late: Int[Tensor, " token"]) -> Any:
+        """Return arguments of a block for tokens at some of the recorded positions."""
+        if isinstance(value, tuple):
+            return tuple([self._cut(v, late) for v in value])
+        if isinstance(value, dict):
+            return {k: self._cut(v, late) for k, v in value.items()}
+        recorded = self.tokens.shape[1] - self.first
+        if not isinstance(value, Tensor) or value.ndim > 3:
+            return value  # masks too: `_attend` has them in `BlockInputs.hidden`
+        if value.ndim > 1 and value.shape[1] == recorded:
+            return value.index_select(1, late.to(value.device))
+        return value[late.to(value.device)] if value.shape == (recorded,) else value
+
+    @contextmanager
+    def _reusing(self, layer: int, call: _Call) -> Iterator[None]:
+        """Compute the projections before attention only for tokens whose input is not that of the base run."""
+        n = call.changed if call.own is None else call.wide
+        if n == len(call.at):
+            yield
+            return
+        late = call.at[n:] - self.first
+        new = call.index(call.new)
+
+        def reuse(whole: Callable[[Tensor], Tensor], base: Tensor) -> Callable[[Tensor], Tensor]:
+            def project(x: Tensor) -> Tensor:
+                if x.ndim != 3 or x.shape[1] not in (call.wide, call.wide + call.entering):
+                    return whole(x)
+                rest = base.index_select(1, late[: x.shape[1] - n])
+                computed = whole(torch.cat([x[:, :n], x[:, n:].index_select(1, new)], 1))
+                rest[:, new] = computed[:, n:]
+                return torch.cat([computed[:, :n], rest], 1)
+
+            return project
+
+        with instead({module: reuse(module.forward, base) for module, base in self.projected[layer].items()}):
+            yield
+
+    def _attend(
+        self,
+        layer: int,
+        call: _Call,
+        query: Float[Tensor, "pair head token dim"],
+        key: Float[Tensor, "pair kv token dim"],
+        value: Float[Tensor, "pair kv token dim"],
+        scaling: float | None,
+        softcap: float | None,
+    ) -> Float[Tensor, "pair token head dim"]:
+        """Return the attention of copies to the base run before them, and to their own tokens."""
+        hidden, heads = self.inputs[0][layer].hidden, query.shape[1]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        keys, values = (_repeated(x, heads) for x in self._shared(layer, call))
+        out, total = _partial(query, keys, values, self._hides(call, hidden, keys.shape[2]), False, scale, softcap)
+        n, wide = call.wide, out[:, :, : call.wide]
+        key, value = (key[:, :, :n], value[:, :, :n]) if call.own is None else call.own
+        key, value = (_rows(call.apart(_repeated(x, heads))) for x in (key, value))
+        queries = _rows(call.apart(query[:, :, :n]) if call.own is None else query[:, :, :n, None])
+        hide = call.hides_own(hidden, self.first)
+        found, more = _partial(queries, key, value, hide, call.own is None, scale, softcap)
+        found, more = (x.reshape(len(query), call.copies, *x.shape[1:]).transpose(1, 2) for x in (found, more))
+        found, more = (call.together(x) if call.own is None else x.flatten(2, 3) for x in (found, more))
+        weight = torch.sigmoid(total[:, :, :n] - more)[..., None].to(found.dtype)  # of the base run's columns
+        out = torch.cat([torch.lerp(found, wide, weight), out[:, :, n:]], 2)
+        return out.transpose(1, 2)
+
+    def _shared(self, layer: int, call: _Call) -> tuple[Tensor, Tensor]:
+        """Return the keys and values that several copies attend to, without the source run's own if it has none yet."""
+        keys, values = self.keys[layer]
+        columns = self.tokens.shape[1] if call.control <= self.shared else keys.shape[2]
+        return keys[:, :, :columns], values[:, :, :columns]
+
+    def _hides(self, call: _Call, hidden: Tensor | None, columns: int) -> Bool[Tensor, "token column"]:
+        """Return which of the shared columns each token may not attend to."""
+        length = self.tokens.shape[1]
+        hides = torch.arange(columns, device=call.at.device) >= call.begins[:, None]
+        if columns > length:
+            control = slice(0, length - call.control if call.own is None else 1)
+            hides[control] = True
+            hides[control, self.columns[: call.control]] = False
+        if hidden is not None:
+            places = torch.cat([torch.arange(length), torch.arange(self.shared, length)])[:columns]
+            hides |= hidden[call.at - self.first][:, places.to(hidden.device)]
+        return hides
+
+
+@contextmanager
+def _attention_by(attend: Callable[..., Any], names: Sequence[str]) -> Iterator[None]:
+    """Let models compute attention by another function instead of those of transformers of some names."""
+    with LOCK, ExitStack() as stack:
+        local = ALL_ATTENTION_FUNCTIONS._local_mapping
+        for name in names:
+            before = local.get(name)
+            local[name] = attend
+            stack.callback(local.pop, name) if before is None else stack.callback(local.__setitem__, name, before)
+        yield
+
+
+def _repeated(x: Float[Tensor, "pair kv token dim"], heads: int) -> Float[Tensor, "pair head token dim"]:
+    """Return keys or values for each query head."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _rows(x: Float[Tensor, "pair head copy token dim"]) -> Float[Tensor, "row head token dim"]:
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _partial(
+    query: Float[Tensor, "row head token dim"],
+    key: Float[Tensor, "row head column dim"],
+    value: Float[Tensor, "row head column out"],
+    hide: Bool[Tensor, "*row token column"] | None,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Float[Tensor, "row head token out"], Float[Tensor, "row head token"]]:
+    """Return attention to some columns, and the logarithm of the sum over them, by which several can be combined.
+
+    Args:
+        query: queries.
+        key: keys.
+        value: values.
+        hide: the columns that each token may not attend to.
+        causal: hide later columns; tokens and columns are the same.
+        scale: factor of the scores.
+        softcap: bound of the scores, as Gemma-2 has it.
+    """
+    hide = hide if hide is None or hide.ndim == 2 else hide[:, None]
+    if query.device.type == "cpu" and softcap is None and query.shape[-1] == value.shape[-1]:
+        mask = None if hide is None else torch.zeros(hide.shape, dtype=query.dtype).masked_fill_(hide, -math.inf)
+        mask = mask if mask is None or mask.ndim == 4 else mask[None, None]
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, total = attend(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    else:
+        scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scale
+        scores = scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+        if causal:
+            scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).triu(1), -math.inf)
+        if hide is not None:
+            scores.masked_fill_(hide, -math.inf)
+        total = scores.logsumexp(-1)
+        out = (scores - total[..., None]).exp_().nan_to_num_().to(value.dtype) @ value
+    return out, total if hide is None else total.masked_fill(hide.all(-1), -math.inf)
