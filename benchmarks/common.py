@@ -97,7 +97,7 @@ def compare(
     seconds: list[list[float]] = [[] for _ in works]
     worst = [0.0] * len(peers)
     for number in range(repeats + 1):
-        print(f"{name} {shape}: round {number} of {repeats}", file=sys.stderr, flush=True)
+        print(f"{name} {shape}".rstrip() + f": round {number} of {repeats}", file=sys.stderr, flush=True)
         mine, *others = (timed(work) for work in works)
         worst = [max(w, difference(mine.answer, peer.answer)) for w, peer in zip(worst, others, strict=True)]
         if number:
