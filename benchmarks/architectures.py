@@ -170,7 +170,6 @@ def main() -> None:
     args = parse(
         __doc__ or "",
         names="architectures, with commas between them",
-        out="write a record (JSON)",
         docs="write the table as a page (Markdown)",
     )
     warnings.filterwarnings("ignore")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -177,7 +178,10 @@ def main() -> None:
         widths = (f"{width:.3f}" for width in row["widths"].values())
         table.add_row(part, str(row["cells"]), f"{row['lowest']:.3f}", f"{row['mean']:.3f}", str(row["below"]), *widths)
     Console(width=150).print(table)
-    print(json.dumps({"draws": draws, "results": found, "versions": versions(("numpy", "scipy"))}))
+    record = json.dumps({"draws": draws, "results": found, "versions": versions(("numpy", "scipy"))})
+    if given.out:
+        Path(given.out).write_text(record + "\n")
+    print(record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Result, compare, finish, parse
+from benchmarks.common import Peer, Result, compare, finish, parse
 from nextstate.envs.grammar.derivation import sample
 from nextstate.envs.grammar.grammar import Grammar
 from nextstate.envs.grammar.inside import member, next_tokens
@@ -108,22 +108,18 @@ def against_plain(name: str, many: int, repeats: int) -> list[Result]:
         at = int(rng.integers(len(string)))
         string[at] = (string[at] + 1) % len(grammar.terminals)
     told = f"{name}, {many} strings"
+    parsed: Peer[Any] = Peer("a plain CYK parser", "usual", lambda: plain_member(grammar, mixed))
+    charted: Peer[Any] = Peer("a plain CYK parser", "usual", lambda: plain_next(grammar, strings))
+
+    def apart(a: list[list[list[float]]], b: list[list[list[float]]]) -> float:
+        return max(float(np.abs(np.array(x) - np.array(y)).max()) for x, y in zip(a, b, strict=True))
+
     return [
-        compare(
-            f"membership, {told}",
-            lambda: member(grammar, mixed).tolist(),
-            lambda: plain_member(grammar, mixed),
-            lambda a, b: float(a != b),
-            repeats,
-        ),
-        compare(
-            f"next tokens, {told}",
-            lambda: [after.p.tolist() for after in next_tokens(grammar, strings)],
-            lambda: plain_next(grammar, strings),
-            lambda a, b: max(float(np.abs(np.array(x) - np.array(y)).max()) for x, y in zip(a, b, strict=True)),
-            repeats,
-        ),
-    ]
+        *compare(f"membership, {told}", lambda: member(grammar, mixed).tolist(), [parsed],
+                 lambda a, b: float(a != b), repeats),
+        *compare(f"next tokens, {told}", lambda: [after.p.tolist() for after in next_tokens(grammar, strings)],
+                 [charted], apart, repeats),
+    ]  # fmt: skip
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
@@ -189,12 +185,13 @@ def by_length(quick: bool) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    quick = parse(__doc__ or "").quick
+    args = parse(__doc__ or "")
+    quick = args.quick
     results = [
-        result for name in ("cfg3b", "cfg3f") for result in against_plain(name, 12 if quick else 40, 1 if quick else 3)
+        result for name in ("cfg3b", "cfg3f") for result in against_plain(name, 12 if quick else 40, args.repeats)
     ]
     rates = published_rates(40 if quick else 400)
-    finish("Grammars", results, ("numpy", "scipy"), {**rates, **by_length(quick)})
+    finish(args, "grammar", results, ("numpy", "scipy"), {**rates, **by_length(quick)})
 
 
 if __name__ == "__main__":

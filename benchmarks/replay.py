@@ -1,103 +1,128 @@
-"""Scoring whole episodes in one forward pass, against one forward pass a question.
+"""Answering all questions of an episode: `replay`, from prompts to rows of a table, against peers.
 
-    python -m benchmarks.replay [--quick]
+    python -m benchmarks.replay [--quick] [--lm-eval PATH] [--out FILE]
 
-The peer is what evaluation harnesses do: each question is its own prompt; prompts of like length go through in
-left-padded batches of 16, with logits of the last token alone; choices of several tokens need a row of their own. Both
-score the same questions with the same weights (random ones; the time does not depend on them), and their
-log-probabilities and greedy answers must agree.
+Ours is the whole pipeline after the episodes are drawn: tokens, tree, forward pass, predictions, rows. Peers get the
+tokens of each prompt and choice and return log-probabilities and greedy answers, which must agree with ours. The
+questions of "DFA, one-token choices" stay in the transcript, so that one plain forward pass over it is the least that
+any method can do. With `--lm-eval`, the folder of an installation of lm-eval (`pip install --no-deps --target PATH
+lm-eval==0.4.13`), its `HFLM` is timed too. In the large shape, peers that read each question by itself do the questions
+in the middle of the episode, whose prompts have the average length, and their time is scaled up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel
-
-from benchmarks.common import Result, compare, finish, parse
-from nextstate.agents.agent import Prediction, Prompt
+from benchmarks.common import Peer, Result, compare, finish, parse
+from benchmarks.models import GPT2_SMALL, Shape, random_gpt2, shapes
+from benchmarks.peers import Answer, Request, cache, harness, one_pass_each, rows, transcript
+from nextstate.agents.agent import Prompt
 from nextstate.agents.language import LanguageModel
-from nextstate.agents.rollout import episodes_of, prompts_of
-from nextstate.agents.training import TrainConfig, train_tokenizer
+from nextstate.agents.rollout import episodes_of, prompts_of, replay
+from nextstate.agents.text import Encoder
 from nextstate.envs.contrast import segments
+from nextstate.envs.game import Episode
 from nextstate.envs.games import make_game
 
-BATCH = 16
+
+class Job(NamedTuple):
+    """The episode that is answered."""
+
+    name: str
+    game: str
+    settings: Mapping[str, Any]
+    steps: int
+    ask: int | Literal["all"] = 1
+    inline: bool = False  # every prompt is a prefix of the longest one, and choices are one token
 
 
-@torch.inference_mode()
-def one_forward_a_question(agent: LanguageModel, prompts: Sequence[Prompt]) -> list[tuple[list[float], int]]:
-    """Return, for each prompt, the summed log-probability of each choice and the greedy choice (-1: none)."""
-    rows: list[tuple[int, int, list[int], list[int]]] = []  # prompt, choice (-1: all of one token), head, tail
-    for i, prompt in enumerate(prompts):
+JOBS = (
+    Job("DFA, 50 steps, one-token choices", "DFA", {"states": 10}, 50, inline=True),
+    Job("DFA, 10 steps, two-token choices", "DFA", {"states": 10, "symbols": "pairs"}, 10),
+    Job("Box, 10 moves, 8 boxes", "Box", {"boxes": 8}, 10),
+    Job("TextWorld, 10 steps, all questions", "TextWorld", {"rooms": 3, "objects": 6, "games": 1}, 10, "all"),
+)
+TIMED = 16  # questions that a slow peer answers in the large shape
+
+
+def requests_of(encoder: Encoder, prompts: Sequence[Prompt]) -> list[Request]:
+    """Return the tokens of prompts and choices."""
+    out = []
+    for prompt in prompts:
         opening, *rest = segments(*prompt)
-        head = [*agent.encoder.opening(opening), *(token for text in rest for token in agent.encoder.piece(text))]
-        rows.append((i, -1, head, []))
-        tails = [list(agent.encoder.piece(c)) for c in prompt.asked.choices]
-        rows += [(i, c, head + tail[:-1], tail) for c, tail in enumerate(tails) if len(tail) > 1]
-    out = [([math.nan] * len(p.asked.choices), -1) for p in prompts]
-    rows.sort(key=lambda r: len(r[2]))
-    for k in range(0, len(rows), BATCH):
-        batch = rows[k : k + BATCH]
-        width = max(len(r[2]) for r in batch)
-        longest = max([1, *(len(r[3]) for r in batch)])
-        tokens = torch.tensor([[0] * (width - len(r[2])) + r[2] for r in batch])
-        mask = torch.tensor([[0] * (width - len(r[2])) + [1] * len(r[2]) for r in batch])
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = agent.model(
-            tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=longest
-        ).logits
-        for (i, c, _, tail), row in zip(batch, logits.float().log_softmax(-1), strict=True):
-            sums, greedy = out[i]
-            if c >= 0:
-                ends = row[-len(tail) :]
-                sums[c] = sum(float(ends[j, token]) for j, token in enumerate(tail))
-                hit = all(int(ends[j].argmax()) == token for j, token in enumerate(tail))
-                out[i] = (sums, c if hit else greedy)
-                continue
-            for j, choice in enumerate(prompts[i].asked.choices):
-                piece = agent.encoder.piece(choice)
-                if len(piece) == 1:
-                    sums[j] = float(row[-1, piece[0]])
-                    greedy = j if int(row[-1].argmax()) == piece[0] else greedy
-            out[i] = (sums, greedy)
+        context = [*encoder.opening(opening), *(token for text in rest for token in encoder.piece(text))]
+        out.append(Request(tuple(context), tuple(encoder.piece(choice) for choice in prompt.asked.choices)))
     return out
 
 
-def difference(ours: Sequence[Prediction], peer: Sequence[tuple[list[float], int]]) -> float:
+def ours(agent: LanguageModel, episodes: Sequence[Episode]) -> list[dict[str, Any]]:
+    """Answer all questions, on our way."""
+    return list(replay(agent, episodes).rows)
+
+
+def difference(prompts: Sequence[Prompt], mine: Sequence[Mapping[str, Any]], peer: Sequence[Answer | None]) -> float:
     """Return the largest difference of any log-probability; infinite where a greedy answer differs."""
-    if any(o.greedy != greedy for o, (_, greedy) in zip(ours, peer, strict=True)):
-        return math.inf
-    return max(
-        abs(a - b) for o, (sums, _) in zip(ours, peer, strict=True) for a, b in zip(o.logprobs, sums, strict=True)
-    )
+    worst = 0.0
+    for prompt, row, answer in zip(prompts, mine, peer, strict=True):
+        if answer is None:  # not measured
+            continue
+        if answer.greedy >= 0 and row["greedy"] != prompt.asked.choices[answer.greedy].strip():
+            return math.inf
+        worst = max(worst, *(abs(a - b) for a, b in zip(row["logprobs"], answer.logprobs, strict=True)))
+    return worst
+
+
+def middle(
+    score: Callable[[Sequence[Request]], list[Answer]], requests: Sequence[Request], count: int
+) -> list[Answer | None]:
+    """Answer `count` requests in the middle alone."""
+    first = (len(requests) - count) // 2
+    found = score(requests[first : first + count])
+    return [None] * first + found + [None] * (len(requests) - count - first)
+
+
+def compared(job: Job, agent: LanguageModel, shape: Shape, lm_eval: Any | None, repeats: int) -> list[Result]:
+    """Compare one job in one shape with all peers."""
+    episodes = episodes_of(make_game(job.game, **job.settings), range(1), job.steps, job.ask)
+    prompts = [p for e in episodes for p in prompts_of(e)]
+    requests = requests_of(agent.encoder, prompts)
+    assert all(len(c) == 1 for r in requests for c in r.choices) or not job.inline
+    model = agent.model
+    fast: dict[str, Callable[[], Any]] = {
+        "key-value cache, cropped and used again": lambda: cache.score(model, requests),
+    }
+    if job.inline:
+        fast = {"one plain forward pass of the transcript": lambda: transcript.score(model, requests), **fast}
+    else:
+        fast["longest prompt read once, branches as rows"] = lambda: rows.score(model, requests)
+    slow: dict[str, Callable[[Sequence[Request]], list[Answer]]] = {}
+    if lm_eval is not None:
+        slow["lm-eval, HFLM"] = partial(harness.score, lm_eval)
+    slow["one forward pass for each question, batches of 16"] = partial(one_pass_each.score, model)
+    count = min(TIMED, len(requests)) if shape == GPT2_SMALL else len(requests)
+    peers: list[Peer[Any]] = [Peer(name, "strongest", work) for name, work in fast.items()]
+    peers += [
+        Peer(name, "usual", partial(middle, work, requests, count), count / len(requests))
+        for name, work in slow.items()
+    ]
+    print(f"{job.name}: {len(requests)} questions, up to {max(len(r.context) for r in requests)} tokens")
+    return compare(job.name, lambda: ours(agent, episodes), peers, partial(difference, prompts), repeats, shape)
 
 
 def main() -> None:
     """Run the comparisons."""
-    args = parse(__doc__ or "")
-    tokenizer = train_tokenizer(TrainConfig())
-    torch.manual_seed(0)
-    shape = {"n_layer": 4, "n_head": 4, "n_embd": 256} if args.quick else {"n_layer": 12, "n_head": 12, "n_embd": 768}
-    model = GPT2LMHeadModel(GPT2Config(**shape, n_positions=1024, vocab_size=50257)).eval()
-    agent = LanguageModel("random GPT-2", loaded=(model, tokenizer))
-    told = f"GPT-2 of {shape['n_layer']} x {shape['n_head']} x {shape['n_embd']}"
-    cells = [
-        ("DFA", {"states": 10}, 50, 1),
-        ("DFA", {"states": 10, "symbols": "pairs"}, 10, 1),
-        ("Box", {"boxes": 8}, 10, 1),
-    ]
+    args = parse(__doc__ or "", lm_eval="folder in which lm-eval 0.4.13 is installed")
     results: list[Result] = []
-    for game, settings, steps, episodes in cells:
-        made = make_game(game, **settings)
-        prompts = [p for e in episodes_of(made, range(episodes), steps) for p in prompts_of(e)]
-        name = f"{game} {settings}, {steps} steps, {made.max_choices} choices, {told}"
-        repeats = 3 if args.quick else 1  # minutes each
-        ours, peer = (lambda p=prompts: agent.predict(p)), (lambda p=prompts: one_forward_a_question(agent, p))
-        results.append(compare(name, ours, peer, difference, repeats))
-    finish("Replay against one forward pass a question (CPU, float32)", results, ("torch", "transformers"))
+    for shape in shapes(args.quick):
+        agent = random_gpt2(shape)
+        lm_eval = harness.load(agent.model, agent.tokenizer, args.lm_eval) if args.lm_eval else None
+        for job in JOBS:
+            results += compared(job, agent, shape, lm_eval, args.repeats)
+    finish(args, "replay", results, ("torch", "transformers", "lm-eval"))
 
 
 if __name__ == "__main__":

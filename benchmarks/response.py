@@ -1,155 +1,63 @@
-"""Responses to pushes on all positions at 8 strengths, as branches, against one forward pass a push.
+"""Responses to pushes on each of 64 tokens at 8 strengths: `responses` against peers.
 
-    python -m benchmarks.response [--quick]
+    python -m benchmarks.response [--quick] [--out FILE]
 
-The peers are what one writes without branches: run the prompt, then once again for each position and strength, push the
-embedding there, read the residual stream of every layer, and compare. One does it with an nnsight trace a push, one
-with PyTorch hooks, calling the model as it comes, which also computes the vocabulary; one leaves the vocabulary out, as
-we do. All find the same responses, on the same weights (random ones; the time does not depend on them). A prompt has 64
-tokens.
-
-Pushed copies differ from position j on alone, so half of all tokens are saved, and no more can be: every later token
-changes in every layer. The rest of the gain comes from passes of many tokens, and from the vocabulary where a peer
-computes it. A peer needs 512 passes; in GPT-2 small's shape (and in `--quick`) it is timed on some of the positions,
-evenly spread, since all its passes cost the same, and scaled up. Times are CPU time of one thread.
+All push the embedding of one token along itself, read the residual stream after every layer and must find the same
+responses. A pushed prompt differs from the plain one from the pushed position on, so half of all tokens need not be
+read, and no more can be saved: every later token changes in every layer. Peers that need one forward pass for each
+push do some of the positions, evenly spread, since all their passes take equally long, and their time is scaled up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from statistics import median
-from time import process_time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import Result, finish, parse
-from nextstate.agents.language import LanguageModel
-from nextstate.agents.training import TrainConfig, train_tokenizer
+from benchmarks.common import Peer, Result, compare, finish, parse
+from benchmarks.models import GPT2_SMALL, Shape, random_gpt2, shapes
+from benchmarks.peers import push_each, push_rows, push_suffixes
 from nextstate.analysis.response.config import STRENGTHS
 from nextstate.analysis.response.measure import responses
 
 TOKENS = 64
-Found = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def ours(agent: LanguageModel, tokens: Found) -> Found:
-    """Measure, on our way: [strength layer position target]."""
-    return np.asarray(responses(agent, tokens).value[0, :, 0])
-
-
-@torch.inference_mode()
-def one_forward_each(agent: LanguageModel, tokens: Found, positions: Sequence[int], vocabulary: bool) -> Found:
-    """Run the whole prompt once for each position and strength."""
-    model: Any = agent.model if vocabulary else agent.model.transformer
-    blocks, ids = agent.model.transformer.h, torch.from_numpy(tokens)
-    seen: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out)) for block in blocks]
-    model(ids, use_cache=False)
-    base = torch.stack(seen)[:, 0]
-    out = np.full((len(STRENGTHS), len(blocks), len(positions), TOKENS), np.nan, dtype=np.float32)
-    for p, position in enumerate(positions):
-        for s, eps in enumerate(STRENGTHS):
-            size: list[float] = []
-
-            def push(
-                _: Any, args: tuple[torch.Tensor], at: int = position, eps: float = eps, size: list[float] = size
-            ) -> tuple[torch.Tensor]:
-                x = args[0].clone()
-                size.append(float(x[0, at].norm()))
-                x[0, at] *= 1 + eps
-                return (x, *args[1:])
-
-            seen.clear()
-            hook = blocks[0].register_forward_pre_hook(push)
-            model(ids, use_cache=False)
-            hook.remove()
-            moved = (torch.stack(seen)[:, 0] - base).norm(dim=-1) / (eps * size[0])
-            out[s, :, p, position:] = moved[:, position:].numpy()
-    for hook in hooks:
-        hook.remove()
-    return out
-
-
-@torch.inference_mode()
-def one_trace_each(agent: LanguageModel, tokens: Found, positions: Sequence[int]) -> Found:
-    """Do the same with one nnsight trace a push."""
-    model, ids = agent.traced, torch.from_numpy(tokens)
-    blocks = model.transformer.h
-    out = np.full((len(STRENGTHS), len(blocks), len(positions), TOKENS), np.nan, dtype=np.float32)
-    with model.trace(ids):
-        plain = list().save()
-        start = blocks[0].input.save()
-        for block in blocks:
-            plain.append(block.output)
-    base, sizes = torch.stack(list(plain))[:, 0], start[0].norm(dim=-1)
-    for p, position in enumerate(positions):
-        for s, eps in enumerate(STRENGTHS):
-            with model.trace(ids):
-                blocks[0].input[:, position] *= 1 + eps
-                seen = list().save()
-                for block in blocks:
-                    seen.append(block.output)
-            moved = (torch.stack(list(seen))[:, 0] - base).norm(dim=-1) / (eps * float(sizes[position]))
-            out[s, :, p, position:] = moved[:, position:].numpy()
-    return out
-
-
-def difference(mine: Found, theirs: Found) -> float:
+def difference(mine: np.ndarray[Any, Any], theirs: torch.Tensor) -> float:
     """Return how far pushed streams are apart at most, as a share of the norm of what is pushed."""
     strengths = np.array(STRENGTHS)[:, None, None, None]
-    return float(np.nanmax(np.abs(mine - theirs) * strengths))
+    return float(np.nanmax(np.abs(mine - theirs.numpy()) * strengths))
 
 
-def compared(layers: int, heads: int, width: int, vocabulary: int, stride: int, repeats: int) -> list[Result]:
-    """Time one shape against all peers, in turn; these do every `stride`-th position, and count `stride` times."""
-    config = GPT2Config(
-        n_layer=layers, n_head=heads, n_embd=width, n_positions=1024, vocab_size=vocabulary, bos_token_id=None,
-        eos_token_id=None,
-    )  # fmt: skip
-    agent = LanguageModel("random GPT-2", loaded=(GPT2LMHeadModel(config).eval(), train_tokenizer(TrainConfig())))
-    tokens = np.random.default_rng(0).integers(0, vocabulary, (1, TOKENS))
-    responses(agent, tokens, positions=[TOKENS - 2])  # warm up
-    one_forward_each(agent, tokens, [0], vocabulary=True)
-    one_trace_each(agent, tokens, [0])
-    peers: dict[str, Callable[[LanguageModel, Found, Sequence[int]], Found]] = {
-        "one nnsight trace each": one_trace_each,
-        "one forward each": partial(one_forward_each, vocabulary=True),
-        "one forward each without the vocabulary": partial(one_forward_each, vocabulary=False),
+def compared(shape: Shape, quick: bool, repeats: int) -> list[Result]:
+    """Compare one shape with all peers."""
+    agent = random_gpt2(shape)
+    tokens = np.random.default_rng(0).integers(0, shape.vocabulary, TOKENS)
+    ids, model = torch.from_numpy(tokens), agent.model
+    some = range(4, TOKENS, 16 if quick or shape == GPT2_SMALL else 4)
+    whole: dict[str, Callable[[], Any]] = {
+        "rows on a cached prefix, strengths and positions as rows": lambda: push_suffixes.responses(
+            model, ids, STRENGTHS
+        ),
+        "strengths as rows, without the vocabulary": lambda: push_rows.responses(model, ids, STRENGTHS),
     }
-    taken: list[float] = []
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    worst = dict.fromkeys(peers, 0.0)
-    for _ in range(repeats):
-        begun = process_time()
-        mine = ours(agent, tokens)
-        taken.append(process_time() - begun)
-        for name, peer in peers.items():
-            begun = process_time()
-            theirs = peer(agent, tokens, range(0, TOKENS, stride))
-            times[name].append((process_time() - begun) * stride)
-            worst[name] = max(worst[name], difference(mine[:, :, ::stride], theirs))
-    own, told = median(taken), f"{TOKENS} positions x {len(STRENGTHS)} strengths"
-    return [
-        Result(f"{told}, {name}, {layers} x {heads} x {width}", median(times[name]) / own, own, median(times[name]),
-               worst[name], repeats)
-        for name in peers
-    ]  # fmt: skip
+    loops: dict[str, Callable[[], Any]] = {
+        "one forward pass for each push, PyTorch hooks": lambda: push_each.responses(model, ids, STRENGTHS, some),
+        "one trace for each push, nnsight": lambda: push_each.traced_responses(agent.traced, ids, STRENGTHS, some),
+    }
+    peers: list[Peer[Any]] = [Peer(name, "strongest", work) for name, work in whole.items()]
+    peers += [Peer(name, "usual", work, len(some) / TOKENS) for name, work in loops.items()]
+    name = f"responses, {TOKENS} tokens x {len(STRENGTHS)} strengths"
+    return compare(name, lambda: responses(agent, tokens[None]).value[0, :, 0], peers, difference, repeats, shape)
 
 
 def main() -> None:
     """Run the comparisons."""
     args = parse(__doc__ or "")
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    results = [] if args.quick else compared(12, 12, 768, 50257, stride=8, repeats=1)
-    results += compared(4, 4, 256, 8000, stride=4 if args.quick else 2, repeats=1 if args.quick else 3)
-    rates = {"pushes per second": TOKENS * len(STRENGTHS) / results[0].ours_s}
-    finish("Responses as branches against one forward pass a push (CPU, float32)", results,
-           ("torch", "transformers", "nnsight"), rates)  # fmt: skip
+    results = [r for shape in shapes(args.quick) for r in compared(shape, args.quick, args.repeats)]
+    finish(args, "response", results, ("torch", "transformers", "nnsight"))
 
 
 if __name__ == "__main__":

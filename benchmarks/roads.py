@@ -1,6 +1,6 @@
 """The roads on which models are run, against one plain forward pass a question; and what a certificate costs.
 
-    python -m benchmarks.roads [--quick]
+    python -m benchmarks.roads [--quick] [--out FILE]
 
 Models of several kinds with random weights answer the same questions: those whose branches fit into one tree (Llama),
 and those that carry a state on and fork it (Qwen3-Next, Mamba-2, LFM2) or are read token by token (Jamba). The peer
@@ -11,6 +11,7 @@ agree. The certificate, the proof that a road gives what plain passes give, is t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import process_time
 from typing import Any
 
@@ -30,14 +31,14 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from benchmarks.common import Result, compare, finish, parse
-from benchmarks.replay import difference
+from benchmarks.common import Peer, Result, compare, finish, parse
+from benchmarks.peers import Answer
+from benchmarks.replay import difference, ours, requests_of
 from nextstate.agents.agent import Prompt
 from nextstate.agents.certificate import certify
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.training import TrainConfig, train_tokenizer
-from nextstate.envs.contrast import segments
 from nextstate.envs.games import make_game
 
 LAYERS, WIDTH = 6, 256
@@ -64,17 +65,14 @@ MODELS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @torch.inference_mode()
-def one_pass_a_question(agent: LanguageModel, prompts: Sequence[Prompt]) -> list[tuple[list[float], int]]:
-    """Return, for each prompt, the log-probability of each choice (of one token), and the greedy choice (-1: none)."""
+def one_pass_a_question(agent: LanguageModel, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Answer questions whose choices are one token each, each by a pass of its own."""
     out = []
-    for prompt in prompts:
-        opening, *rest = segments(*prompt)
-        tokens = [*agent.encoder.opening(opening), *(token for text in rest for token in agent.encoder.piece(text))]
-        logits = agent.model(torch.tensor([tokens]), use_cache=False, logits_to_keep=1).logits[0, -1]
-        answers = [agent.encoder.piece(choice)[0] for choice in prompt.asked.choices]
+    for context, choices in requests_of(agent.encoder, prompts):
+        logits = agent.model(torch.tensor([context]), use_cache=False, logits_to_keep=1).logits[0, -1]
+        answers = [choice[0] for choice in choices]
         greedy = int(logits.argmax())
-        logs = logits.float().log_softmax(-1)[answers].tolist()
-        out.append((logs, answers.index(greedy) if greedy in answers else -1))
+        out.append(Answer(logits.log_softmax(-1)[answers].tolist(), answers.index(greedy) if greedy in answers else -1))
     return out
 
 
@@ -100,9 +98,17 @@ def main() -> None:
         agent.predict(prompts)
         assert agent.certificate is not None
         road, seconds = agent.certificate.road, agent.certificate.seconds
-        what = f"{name} ({road}), {len(prompts)} questions on {agent.certificate.depth} tokens"
-        ours, peer = (lambda a=agent: a.predict(prompts)), (lambda a=agent: one_pass_a_question(a, prompts))
-        results.append(compare(what, ours, peer, difference, 1 if args.quick else 5))
+        what = f"Box, {len(prompts)} questions on {agent.certificate.depth} tokens"
+        work = partial(one_pass_a_question, agent, prompts)
+        plain: Peer[Any] = Peer("one plain forward pass for each question", "usual", work)
+        results += compare(
+            what,
+            partial(ours, agent, episodes),
+            [plain],
+            partial(difference, prompts),
+            args.repeats,
+            f"{name} ({road})",
+        )
         rates[f"certificate of {name}, s"] = seconds
     for name, agent in (
         ("nextstate/tiny", LanguageModel("nextstate/tiny", device="cpu")),
@@ -112,8 +118,7 @@ def main() -> None:
             begun = process_time()
             certify(agent.forward, depth, columns, False, None)
             rates[f"certificate of {name} for {depth} tokens a path and {columns} nodes, s"] = process_time() - begun
-    finish("Roads against one plain forward pass a question (CPU, one thread, float32)", results,
-           ("torch", "transformers"), rates)  # fmt: skip
+    finish(args, "roads", results, ("torch", "transformers"), rates)
 
 
 def _gpt2(tokenizer: Any) -> LanguageModel:

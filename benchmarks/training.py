@@ -1,9 +1,11 @@
 """Training on a grammar: tokens a second and utilisation of every architecture, and the trainer against a bare loop.
 
-Peer: the same model, windows, optimiser and schedule in a loop of plain PyTorch. Seconds are those of the steps, data
-included; setting up and saving, which a run does once, are left out. The logits of the two trained models are compared.
-Utilisation is 6 N + 12 layers hidden window operations a
-token (`agents.grammar_training.flops_per_token`) over what a large matrix product reaches on the same device.
+    python -m benchmarks.training [--quick] [--out FILE]
+
+Peer: the same model, windows, optimiser and schedule in a loop of plain PyTorch. Seconds are those of the steps by the
+wall clock (which counts on a GPU too), data included; setting up and saving, which a run does once, are left out. The
+logits of the two trained models are compared. Utilisation is 6 N + 12 layers hidden window operations a token
+(`agents.grammar_training.flops_per_token`) over what a large matrix product reaches on the same device.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.common import Result, finish, parse
+from benchmarks.common import Peer, Result, Timed, compare, finish, parse
 from nextstate.agents.architectures import ARCHITECTURES, new_model
 from nextstate.agents.grammar_training import Windows, load, train
 from nextstate.agents.training_config import SPECIAL, Architecture, GrammarTraining, ModelSpec
@@ -79,35 +80,35 @@ def bare(config: GrammarTraining, architecture: Architecture) -> tuple[torch.Ten
         return model.eval()(IDS.to(device)).logits.float().cpu(), taken
 
 
-def beside(config: GrammarTraining, repeats: int) -> Result:
-    """Train both ways in turn, once to warm up."""
-    times: tuple[list[float], list[float]] = ([], [])
-    worst = 0.0
-    for _ in range(repeats + 1):
-        (mine, told), (theirs, taken) = ours(config, "rotary"), bare(config, "rotary")
-        times[0].append(told["tokens"] / told["tokens_per_second"])
-        times[1].append(taken)
-        worst = max(worst, float((mine - theirs).abs().max()))
-    own, peer = (median(each[1:]) for each in times)
-    told_shape = f"{config.hidden_size} x {config.layers}, {config.rows} x {config.window} tokens a step"
-    return Result(told_shape, peer / own, own, peer, worst, repeats)
+def beside(config: GrammarTraining, repeats: int) -> list[Result]:
+    """Train both ways in turn."""
+
+    def mine() -> Timed[torch.Tensor]:
+        logits, told = ours(config, "rotary")
+        return Timed(logits, told["tokens"] / told["tokens_per_second"])
+
+    loop: Peer[torch.Tensor] = Peer("a loop of plain PyTorch", "usual", lambda: Timed(*bare(config, "rotary")))
+    name = f"training on cfg3b, {config.rows} x {config.window} tokens a step"
+    shape = f"{config.hidden_size} x {config.layers}"
+    return compare(name, mine, [loop], lambda a, b: float((a - b).abs().max()), repeats, shape)
 
 
 def main() -> None:
     """Measure and print."""
-    quick = parse(__doc__ or "").quick
+    args = parse(__doc__ or "")
+    torch.set_num_threads(1)
     disable_progress_bar()
-    small = SMALL | {"rows": 2} if quick else SMALL
-    shapes = {4 if quick else 20: small} | ({30: LARGE} if torch.cuda.is_available() else {})  # by number of steps
-    results = [beside(settings(steps, **shape), 1 if quick else 3) for steps, shape in shapes.items()]
+    small = SMALL | {"rows": 2} if args.quick else SMALL
+    shapes = {4 if args.quick else 20: small} | ({30: LARGE} if torch.cuda.is_available() else {})  # by number of steps
+    results = [r for steps, shape in shapes.items() for r in beside(settings(steps, **shape), args.repeats)]
     rates: dict[str, float] = {}
     for steps, shape in shapes.items():
         for architecture in ARCHITECTURES if shape is small else ("rotary",):
             told = ours(settings(steps, **shape), architecture)[1]  # type: ignore[arg-type]
-            name = f"{architecture}, {shape['hidden_size']} x {shape['layers']}"
+            name = f"training on cfg3b, {architecture}, {shape['hidden_size']} x {shape['layers']}"
             rates[f"{name}: tokens/s"] = told["tokens_per_second"]
             rates[f"{name}: utilisation"] = told["utilisation"]
-    finish("Training on cfg3b", results, ("torch", "transformers", "accelerate"), rates)
+    finish(args, "training", results, ("torch", "transformers", "accelerate"), rates)
 
 
 if __name__ == "__main__":
