@@ -169,62 +169,70 @@ def record_inputs(
 class _Call:
     """The tokens of a call of a block, and how its attention is computed.
 
-    First come the tokens of copies that are `wide`: from a copy's start to the end of the prompt, or the last alone.
-    The first wide copy is the control that is patched everywhere, in which the base run's columns are the source run's.
-    Behind them come the tokens of copies that enter.
+    First come the tokens of the control that is patched everywhere, then those of copies that are `wide`: in both cases
+    from a start to the end of the prompt, or the last one alone. Behind them come the tokens of copies that enter.
 
     Args:
         model: the language model.
+        control: position of the first token of the control.
         starts: position of the first token of each wide copy.
         old: number of wide copies of which every input differs from the base run's; of others it is the first token's.
         entering: position of each token of the copies that enter, whose input is the base run's.
         length: tokens of a prompt.
-        own: keys and values of the wide copies, [pair kv token dim], if only their last tokens are in the call.
+        own: keys and values of the control and the wide copies, if only their last tokens are in the call.
     """
 
     def __init__(
         self,
         model: LanguageModel,
+        control: int,
         starts: Int[np.ndarray, " copy"],
         old: int,
         entering: Int[np.ndarray, " token"],
         length: int,
-        own: tuple[Tensor, Tensor] | None = None,
+        own: tuple[Float[Tensor, "pair kv token dim"], Float[Tensor, "pair kv token dim"]] | None = None,
     ) -> None:
         spans = length - starts
         ends = np.cumsum(spans)
-        self.device, self.own, self.length = model.device, own, length
-        self.spans, self.widest = spans, int(spans.max())
-        self.first, self.last = ends - spans, ends - 1
-        all_at = np.arange(ends[-1]) - np.repeat(self.first - starts, spans)
-        at, begins = (all_at, np.repeat(starts, spans)) if own is None else (np.full(len(starts), length - 1), starts)
-        self.wide, self.entering, self.copies = len(at), len(entering), len(starts)
-        self.changed = int(ends[old - 1]) if old else 0  # tokens whose input differs from the base run's, and then
-        self.new = self.first[old:] - self.changed  # ... the first tokens of new copies, among those that follow
-        self.at = self.index(np.concatenate([at, entering]))
-        self.begins = self.index(np.concatenate([begins, entering + 1]))  # tokens see these columns of the base run
-        self.control = int(starts[0])
+        total = int(spans.sum())
+        self.device, self.own, self.length, self.control, self.spans = model.device, own, length, control, spans
+        self.copies, self.widest = len(starts), int(spans.max(initial=1))
+        self.first, self.last = ends - spans, ends - 1  # among the tokens of wide copies
+        places = np.arange(total) - np.repeat(self.first - starts, spans)
+        at, begins, controls = places, np.repeat(starts, spans), np.arange(control, length)
+        if own is not None:
+            at, begins, controls = np.full(len(starts), length - 1), starts, controls[-1:]
+        self.controls, self.wide, self.entering = len(controls), len(at), len(entering)
+        changed = int(ends[old - 1]) if old else 0
+        self.changed = self.controls + changed  # tokens whose input differs from the base run's, and then
+        self.new = self.first[old:] - changed  # ... the first tokens of new copies, among those that follow
+        self.at = self.index(np.concatenate([controls, at, entering]))
+        self.begins = self.index(np.concatenate([begins, entering + 1]))  # others see so many columns of the base run
         # Copies side by side for attention to their own keys: token of each [copy, place], padded at the end.
-        places = np.minimum(self.first[:, None] + np.arange(self.widest), self.last[:, None])
+        side = np.minimum(self.first[:, None] + np.arange(self.widest), self.last[:, None])
         self.square = bool((spans == self.widest).all())
-        self.padded = self.index(places.ravel())
-        self._places = all_at[places]  # position of each [copy, place]
-        self.flat = self.index(
-            np.repeat(np.arange(len(starts)) * self.widest - self.first, spans) + np.arange(ends[-1])
-        )
+        self.padded, self.places = self.index(side.ravel()), places[side]
+        self.flat = self.index(np.repeat(np.arange(len(starts)) * self.widest - self.first, spans) + np.arange(total))
+
+    def hides(self, hidden: Bool[Tensor, "late position"] | None, first: int) -> Bool[Tensor, "token position"]:
+        """Return which columns of the base run each token may not attend to, without the control."""
+        hides = torch.arange(self.length, device=self.device) >= self.begins[:, None]
+        return hides if hidden is None else hides | hidden[self.at[self.controls :] - first]
 
     def hides_own(self, hidden: Bool[Tensor, "late position"] | None, first: int) -> Tensor | None:
         """Return which of its own keys each token may not attend to, [copy token place]; None: only later ones."""
-        if self.own is None and hidden is None:
-            return None
-        keys = np.arange(self.widest)
+        keys, places = np.arange(self.widest), self.index(self.places)
         if self.own is not None:  # the last token of each copy
             hides = self.index(keys >= self.spans[:, None])[:, None]
-            return hides if hidden is None else hides | hidden[-1][self.index(self._places)][:, None]
-        places = self.index(self._places)
-        assert hidden is not None
-        later = self.index(keys[:, None] < keys)
-        return later | hidden[(places - first)[:, :, None], places[:, None]]
+            return hides if hidden is None else hides | hidden[-1][places][:, None]
+        if hidden is None:
+            return None
+        return self.index(keys[:, None] < keys) | hidden[(places - first)[:, :, None], places[:, None]]
+
+    def hides_control(self, hidden: Bool[Tensor, "late position"] | None, first: int) -> Tensor:
+        """Return which columns of the source run the tokens of the control may not attend to, [token position]."""
+        at = self.at[: self.controls]
+        return torch.arange(self.length, device=self.device) > at[:, None] if hidden is None else hidden[at - first]
 
     def index(self, values: Int[np.ndarray, ...]) -> Tensor:
         """Return indices on the device."""
@@ -253,7 +261,6 @@ class Resumable:
         first: the first position that may be patched.
         keys: keys and values of both runs, by layer.
         columns: columns of the source run in `keys`.
-        shared: number of first tokens that are equal in both runs of all pairs; their columns are the same.
         base: residual stream of the base run before each layer.
         source: ... of the source run.
         projected: outputs of the projections before attention in the base run, by layer.
@@ -264,7 +271,6 @@ class Resumable:
     first: int
     keys: list[tuple[Float[Tensor, "pair kv column dim"], Float[Tensor, "pair kv column dim"]]]
     columns: Int[Tensor, " position"]
-    shared: int
     base: list[Float[Tensor, "pair late hidden"]]
     source: list[Float[Tensor, "pair late hidden"]]
     projected: list[dict[nn.Module, Float[Tensor, "pair late out"]]]
@@ -293,7 +299,8 @@ class Resumable:
     ) -> tuple[Float[Tensor, "pair copy vocab"], list[int]]:
         """Return the logits of two controls and of all copies, and the layers in which `site` was reached.
 
-        The first control is not patched; the second one is patched everywhere, with what the source run has.
+        The first control is a copy that is not patched, which begins at the first start. The second one begins at the
+        last start and is patched everywhere, with what the source run has.
 
         Args:
             site: the site to patch.
@@ -308,18 +315,18 @@ class Resumable:
             NotSupported: blocks do not work in the way that this needs.
         """
         sites, length, entry = self.model.sites, self.tokens.shape[1], copies[0].layer
-        end, begin = sites.layers - 1, min(copy.start for copy in copies)
+        end, earliest = sites.layers - 1, min(copies, key=lambda copy: copy.start)
+        begin = max(copy.start for copy in copies)
+        copies = [Copy(entry, -1, earliest.start, earliest.column), *copies]
         stream = site == "resid_pre"  # the input of a block is patched: there is no layer in which a copy is one token
         heads, reached, span = sites.shape(site, entry)[0], list[int](), length - begin
         every = torch.ones(1, heads, dtype=torch.bool, device=self.model.device)
-        # Tokens of wide copies before each layer, [pair token hidden], the controls first: patched everywhere, nowhere.
-        own = self.base[entry][:, begin - self.first :]
-        wide = torch.cat([own if stream else self.source[entry][:, begin - self.first :], own], 1)
-        starts = np.array([begin, begin])
-        fresh, fresh_starts = wide[:, :0], starts[:0]  # the first tokens of copies that have become wide
+        control = (self.base if stream else self.source)[entry][:, begin - self.first :]
+        wide, starts = control[:, :0], np.zeros(0, dtype=np.int64)  # copies from their start to the end
+        fresh, fresh_starts = wide, starts  # the first tokens of copies that become wide
         for layer in range(entry, end + 1):
             mine = [copy for copy in copies if copy.layer == layer]
-            groups = [list(group) for _, group in groupby(mine, lambda copy: copy.column)]
+            groups = [list(group) for _, group in groupby(mine, lambda copy: (copy.column, copy.start))]
             at = np.array([copy.start for copy in mine], dtype=np.int64)
             entering = at
             if whole:
@@ -327,44 +334,44 @@ class Resumable:
             entered = self.base[layer].index_select(1, torch.from_numpy(entering - self.first).to(self.model.device))
             if stream:
                 reached.append(layer)
-                wide = wide.clone()
-                wide[:, :span] *= -1  # makes the control fail where it is not patched
-                overwrite(wide[:, None, :span, None], every, taken[layer][:, begin - self.first :])
+                control = control * -1  # makes it fail where it is not patched
+                overwrite(control[:, None, :, None], every, taken[layer][:, begin - self.first :])
                 self._patch(entered[:, :, None], layer, groups, values, overwrite)
                 if whole:
                     wide, starts = torch.cat([wide, entered], 1), np.concatenate([starts, at])
                 else:
                     fresh, fresh_starts = entered, at
                 entering, entered = entering[:0], entered[:, :0]
-            call = _Call(self.model, np.concatenate([starts, fresh_starts]), len(starts), entering, length)
-            first = self.base[layer].index_select(1, call.at[call.changed : call.wide] - self.first)
+            call = _Call(self.model, begin, np.concatenate([starts, fresh_starts]), len(starts), entering, length)
+            first = self.base[layer].index_select(1, call.at[call.changed : call.controls + call.wide] - self.first)
             first[:, call.new] = fresh
             wide, starts = torch.cat([wide, first], 1), np.concatenate([starts, fresh_starts])
-            if layer == end and call.widest > 1:
-                keys = self._keys(layer, wide, call)
-                wide = wide.index_select(1, call.index(call.last))
-                call = _Call(self.model, starts, len(starts), entering, length, keys)
+            if layer == end and max(call.widest, span) > 1:
+                keys = self._keys(layer, torch.cat([control, wide], 1), call)
+                control, wide = control[:, -1:], wide.index_select(1, call.index(call.last))
+                call = _Call(self.model, begin, starts, len(starts), entering, length, keys)
 
             def patch(
                 x: Activation, layer: int = layer, call: _Call = call, groups: list[list[Copy]] = groups
             ) -> Activation:
                 reached.append(layer)
                 x = x.clone()
-                control = span if call.own is None else 1
-                x[:, :control] *= -1  # makes the control fail where it is not patched
-                overwrite(x[:, None, :control], every, taken[layer][:, -control:])
-                self._patch(x[:, call.wide :], layer, groups, values, overwrite)
+                x[:, : call.controls] *= -1  # makes the control fail where it is not patched
+                overwrite(x[:, None, : call.controls], every, taken[layer][:, -call.controls :])
+                self._patch(x[:, call.controls + call.wide :], layer, groups, values, overwrite)
                 return x
 
             hooked = not stream and layer in sites.layers_with(site)
             with sites.hook(site, layer, patch) if hooked else ExitStack():
-                hidden = self._call(layer, torch.cat([wide, entered], 1), call)
+                hidden = self._call(layer, torch.cat([control, wide, entered], 1), call)
+            control, hidden = hidden[:, : call.controls], hidden[:, call.controls :]
             if whole and layer < end:
                 wide, starts = hidden, starts if stream else np.concatenate([starts, at])
             else:
-                wide, fresh, fresh_starts = hidden[:, : call.wide], hidden[:, call.wide :], at
-                fresh_starts = fresh_starts[: fresh.shape[1]]
-        return self._logits(torch.cat([wide[:, [1, 0]], wide[:, 2:], fresh], 1), only), reached
+                wide, fresh = hidden[:, : call.wide], hidden[:, call.wide :]
+                fresh_starts = at[: fresh.shape[1]]
+        ends = torch.cat([wide, fresh], 1)
+        return self._logits(torch.cat([ends[:, :1], control, ends[:, 1:]], 1), only), reached
 
     def _patch(
         self,
@@ -381,7 +388,8 @@ class Resumable:
             deep = min(new.shape[1], entering.shape[1] // sum(map(len, groups)))
             high = low + len(group) * deep
             chosen = torch.zeros(len(group), entering.shape[2], dtype=torch.bool)
-            chosen[torch.arange(len(group)), [copy.head for copy in group]] = True
+            for row, copy in enumerate(group):
+                chosen[row, copy.head] = copy.head >= 0  # the control is not patched
             target = entering[:, low:high].view(len(entering), len(group), deep, *entering.shape[2:])
             overwrite(target, chosen.to(entering.device), new[:, -deep:])
             low = high
@@ -406,12 +414,12 @@ class Resumable:
         found: Tensor = out[0] if isinstance(out, tuple) else out
         return found
 
-    def _keys(self, layer: int, wide: Float[Tensor, "pair token hidden"], call: _Call) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of wide copies, [pair kv token dim]."""
+    def _keys(self, layer: int, hidden: Float[Tensor, "pair token hidden"], call: _Call) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the control and the wide copies, [pair kv token dim]."""
         cache = self.inputs[1]
         cache.stops = True
         try:
-            self._call(layer, wide, call)
+            self._call(layer, hidden, call)
         except _Stop:
             return cache.last
         finally:
@@ -446,21 +454,23 @@ class Resumable:
     @contextmanager
     def _reusing(self, layer: int, call: _Call) -> Iterator[None]:
         """Compute the projections before attention only for tokens whose input is not that of the base run."""
-        n = call.changed if call.own is None else call.wide
+        n = call.changed if call.own is None else call.controls + call.wide
         if n == len(call.at):
             yield
             return
         late = call.at[n:] - self.first
-        new = call.index(call.new)
+        new = call.index(call.new + n)
 
         def reuse(whole: Callable[[Tensor], Tensor], base: Tensor) -> Callable[[Tensor], Tensor]:
             def project(x: Tensor) -> Tensor:
-                if x.ndim != 3 or x.shape[1] not in (call.wide, call.wide + call.entering):
+                if x.ndim != 3 or len(call.at) - x.shape[1] not in (0, call.entering):
                     return whole(x)
-                rest = base.index_select(1, late[: x.shape[1] - n])
-                computed = whole(torch.cat([x[:, :n], x[:, n:].index_select(1, new)], 1))
-                rest[:, new] = computed[:, n:]
-                return torch.cat([computed[:, :n], rest], 1)
+                computed = whole(torch.cat([x[:, :n], x.index_select(1, new)], 1))
+                out = computed.new_empty(*x.shape[:2], computed.shape[2])
+                out[:, :n] = computed[:, :n]
+                torch.index_select(base, 1, late[: x.shape[1] - n], out=out[:, n:])
+                out[:, new] = computed[:, n:]
+                return out
 
             return project
 
@@ -478,40 +488,28 @@ class Resumable:
         softcap: float | None,
     ) -> Float[Tensor, "pair token head dim"]:
         """Return the attention of copies to the base run before them, and to their own tokens."""
-        hidden, heads = self.inputs[0][layer].hidden, query.shape[1]
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        keys, values = (_repeated(x, heads) for x in self._shared(layer, call))
-        out, total = _partial(query, keys, values, self._hides(call, hidden, keys.shape[2]), False, scale, softcap)
-        n, wide = call.wide, out[:, :, : call.wide]
-        key, value = (key[:, :, :n], value[:, :, :n]) if call.own is None else call.own
-        key, value = (_rows(call.apart(_repeated(x, heads))) for x in (key, value))
-        queries = _rows(call.apart(query[:, :, :n]) if call.own is None else query[:, :, :n, None])
-        hide = call.hides_own(hidden, self.first)
-        found, more = _partial(queries, key, value, hide, call.own is None, scale, softcap)
-        found, more = (x.reshape(len(query), call.copies, *x.shape[1:]).transpose(1, 2) for x in (found, more))
-        found, more = (call.together(x) if call.own is None else x.flatten(2, 3) for x in (found, more))
-        weight = torch.sigmoid(total[:, :, :n] - more)[..., None].to(found.dtype)  # of the base run's columns
-        out = torch.cat([torch.lerp(found, wide, weight), out[:, :, n:]], 2)
-        return out.transpose(1, 2)
-
-    def _shared(self, layer: int, call: _Call) -> tuple[Tensor, Tensor]:
-        """Return the keys and values that several copies attend to, without the source run's own if it has none yet."""
-        keys, values = self.keys[layer]
-        columns = self.tokens.shape[1] if call.control <= self.shared else keys.shape[2]
-        return keys[:, :, :columns], values[:, :, :columns]
-
-    def _hides(self, call: _Call, hidden: Tensor | None, columns: int) -> Bool[Tensor, "token column"]:
-        """Return which of the shared columns each token may not attend to."""
-        length = self.tokens.shape[1]
-        hides = torch.arange(columns, device=call.at.device) >= call.begins[:, None]
-        if columns > length:
-            control = slice(0, length - call.control if call.own is None else 1)
-            hides[control] = True
-            hides[control, self.columns[: call.control]] = False
-        if hidden is not None:
-            places = torch.cat([torch.arange(length), torch.arange(self.shared, length)])[:columns]
-            hides |= hidden[call.at - self.first][:, places.to(hidden.device)]
-        return hides
+        hidden, heads, c, n = self.inputs[0][layer].hidden, query.shape[1], call.controls, call.wide
+        how = query.shape[-1] ** -0.5 if scaling is None else scaling, softcap
+        key, value = (_repeated(x, heads) for x in (call.own or (key, value)))
+        keys, values = (_repeated(x, heads) for x in self.keys[layer])
+        first, length = self.first, self.tokens.shape[1]
+        m = length - call.control
+        whole = [torch.cat([x[:, :, self.columns[:-m]], y[:, :, :m]], 2) for x, y in ((keys, key), (values, value))]
+        control, _ = _partial(query[:, :, :c], whole[0], whole[1], call.hides_control(hidden, first), False, *how)
+        shared = keys[:, :, :length], values[:, :, :length]
+        out, total = _partial(query[:, :, c:], *shared, call.hides(hidden, first), False, *how)
+        if not n:
+            return torch.cat([control, out], 2).transpose(1, 2)
+        rows, lasts = query[:, :, c : c + n], call.own is not None
+        queries = _rows(rows[:, :, :, None] if lasts else call.apart(rows))
+        key, value = (_rows(call.apart(x[:, :, m : m + len(call.flat)])) for x in (key, value))
+        hide = call.hides_own(hidden, first)
+        hide = None if hide is None else hide.repeat(len(query), 1, 1)
+        own, more = _partial(queries, key, value, hide, not lasts, *how)
+        own, more = (x.reshape(len(query), call.copies, *x.shape[1:]).transpose(1, 2) for x in (own, more))
+        own, more = (x.flatten(2, 3) if lasts else call.together(x) for x in (own, more))
+        weight = torch.sigmoid(total[:, :, :n] - more)[..., None].to(own.dtype)  # of the base run's columns
+        return torch.cat([control, torch.lerp(own, out[:, :, :n], weight), out[:, :, n:]], 2).transpose(1, 2)
 
 
 @contextmanager
@@ -570,4 +568,6 @@ def _partial(
             scores.masked_fill_(hide, -math.inf)
         total = scores.logsumexp(-1)
         out = (scores - total[..., None]).exp_().nan_to_num_().to(value.dtype) @ value
-    return out, total if hide is None else total.masked_fill(hide.all(-1), -math.inf)
+    if hide is not None and hide[..., 0].any():  # not so in most calls
+        total = total.masked_fill(hide.all(-1), -math.inf)
+    return out, total

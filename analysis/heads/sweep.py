@@ -35,7 +35,7 @@ from nextstate.analysis.heads.copies import Copy, Resumable, Values, watch_proje
 from nextstate.analysis.heads.pairs import PatchError
 
 Way = Literal["layers", "fork", "rows"]
-PASS_TOKENS = 4096  # most tokens of copies in one pass on a CPU: larger ones are not faster
+PASS_TOKENS = 768  # most tokens of copies in one pass on a CPU, so that what a layer makes of them stays in its cache
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -165,7 +165,7 @@ def _run_together(
         logits = tree_pass(model, tokens, visible[None], depths[None], cache, torch.tensor([length - 1, width - 1]))
     keys = [(layer.keys, layer.values) for layer in cache.layers]
     whole, own = torch.from_numpy(source).to(model.device), tokens[:, :length]
-    resumable = Resumable(model, own, first, keys, columns, shared, base_stream, source_stream, projected)
+    resumable = Resumable(model, own, first, keys, columns, base_stream, source_stream, projected)
     return Runs(own, whole, first, taken, logits[:, 0], logits[:, 1], "layers", resumable)
 
 
