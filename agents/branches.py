@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from nextstate.agents.agent import Prompt
-from nextstate.agents.text import Encoder
+from nextstate.agents.text import Cloze, Encoder
 from nextstate.envs.game import Episode
 
 
@@ -25,35 +25,58 @@ class Tree:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self._child: dict[tuple[int, int], int] = {}
+        # Children by parent and token, without those that directly follow their parent: most do, and need no entry.
+        self._forks: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def grow(self, parent: int, tokens: Sequence[int]) -> int:
         """Extend the path that ends in node `parent` (-1 for a new path) by `tokens`; return its new last node."""
-        for token in tokens:
-            node = self._child.get((parent, token))
-            if node is None:
-                node = len(self.tokens)
-                self._child[parent, token] = node
-                self.tokens.append(token)
-                self.parents.append(parent)
-                self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
-            parent = node
-        return parent
+        known = self.follow(parent, tokens)
+        if len(known) == len(tokens):
+            return known[-1] if known else parent
+        new = tokens[len(known) :]
+        parent = known[-1] if known else parent
+        first, depth = len(self.tokens), self.depths[parent] + 1 if parent >= 0 else 0
+        if parent + 1 != first:
+            self._forks[parent, new[0]] = first
+        self.tokens.extend(new)
+        self.parents.append(parent)
+        self.parents.extend(range(first, first + len(new) - 1))
+        self.depths.extend(range(depth, depth + len(new)))
+        return first + len(new) - 1
+
+    def graft(self, parent: int, cloze: Cloze) -> Branch:
+        """Add a question whose prompt continues the path that ends in node `parent`."""
+        node, first = self.grow(parent, cloze.stem), len(self.tokens)
+        if not cloze.tokens:
+            return Branch(node, cloze, (node,))
+        if node != first - 1:  # the stem may have some of the nodes already
+            nodes = [node]
+            for token, above in zip(cloze.tokens, cloze.parents, strict=True):
+                nodes.append(self.grow(nodes[above], (token,)))
+            return Branch(node, cloze, nodes)
+        depth = self.depths[node] if node >= 0 else -1
+        self.tokens.extend(cloze.tokens)
+        self.parents.extend([node + above for above in cloze.parents])
+        self.depths.extend([depth + below for below in cloze.depths])
+        for above, token, own in cloze.forks:
+            self._forks[node + above, token] = node + own
+        return Branch(node, cloze, range(node, len(self.tokens)))
 
     def copy(self) -> Tree:
         """Return an independent copy."""
         out = Tree()
         out.tokens, out.parents, out.depths = list(self.tokens), list(self.parents), list(self.depths)
-        out._child = dict(self._child)
+        out._forks = dict(self._forks)
         return out
 
     def cut(self, nodes: int) -> None:
         """Remove all but the first `nodes` nodes."""
-        for child in zip(self.parents[nodes:], self.tokens[nodes:], strict=True):
-            del self._child[child]
+        for node in range(nodes, len(self.tokens)):
+            if self.parents[node] != node - 1:
+                del self._forks[self.parents[node], self.tokens[node]]
         del self.tokens[nodes:], self.parents[nodes:], self.depths[nodes:]
 
     def path(self, node: int) -> list[int]:
@@ -67,11 +90,16 @@ class Tree:
     def follow(self, node: int, tokens: Sequence[int]) -> list[int]:
         """Return the existing nodes that extend the path to `node` by `tokens`, up to the first missing one."""
         out: list[int] = []
+        own, parents, end = self.tokens, self.parents, len(self.tokens)
         for token in tokens:
-            child = self._child.get((out[-1] if out else node, token))
-            if child is None:
-                break
+            child = node + 1
+            if child == end or parents[child] != node or own[child] != token:
+                found = self._forks.get((node, token))
+                if found is None:
+                    break
+                child = found
             out.append(child)
+            node = child
         return out
 
 
@@ -83,10 +111,24 @@ class Choice(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A question in a tree: its choices, and the last node of its prompt."""
+    """A question in a tree.
+
+    Attributes:
+        node: the last node of its prompt.
+        cloze: its tokens.
+        nodes: `node`, then the nodes of the trie of its choices; see `Cloze`.
+    """
 
     node: int
-    choices: tuple[Choice, ...]
+    cloze: Cloze
+    nodes: Sequence[int]
+
+    def choice(self, index: int) -> Choice:
+        """Return one of the choices."""
+        end = int(self.cloze.lengths[: index + 1].sum())
+        own = slice(end - int(self.cloze.lengths[index]), end)
+        nodes = tuple([self.nodes[k] for k in self.cloze.at[own].tolist()])
+        return Choice(nodes, tuple(self.cloze.wanted[own].tolist()))
 
 
 class Trunk:
@@ -95,21 +137,24 @@ class Trunk:
     def __init__(self, encoder: Encoder, episode: Episode, tree: Tree | None = None) -> None:
         self.encoder, self.episode, self.tree = encoder, episode, Tree() if tree is None else tree
         self._ends = [self.tree.grow(-1, encoder.opening(episode.opening))]  # node at which each step begins
+        self._asks: dict[int, list[int]] = {}  # for each step the nodes at which its questions begin, as far as known
 
-    def _add_step(self, step: int, questions: int | None = None) -> int:
-        """Add `step` up to question number `questions`, by default the whole step; return its last node."""
-        now, piece = self.episode.steps[step], self.encoder.piece
-        node = self.tree.grow(self._begin(step), piece(now.narration))
-        if self.episode.game.feedback == "inline":
-            for q in now.questions[:questions]:
-                for text in (q.stem, q.choices[q.truth], q.closing):
-                    node = self.tree.grow(node, piece(text))
-        return self.tree.grow(node, piece(now.outcome)) if questions is None else node
-
-    def _begin(self, step: int) -> int:
+    def _begin(self, step: int, question: int = 0) -> int:
+        """Add the transcript up to a question's stem; return its last node."""
+        tree, piece = self.tree, self.encoder.piece
         while len(self._ends) <= step:
-            self._ends.append(self._add_step(len(self._ends) - 1))
-        return self._ends[step]
+            t = len(self._ends) - 1
+            now, inline = self.episode.steps[t], self.episode.game.feedback == "inline"
+            self._ends.append(tree.grow(self._begin(t, len(now.questions) if inline else 0), piece(now.outcome)))
+        now = self.episode.steps[step]
+        begins = self._asks.get(step)
+        if begins is None:
+            begins = self._asks[step] = [tree.grow(self._ends[step], piece(now.narration))]
+        if self.episode.game.feedback != "inline":
+            return begins[0]
+        for q in now.questions[len(begins) - 1 : question]:
+            begins.append(tree.grow(begins[-1], piece(q.stem) + piece(q.choices[q.truth]) + piece(q.closing)))
+        return begins[question]
 
     @property
     def end(self) -> int:
@@ -124,20 +169,13 @@ class Trunk:
     def go_on(self, episode: Episode) -> None:
         """Continue with `episode`, which extends this trunk; the branches of the last step are removed."""
         self.tree.cut(self._ends[-1] + 1)
+        self._asks.pop(len(self._ends) - 1, None)
         self.episode = episode
 
     def add_question(self, step: int, question: int) -> Branch:
         """Add the prompt of a question and its choices to the tree, without tokens whose logits are not needed."""
         asked = self.episode.steps[step].questions[question]
-        node = self.tree.grow(self._add_step(step, question), self.encoder.piece(asked.stem))
-        choices = []
-        for text in asked.choices:
-            tokens = self.encoder.piece(text)
-            nodes = [node]
-            for token in tokens[:-1]:
-                nodes.append(self.tree.grow(nodes[-1], (token,)))
-            choices.append(Choice(tuple(nodes), tokens))
-        return Branch(node, tuple(choices))
+        return self.tree.graft(self._begin(step, question), self.encoder.cloze(asked.stem, asked.choices))
 
 
 def size_of(trunks: Iterable[Trunk]) -> tuple[int, int]:

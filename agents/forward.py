@@ -41,6 +41,7 @@ ROADS: tuple[Road, ...] = get_args(Road)
 _SLICE = 2048  # of the vocabulary
 _CACHES = ("past_key_values", "cache_params", "state")  # what architectures call the state that they hand on
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_NONE = np.zeros(0, dtype=np.int64)
 T = TypeVar("T")
 
 
@@ -58,18 +59,17 @@ def context_of(config: Any) -> int | None:
 
 
 class Want(NamedTuple):
-    """A node at which logits are read, and the tokens whose log-probabilities are needed."""
+    """A node at which logits are read."""
 
     tree: int
     node: int
-    tokens: Sequence[int] = ()
 
 
 class Scores(NamedTuple):
-    """The argmax and log-probabilities at the wanted nodes, in their order."""
+    """What is read from logits: the most likely token at each wanted node, and log-probabilities of tokens ."""
 
     argmax: Int[np.ndarray, " node"]
-    logprobs: list[Float[np.ndarray, " token"]]  # natural log, for each node those of the tokens asked about
+    logprobs: Float[np.ndarray, " token"]
 
 
 class State(NamedTuple):
@@ -173,36 +173,49 @@ class Forward:
         wanted: Sequence[Want],
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
+        at: Int[np.ndarray, " token"] = _NONE,
+        tokens: Int[np.ndarray, " token"] = _NONE,
     ) -> Scores:
-        """Read trees and return the argmax and log-probabilities at the wanted nodes.
+        """Read trees and return the most likely tokens at the wanted nodes, and log-probabilities of some tokens.
+
+        Results are copied from the device once, at the end, so that it does not wait for the host in between.
 
         Args:
             road: the mode in which the model is run.
             trees: the trees to read.
             spines: for each tree the last node of its spine; other nodes are run as branches (fork, step).
-            wanted: the nodes at which logits are read; full logits are computed at these nodes only.
+            wanted: the nodes at which logits are read, each once; full logits are computed at these nodes only.
             reading: the context for hooks.
             memory: cached state of earlier calls; updated in place.
+            at: indices into `wanted`: the nodes at which log-probabilities of `tokens` are needed.
+            tokens: a token for each of them.
 
         Raises:
             AgentError: the logits are not finite.
         """
-        argmax = np.zeros(len(wanted), dtype=np.int64)
-        logprobs: list[np.ndarray] = [np.zeros(0)] * len(wanted)
+        order = np.argsort(at, kind="stable")
+        ends = np.cumsum(np.bincount(at, minlength=len(wanted)))
+        begins = np.concatenate([[0], ends[:-1]])
+        places, parts = list[tuple[Int[np.ndarray, " node"], Int[np.ndarray, " token"]]](), list[Tensor]()
         for which, logits in self.logits(road, trees, spines, wanted, reading, memory):
             if not which:  # a pass that only reads on
                 continue
-            argmax[which] = torch.cat([part.argmax(-1) for part in torch.split(logits, 512)]).cpu().numpy()
-            norm = torch.cat([part.float().logsumexp(-1) for part in torch.split(logits, 512)])
-            flat = [(row, token) for row, k in enumerate(which) for token in wanted[k].tokens]
-            rows, tokens = torch.tensor(flat, dtype=torch.long, device=logits.device).reshape(-1, 2).T
-            found = (logits[rows, tokens].float() - norm[rows]).cpu().numpy()
-            if not (np.isfinite(found).all() and torch.isfinite(norm).all()):
-                raise self.not_finite()
-            ends = np.cumsum([len(wanted[k].tokens) for k in which])[:-1]
-            for k, part in zip(which, np.split(found, ends), strict=True):
-                logprobs[k] = part
-        return Scores(argmax, logprobs)
+            own = np.array(which)
+            counts = ends[own] - begins[own]
+            mine = order[_ranges(begins[own], counts)]
+            places.append((own, mine))
+            parts.append(_read_off(logits, np.repeat(np.arange(len(own)), counts), tokens[mine]))
+        argmax, norm = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.float32)
+        found = np.zeros(len(tokens), dtype=np.float32)
+        numbers = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=np.int32)
+        for own, mine in places:
+            n, m = len(own), 2 * len(own)
+            argmax[own], norm[own] = numbers[:n], numbers[n:m].view(np.float32)
+            found[mine] = numbers[m : m + len(mine)].view(np.float32)
+            numbers = numbers[m + len(mine) :]
+        if not (np.isfinite(found).all() and np.isfinite(norm).all()):
+            raise self.not_finite()
+        return Scores(argmax, found - norm[at])
 
     @torch.inference_mode()
     def logits(
@@ -494,6 +507,25 @@ class Forward:
         """Return the logits of the picks, [pick, vocabulary]."""
         assert logits.shape[:2] == (1, max(1, len(picks[0])))
         return logits[0, : len(picks[0])]
+
+
+def _ranges(begins: Int[np.ndarray, " part"], lengths: Int[np.ndarray, " part"]) -> Int[np.ndarray, " item"]:
+    """Return the numbers of several ranges, one range after the other."""
+    return np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+
+
+def _read_off(
+    logits: Float[Tensor, "node vocabulary"], rows: Int[np.ndarray, " token"], tokens: Int[np.ndarray, " token"]
+) -> Int[Tensor, " number"]:
+    """Return the argmax and log-normaliser of each row, then the logits of tokens at rows, on the device of the logits.
+
+    Floats are given by their bits, so that one tensor holds all of them and is copied to the host at once.
+    """
+    pieces = torch.split(logits, 512)  # what is copied in float32, and a size that suits the caches of a CPU
+    argmax = [part.argmax(-1).int() for part in pieces]
+    norm = [part.float().logsumexp(-1).view(torch.int32) for part in pieces]
+    where = torch.from_numpy(np.stack([rows, tokens])).to(logits.device, non_blocking=True)
+    return torch.cat([*argmax, *norm, logits[where[0], where[1]].float().view(torch.int32)])
 
 
 def _forked(cache: Any, rows: int) -> Any:

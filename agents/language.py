@@ -9,8 +9,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from jaxtyping import Int
 
-from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
+from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Predictions, Prompt
 from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size_of
 from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
@@ -18,6 +19,7 @@ from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, contex
 from nextstate.agents.identity import files_digest, trained_on
 from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load
 from nextstate.agents.loading import default_device as default_device
+from nextstate.agents.scoring import Queries, in_order
 from nextstate.agents.sites import Edit, ModuleMap, Site, Sites
 from nextstate.agents.text import Encoder, TokenizerError
 from nextstate.envs.contrast import segments
@@ -89,6 +91,7 @@ class LanguageModel(Agent):
         pad = int(self.tokenizer.pad_token_id or 0)
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # padding has no effect
         self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
+        self._texts: dict[int, str] = {}  # of single tokens
         self._done: list[Callable[[ForwardContext], None]] = []
         if self._names is not None:
             self.sites.check("resid_pre")  # wrong names raise here, not at the first use
@@ -193,14 +196,16 @@ class LanguageModel(Agent):
         return "\n".join(found)
 
     def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
-        if not all(p.asked.choices for p in prompts):  # free-form answers are generated token by token
+        questions = [p.asked for p in prompts]
+        if not all(q.choices for q in questions):  # free-form answers are generated token by token
             return self.live().predict(prompts)
         trunks, planted = self.add_question(prompts)
-        road = self.forward.require(*size_of(trunks.values()))
-        out: list[Prediction | None] = [None] * len(prompts)
-        for episodes in self._batches(trunks, road):
-            self._halving(road, trunks, planted, episodes, prompts, out)
-        return [p for p in out if p is not None]
+        found: list[tuple[Sequence[int], Predictions]] = []
+        if trunks:
+            road = self.forward.require(*size_of(trunks.values()))
+            for episodes in self._batches(trunks, road):
+                found.extend(self._halving(road, trunks, planted, episodes, prompts))
+        return in_order(found, questions)
 
     def live(self) -> Agent:
         from nextstate.agents.session import Session  # `session` imports this module
@@ -214,9 +219,13 @@ class LanguageModel(Agent):
         trunks = {} if trunks is None else trunks
         planted: dict[int, list[tuple[int, Branch]]] = {}
         for i, (episode, step, question) in enumerate(prompts):
-            if id(episode) not in trunks:
-                trunks[id(episode)] = Trunk(self.encoder, episode)
-            planted.setdefault(id(episode), []).append((i, trunks[id(episode)].add_question(step, question)))
+            key = id(episode)
+            trunk, own = trunks.get(key), planted.get(key)
+            if trunk is None:
+                trunk = trunks[key] = Trunk(self.encoder, episode)
+            if own is None:
+                own = planted[key] = []
+            own.append((i, trunk.add_question(step, question)))
         self._check_context(prompts, trunks, planted)
         return trunks, planted
 
@@ -228,8 +237,10 @@ class LanguageModel(Agent):
         long: dict[int, int] = {}
         for key, questions in planted.items():
             depths = trunks[key].tree.depths
+            if max(depths) + WRITTEN < self.context:
+                continue
             for i, q in questions:
-                tokens = 1 + max((depths[c.nodes[-1]] for c in q.choices), default=depths[q.node] + WRITTEN)
+                tokens = 1 + (max(depths[n] for n in q.nodes) if len(q.cloze.at) else depths[q.node] + WRITTEN)
                 if tokens > self.context:
                     long[i] = tokens
         if long:
@@ -262,13 +273,11 @@ class LanguageModel(Agent):
         planted: dict[int, list[tuple[int, Branch]]],
         episodes: list[int],
         prompts: Sequence[Prompt],
-        out: list[Prediction | None],
-    ) -> None:
+    ) -> Iterator[tuple[list[int], Predictions]]:
+        """Yield the indices of prompts and their predictions, of all of the episodes or of each half."""
+        asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
         try:
-            asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
-            for i, prediction in self.score(road, [trunks[k] for k in episodes], asked, prompts):
-                out[i] = prediction
-            return
+            found = self.score(road, [trunks[k] for k in episodes], asked, prompts)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not out_of_memory(error):
                 raise
@@ -277,11 +286,15 @@ class LanguageModel(Agent):
                 raise AgentError(
                     f"{self.name} runs out of memory on one episode of {n:,} tokens on {self.device}"
                 ) from error
+            found = None
+        if found is not None:
+            yield [i for _, i, _ in asked], found
+            return
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.batch_size = max(1, len(episodes) // 2)
         for half in (episodes[: self.batch_size], episodes[self.batch_size :]):
-            self._halving(road, trunks, planted, half, prompts, out)
+            yield from self._halving(road, trunks, planted, half, prompts)
 
     def score(
         self,
@@ -290,8 +303,8 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
-    ) -> Iterator[tuple[int, Prediction]]:
-        """Read transcripts and yield (index of the prompt, prediction) for each question.
+    ) -> Predictions:
+        """Read transcripts and return the predictions for questions with choices, in the order of `asked`.
 
         Args:
             road: how the model is run.
@@ -300,17 +313,18 @@ class LanguageModel(Agent):
             prompts: all prompts.
             memory: cached state of earlier calls; updated in place.
         """
-        wanted: dict[tuple[int, int], dict[int, int]] = {}  # (tree, node) -> token -> index among the node's tokens
-        for tree, _, question in asked:
-            for choice in question.choices:
-                for node, token in zip(choice.nodes, choice.tokens, strict=True):
-                    wanted.setdefault((tree, node), {}).setdefault(token, len(wanted[tree, node]))
-        wants = [Want(tree, node, list(tokens)) for (tree, node), tokens in wanted.items()]
-        scores = self.read(road, trunks, wants, asked, prompts, memory)
-        index = {key: k for k, key in enumerate(wanted)}
-        for tree, i, question in asked:
-            length = trunks[tree].tree.depths[question.node] + 1
-            yield i, self._prediction(tree, question, prompts[i], wanted, index, scores, length)
+        queries = Queries.of([tree for tree, _, _ in asked], [q for _, _, q in asked])
+        wants = list(map(Want, queries.tree.tolist(), queries.node.tolist()))
+        scores = self.read(road, trunks, wants, asked, prompts, memory, queries.at, queries.tokens)
+        questions = [prompts[i].asked for _, i, _ in asked]
+        lengths = np.array([trunks[tree].tree.depths[q.node] + 1 for tree, _, q in asked], dtype=np.int64)
+        return queries.predictions(questions, *scores, self._text_of, lengths)
+
+    def _text_of(self, token: int) -> str:
+        found = self._texts.get(token)
+        if found is None:
+            found = self._texts[token] = self.tokenizer.decode([token]).strip()
+        return found
 
     def read(
         self,
@@ -320,51 +334,19 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
+        *tokens: Int[np.ndarray, " token"],
     ) -> Scores:
         """Read transcripts by `Forward.scores`, with the context set that hooks can query."""
         questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
         before = (0,) * len(trunks) if memory is None else tuple(memory.read)
         reading = ForwardContext(tuple(trunks), questions, before, memory is not None)
         trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
-        scores = self.forward.scores(road, trees, spines, wants, reading, memory)
+        scores = self.forward.scores(road, trees, spines, wants, reading, memory, *tokens)
         finished, self.forward.finished = self.forward.finished, None
         for done in self._done:
             assert finished is not None
             done(finished)
         return scores
-
-    def _prediction(
-        self,
-        row: int,
-        planted: Branch,
-        prompt: Prompt,
-        wanted: dict[tuple[int, int], dict[int, int]],
-        index: dict[tuple[int, int], int],
-        scores: Scores,
-        prompt_tokens: int,
-    ) -> Prediction:
-        sums, per_token, per_byte = [], [], []
-        greedy, matched = -1, 0
-        for c, (choice, text) in enumerate(zip(planted.choices, prompt.asked.choices, strict=True)):
-            keys = [(row, node) for node in choice.nodes]
-            total = sum(
-                float(scores.logprobs[index[key]][wanted[key][t]]) for key, t in zip(keys, choice.tokens, strict=True)
-            )
-            sums.append(total)
-            per_token.append(total / len(choice.tokens))
-            per_byte.append(total / len(text.encode()))
-            # Greedy decoding produces a choice if each of its tokens is the most likely one. If one such choice is a
-            # prefix of another, decoding continues to the longer one.
-            if len(keys) > matched and all(
-                int(scores.argmax[index[key]]) == t for key, t in zip(keys, choice.tokens, strict=True)
-            ):
-                greedy, matched = c, len(keys)
-        if greedy >= 0:
-            answer = prompt.asked.choices[greedy].strip()
-        else:
-            answer = self.tokenizer.decode([int(scores.argmax[index[row, planted.node]])]).strip()
-        best = [int(np.argmax(x)) for x in (sums, per_token, per_byte)]
-        return Prediction(answer, greedy, best[0], best[1], best[2], tuple(sums), prompt_tokens)
 
 
 def _encoder(name: str, tokenizer: Any, bos: bool | None) -> Encoder:
