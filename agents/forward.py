@@ -26,8 +26,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from nextstate.agents.agent import AgentError
-from nextstate.agents.branches import Batch, ForwardContext, Layout, Tree, pack
+from nextstate.agents import flex
+from nextstate.agents.agent import AgentError, OutOfMemory
+from nextstate.agents.branches import Batch, ForwardContext, Layout, Tree, pack, pack_row
+from nextstate.agents.failures import one_line
+from nextstate.agents.flex import FlexError
 from nextstate.agents.loading import device_of
 from nextstate.agents.masks import PathMasks, Places
 
@@ -42,6 +45,7 @@ _SLICE = 2048  # of the vocabulary
 _CACHES = ("past_key_values", "cache_params", "state")  # what architectures call the state that they hand on
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _NONE = np.zeros(0, dtype=np.int64)
+Picks = tuple[Sequence[int] | Int[np.ndarray, " pick"], Sequence[int] | Int[np.ndarray, " pick"]]  # rows, columns
 T = TypeVar("T")
 
 
@@ -129,6 +133,8 @@ class Forward:
         # At which depth and columns the model was refused, with which attention functions, and why.
         self._refused: dict[bool, tuple[int, int, tuple[str, ...], AgentError]] = {}
         self.proving = False  # hooks leave the model as it is while it is measured
+        self.hooked = 0  # how many hooks look at rows, each of which is one tree then
+        self.fallback = ""  # why block-sparse attention is not used, where it should have been
         parameters = inspect.signature(model.forward).parameters
         self._cache = next((name for name in _CACHES if name in parameters), None)
         self._positions = "position_ids" in parameters
@@ -157,13 +163,30 @@ class Forward:
                 raise refused[3]
             self.proving = True
             try:
-                known = self.certificates[live] = self.certify(self, depth, columns, live, known)
+                known = self.certificates[live] = self._certified(depth, columns, live, known)
             except AgentError as error:
                 self._refused[live] = (depth, columns, self.masks.attention, error)
                 raise
             finally:
                 self.proving = False
         return known.road
+
+    def _certified(self, depth: int, columns: int, live: bool, known: Certificate | None) -> Certificate:
+        """Return a certificate, without FlexAttention where only that is in the way of reading trees."""
+        try:
+            found = self.certify(self, depth, columns, live, known)
+            why = found.tried.get("tree", "")
+        except OutOfMemory:
+            raise
+        except (AgentError, FlexError) as error:
+            found, why = None, one_line(error)
+            if not self.without_flex(why):
+                raise
+        if found is None or (why and self.without_flex(why)):
+            found = self.certify(self, depth, columns, live, None)
+            if found.road != "tree":
+                self.fallback = ""  # it was not to blame
+        return found
 
     def scores(
         self,
@@ -231,9 +254,7 @@ class Forward:
         self.reading, self.finished = reading, None
         try:
             if road == "tree":
-                alone = self.masks.one_layout and memory is None
-                for some in [[t] for t in range(len(trees))] if alone else [list(range(len(trees)))]:
-                    yield from self._tree(some, trees, wanted, memory)
+                yield from self._trees(trees, spines, wanted, memory)
             elif road == "rows":
                 yield from self._rows(trees, wanted)
             else:
@@ -245,33 +266,90 @@ class Forward:
         finally:
             self.reading = None
 
-    def _tree(
-        self, some: Sequence[int], trees: Sequence[Tree], wanted: Sequence[Want], memory: Memory | None
+    def _trees(
+        self, trees: Sequence[Tree], spines: Sequence[int], wanted: Sequence[Want], memory: Memory | None
     ) -> Iterator[tuple[list[int], Tensor]]:
+        tree, node = np.array([(w.tree, w.node) for w in wanted], dtype=np.int64).reshape(-1, 2).T
+        if memory is None and self.masks.sparse:
+            try:
+                found = self._in_blocks(trees, spines, tree, node)
+            except FlexError as error:
+                if out_of_memory(error) or not self.without_flex(str(error)):
+                    raise
+            else:
+                yield list(range(len(wanted))), found
+                return
+        alone = self.masks.one_layout and memory is None
+        for some in [[t] for t in range(len(trees))] if alone else [list(range(len(trees)))]:
+            which = np.flatnonzero(tree == some[0]) if alone else np.arange(len(wanted))
+            yield which.tolist(), self._in_rows(some, trees, tree[which] - some[0], node[which], memory)
+
+    def _in_blocks(
+        self,
+        trees: Sequence[Tree],
+        spines: Sequence[int],
+        tree: Int[np.ndarray, " want"],
+        node: Int[np.ndarray, " want"],
+    ) -> Float[Tensor, "want vocabulary"]:
+        """Read trees by block-sparse attention: all in one row, or each in a row of its own for hooks."""
+        total, longest = sum(map(len, trees)), max(map(len, trees))
+        length = flex.length_of(total)
+        chains = all(path.depths[-1] == len(path) - 1 for path in trees)
+        if self.hooked or (chains and len(trees) * longest <= length):  # rows of plain causal attention need no mask
+            return self._in_rows(range(len(trees)), trees, tree, node, None, multiple=flex.BLOCK)
+        row = pack_row(trees, spines, self.pad, length)
+        picks = np.zeros_like(node), row.columns[row.begins[tree] + node]
+        tokens, depths, enter, leave = self._sent(row.tokens, row.depths, row.enter, row.leave)[:, None]
+        self.reading = None  # several trees in a row: no context describes it
+        with self._picked(picks) as picked:
+            places = Places.of_intervals(enter, leave, depths)
+            return self._taken(self.in_tree(tokens, places), picked)
+
+    def _in_rows(
+        self,
+        some: Sequence[int],
+        trees: Sequence[Tree],
+        row: Int[np.ndarray, " want"],
+        node: Int[np.ndarray, " want"],
+        memory: Memory | None,
+        multiple: int = 1,
+    ) -> Float[Tensor, "want vocabulary"]:
+        """Read some trees, one in each row."""
         own = [trees[t] for t in some]
-        batch = pack(own, self.pad) if memory is None else pack(own, self.pad, memory.columns, memory.width)
+        batch = (
+            pack(own, self.pad, multiple=multiple)
+            if memory is None
+            else pack(own, self.pad, memory.columns, memory.width)
+        )
         layout = batch.layout._replace(trees=tuple(some), cached=tuple(list(c) for c in batch.layout.cached or ()))
-        row_of = {t: row for row, t in enumerate(some)}
-        which = [k for k, w in enumerate(wanted) if w.tree in row_of]
-        rows = [row_of[wanted[k].tree] for k in which]
-        begin = [len(c) for c in layout.cached or ()]
-        picks = (rows, [wanted[k].node - begin[row] for k, row in zip(which, rows, strict=True)])
-        logits = self._columns(batch, layout, picks, None if memory is None else memory.cache)
+        begins = np.array([len(c) for c in layout.cached or ()], dtype=np.int64)
+        logits = self._columns(batch, layout, (row, node - begins[row]), None if memory is None else memory.cache)
         if memory is not None:
             for tree, columns in zip(own, memory.columns, strict=True):
                 columns.extend(range(memory.width, memory.width + len(tree) - len(columns)))
             memory.width += batch.tokens.shape[1]
-        yield which, logits
+        return logits
 
-    def _columns(
-        self, batch: Batch, layout: Layout, picks: tuple[list[int], list[int]], cache: DynamicCache | None
-    ) -> Tensor:
-        tokens = torch.from_numpy(batch.tokens).to(self.device)
-        if batch.seen is None:
+    def _columns(self, batch: Batch, layout: Layout, picks: Picks, cache: DynamicCache | None) -> Tensor:
+        tokens = self._sent(batch.tokens)[0]
+        if batch.enter is None or batch.leave is None:
             return self._pass(tokens, layout, picks)[0]
-        places = Places(*(torch.from_numpy(x).to(self.device) for x in (batch.seen, batch.depths)))
-        with self._noted(layout), self._picked(picks):
-            return self._taken(self.in_tree(tokens, places, cache), picks)
+        depths, enter, leave = self._sent(batch.depths, batch.enter, batch.leave)
+        places = Places.of_intervals(enter, leave, depths, layout.width)
+        with self._noted(layout), self._picked(picks) as picked:
+            return self._taken(self.in_tree(tokens, places, cache), picked)
+
+    def _sent(self, *arrays: Int[np.ndarray, "*row column"]) -> Int[Tensor, "array *row column"]:
+        """Return arrays of one shape on the model's device, by one transfer that the host does not wait for."""
+        found = torch.from_numpy(np.stack(arrays))
+        return (found.pin_memory() if self.device.type == "cuda" else found).to(self.device, non_blocking=True)
+
+    def without_flex(self, why: str) -> bool:
+        """Use the attention that transformers chooses in place of FlexAttention; return False if it was not used."""
+        if not flex.give_up(self.model):
+            return False
+        self.fallback = f"{self.name} is run without FlexAttention, by {', '.join(self.masks.attention)}: {why}"
+        return True
 
     def in_tree(
         self, tokens: Int[Tensor, "row token"], places: Places, cache: Any = None
@@ -462,7 +540,7 @@ class Forward:
         self,
         tokens: Int[Tensor, "row token"],
         layout: Layout,
-        picks: tuple[list[int], list[int]],
+        picks: Picks,
         cache: Any = None,
         keep: bool = False,
     ) -> tuple[Float[Tensor, "pick vocabulary"], Any]:
@@ -474,12 +552,12 @@ class Forward:
             if self._positions:
                 where = layout.width + torch.arange(tokens.shape[1], device=tokens.device)
                 given["position_ids"] = where.expand(len(tokens), -1)
-        with self._noted(layout), self._picked(picks):
+        with self._noted(layout), self._picked(picks) as picked:
             out = self.model(input_ids=tokens, **given)
         state = getattr(out, self._cache or "", None) if keep else None
         if keep and state is None:
             raise TypeError(f"{type(self.model).__name__} hands on no state")
-        return self._taken(out.logits, picks), state
+        return self._taken(out.logits, picked), state
 
     @contextmanager
     def _noted(self, layout: Layout) -> Iterator[None]:
@@ -497,16 +575,19 @@ class Forward:
         self.reading = replace(before, passes=(*before.passes, layout))
 
     @contextmanager
-    def _picked(self, picks: tuple[list[int], list[int]]) -> Iterator[None]:
-        rows, columns = picks if picks[0] else ([0], [0])  # at least one position, since models may fail on none
-        with read_out(self.model, lambda x: x[rows, columns][None]):
-            yield
+    def _picked(self, picks: Picks) -> Iterator[int]:
+        """Compute logits at some tokens only; gives their number."""
+        count = len(picks[0])
+        # At least one, since models may fail on none.
+        rows, columns = self._sent(*(np.array(x if count else [0], dtype=np.int64) for x in picks))
+        with read_out(self.model, lambda x: x[rows.to(x.device), columns.to(x.device)][None]):
+            yield count
 
     @staticmethod
-    def _taken(logits: Tensor, picks: tuple[list[int], list[int]]) -> Tensor:
-        """Return the logits of the picks, [pick, vocabulary]."""
-        assert logits.shape[:2] == (1, max(1, len(picks[0])))
-        return logits[0, : len(picks[0])]
+    def _taken(logits: Tensor, count: int) -> Float[Tensor, "pick vocabulary"]:
+        """Return the logits of the picks."""
+        assert logits.shape[:2] == (1, max(1, count))
+        return logits[0, :count]
 
 
 def _ranges(begins: Int[np.ndarray, " part"], lengths: Int[np.ndarray, " part"]) -> Int[np.ndarray, " item"]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
+from nextstate.agents import flex
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Predictions, Prompt
 from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size_of
 from nextstate.agents.certificate import Certificate, certify
@@ -36,7 +37,8 @@ class LanguageModel(Agent):
             module); cannot be combined with `device`.
         dtype: "float32", "bfloat16" or "float16"; by default float32 on the CPU, and the checkpoint's dtype on a GPU.
         quantization: "4bit" or "8bit", with bitsandbytes on a GPU.
-        attn_implementation: "sdpa", "eager" or another one of transformers; by default sdpa if the model supports it.
+        attn_implementation: "sdpa", "eager", "nextstate_flex" (`nextstate.agents.flex`) or another one of transformers.
+            By default sdpa if the model supports it, and on a GPU nextstate_flex where it works.
         revision: branch, tag or commit on the hub.
         allow_incomplete: load the checkpoint even if tensors are missing (these are random) or superfluous.
         bos: whether transcripts begin with the beginning-of-sequence token; by default as the tokenizer does.
@@ -92,6 +94,8 @@ class LanguageModel(Agent):
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # padding has no effect
         self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
         self._texts: dict[int, str] = {}  # of single tokens
+        if self.device.type == "cuda" and self._by_name and attn_implementation is None and flex.use(self.model):
+            self.forward.require(1, 1)  # a first proof now, so that `warnings` can say where it does not work
         self._done: list[Callable[[ForwardContext], None]] = []
         if self._names is not None:
             self.sites.check("resid_pre")  # wrong names raise here, not at the first use
@@ -134,6 +138,8 @@ class LanguageModel(Agent):
             return lambda x: None if self.forward.proving else edit(x)
 
         with ExitStack() as stack:
+            self.forward.hooked += 1
+            stack.callback(setattr, self.forward, "hooked", self.forward.hooked - 1)
             for site, layer, edit in edits:
                 stack.enter_context(self.sites.hook(site, layer, unless_proving(edit)))
             if done is not None:
@@ -145,7 +151,7 @@ class LanguageModel(Agent):
     def reading(self) -> ForwardContext:
         """The context of the running forward pass, for use in hooks; raises `AgentError` if none is running."""
         if self.forward.reading is None:
-            raise AgentError(f"{self.name} runs no forward pass now: use `reading` inside a hook only")
+            raise AgentError(f"{self.name} runs no forward pass now: use `reading` inside a hook of `hooks` only")
         return self.forward.reading
 
     @property
@@ -184,6 +190,8 @@ class LanguageModel(Agent):
             )
         if self.encoder.differs:
             found.append(f"{self.name} {self.encoder.differs}")
+        if self.forward.fallback:
+            found.append(self.forward.fallback)
         return tuple(found)
 
     def episode_warnings(self, episode: Episode) -> str:

@@ -78,11 +78,6 @@ class Places:
         own = self.enter[:, self.width :, None]
         return (self.enter[:, None] <= own) & (own < self.leave[:, None])
 
-    @property
-    def sparse(self) -> bool:
-        """Whether a block mask can be made of them: they are intervals, and there is no cache."""
-        return self.enter is not None and self.width == 0
-
 
 class PathMasks:
     """Makes the masks, causal buffers and ALiBi of a model in path coordinates, for one forward pass at a time.
@@ -117,7 +112,7 @@ class PathMasks:
         with _LOCK, ExitStack() as stack:
             for name in self.attention:
                 kind = MASKS.get(name)
-                if name in flex.NAMES and places.sparse:
+                if name in flex.NAMES and places.enter is not None and places.leave is not None and places.width == 0:
                     MASKS[name] = partial(flex.block_mask, places.enter, places.leave, places.depths)
                 elif kind in (sdpa_mask, eager_mask, flex_attention_mask):
                     MASKS[name] = _masks(places, additive=kind is not sdpa_mask)
