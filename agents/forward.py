@@ -147,8 +147,19 @@ class Forward:
             "load it with dtype=float32, or check its weights"
         )
 
-    def require(self, depth: int, columns: int, live: bool = False) -> Road:
+    @property
+    def in_one_row(self) -> bool:
+        """Whether all trees of a pass share one row: attention is block-sparse, and no hook looks at rows."""
+        return self.masks.sparse and not self.hooked
+
+    def require(self, depth: int, columns: int, live: bool = False, row: int = 0) -> Road:
         """Return the mode for trees with paths of up to `depth` tokens and `columns` nodes, verified at that size.
+
+        Args:
+            depth: number of tokens of the longest path.
+            columns: number of nodes of the largest tree.
+            live: whether it is for live sessions, which cache what they have read.
+            row: number of nodes of all trees that share a row, where they do.
 
         Raises:
             AgentError: no mode agrees with plain forward passes.
@@ -156,14 +167,14 @@ class Forward:
         known = self.certificates.get(live)
         if known is not None and known.attention != self.masks.attention:
             known = None
-        if known is None or depth > known.depth or columns > known.columns:
+        if known is None or depth > known.depth or (row if self.in_one_row else columns) > known.columns:
             refused = self._refused.get(live)
             same = refused is not None and refused[2] == self.masks.attention
             if refused is not None and same and depth >= refused[0] and columns >= refused[1]:
                 raise refused[3]
             self.proving = True
             try:
-                known = self.certificates[live] = self._certified(depth, columns, live, known)
+                known = self.certificates[live] = self._certified(depth, columns, live, row, known)
             except AgentError as error:
                 self._refused[live] = (depth, columns, self.masks.attention, error)
                 raise
@@ -171,10 +182,10 @@ class Forward:
                 self.proving = False
         return known.road
 
-    def _certified(self, depth: int, columns: int, live: bool, known: Certificate | None) -> Certificate:
+    def _certified(self, depth: int, columns: int, live: bool, row: int, known: Certificate | None) -> Certificate:
         """Return a certificate, without FlexAttention where only that is in the way of reading trees."""
         try:
-            found = self.certify(self, depth, columns, live, known)
+            found = self.certify(self, depth, max(columns, row) if self.in_one_row else columns, live, known)
             why = found.tried.get("tree", "")
         except OutOfMemory:
             raise
@@ -198,10 +209,13 @@ class Forward:
         memory: Memory | None = None,
         at: Int[np.ndarray, " token"] = _NONE,
         tokens: Int[np.ndarray, " token"] = _NONE,
-    ) -> Scores:
-        """Read trees and return the most likely tokens at the wanted nodes, and log-probabilities of some tokens.
+    ) -> Callable[[], Scores]:
+        """Read trees for the most likely tokens at the wanted nodes, and log-probabilities of some tokens.
 
         Results are copied from the device once, at the end, so that it does not wait for the host in between.
+
+        Returns:
+            A function that waits for the device and returns the scores; call it once.
 
         Args:
             road: the mode in which the model is run.
@@ -214,7 +228,7 @@ class Forward:
             tokens: a token for each of them.
 
         Raises:
-            AgentError: the logits are not finite.
+            AgentError: the logits are not finite; raised by the returned function.
         """
         order = np.argsort(at, kind="stable")
         ends = np.cumsum(np.bincount(at, minlength=len(wanted)))
@@ -228,17 +242,22 @@ class Forward:
             mine = order[_ranges(begins[own], counts)]
             places.append((own, mine))
             parts.append(_read_off(logits, np.repeat(np.arange(len(own)), counts), tokens[mine]))
-        argmax, norm = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.float32)
-        found = np.zeros(len(tokens), dtype=np.float32)
-        numbers = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, dtype=np.int32)
-        for own, mine in places:
-            n, m = len(own), 2 * len(own)
-            argmax[own], norm[own] = numbers[:n], numbers[n:m].view(np.float32)
-            found[mine] = numbers[m : m + len(mine)].view(np.float32)
-            numbers = numbers[m + len(mine) :]
-        if not (np.isfinite(found).all() and np.isfinite(norm).all()):
-            raise self.not_finite()
-        return Scores(argmax, found - norm[at])
+        numbers_of = _fetched(torch.cat(parts)) if parts else lambda: np.zeros(0, dtype=np.int32)
+
+        def read() -> Scores:
+            numbers = numbers_of()
+            argmax, norm = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.float32)
+            found = np.zeros(len(tokens), dtype=np.float32)
+            for own, mine in places:
+                n, m = len(own), 2 * len(own)
+                argmax[own], norm[own] = numbers[:n], numbers[n:m].view(np.float32)
+                found[mine] = numbers[m : m + len(mine)].view(np.float32)
+                numbers = numbers[m + len(mine) :]
+            if not (np.isfinite(found).all() and np.isfinite(norm).all()):
+                raise self.not_finite()
+            return Scores(argmax, found - norm[at])
+
+        return read
 
     @torch.inference_mode()
     def logits(
@@ -295,7 +314,9 @@ class Forward:
         total, longest = sum(map(len, trees)), max(map(len, trees))
         length = flex.length_of(total)
         chains = all(path.depths[-1] == len(path) - 1 for path in trees)
-        if self.hooked or (chains and len(trees) * longest <= length):  # rows of plain causal attention need no mask
+        if not self.in_one_row or (
+            chains and len(trees) * longest <= length
+        ):  # rows of plain causal attention need no mask
             return self._in_rows(range(len(trees)), trees, tree, node, None, multiple=flex.BLOCK)
         row = pack_row(trees, spines, self.pad, length)
         picks = np.zeros_like(node), row.columns[row.begins[tree] + node]
@@ -593,6 +614,21 @@ class Forward:
 def _ranges(begins: Int[np.ndarray, " part"], lengths: Int[np.ndarray, " part"]) -> Int[np.ndarray, " item"]:
     """Return the numbers of several ranges, one range after the other."""
     return np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+
+
+def _fetched(numbers: Int[Tensor, " number"]) -> Callable[[], Int[np.ndarray, " number"]]:
+    """Begin to copy numbers to the host; return a function that waits for them."""
+    if numbers.device.type != "cuda":
+        return lambda: np.asarray(numbers.cpu())
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.current_stream(numbers.device).record_event()
+
+    def wait() -> Int[np.ndarray, " number"]:
+        arrived.synchronize()
+        return host.numpy()
+
+    return wait
 
 
 def _read_off(
