@@ -19,6 +19,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from nextstate.agents import flex
+from nextstate.agents.agent import AgentError
 from nextstate.agents.branches import Tree, intervals, pack, pack_row
 from nextstate.agents.intervene import Intervened
 from nextstate.agents.intervention import Intervention
@@ -306,6 +307,48 @@ def test_memory_that_runs_out_is_not_a_failure_of_the_kernel(monkeypatch: pytest
     for one, two in zip(agent.predict(JOB.prompts), before, strict=True):
         assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
     assert agent.warnings() == ()
+
+
+def test_a_batch_is_read_when_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a GPU always has work; the answers are the same, and a batch without numbers is refused all the same."""
+    agent, events = agent_of(made("llama"), batch_size=1), list[str]()
+    scores = agent.forward.scores
+
+    def spied(*args: Any) -> Any:
+        number, read = len([e for e in events if "run" in e]), scores(*args)
+        events.append(f"run {number}")
+
+        def reading() -> Any:
+            events.append(f"read {number}")
+            return read()
+
+        return reading
+
+    whole = agent_of(made("llama")).predict(JOB.prompts)
+    monkeypatch.setattr(agent.forward, "scores", spied)
+    for one, two in zip(agent.predict(JOB.prompts), whole, strict=True):
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
+    assert events == ["run 0", "run 1", "read 0", "run 2", "read 1", "read 2"]
+    events.clear()
+    with agent.hooks(("resid_pre", 0, lambda _: None), done=lambda _: events.append("done")):
+        agent.predict(JOB.prompts)
+    assert events == [word for n in range(3) for word in (f"run {n}", f"read {n}", "done")]
+    agent.model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(AgentError, match="not finite"):
+        agent.predict(JOB.prompts)
+
+
+def test_batches_count_tokens_without_padding_where_trees_share_a_row() -> None:
+    agents = [sparse("llama"), agent_of(made("llama"))]
+    trunks, _ = agents[0].add_question(JOB.prompts)
+    sizes = sorted((len(t.tree) for t in trunks.values()), reverse=True)
+    assert sizes[0] + sizes[1] + sizes[2] < 3 * sizes[0]
+    found = []
+    for agent in agents:
+        agent.batch_tokens = sum(sizes)
+        found.append([len(batch) for batch in agent._batches(trunks, "tree")])
+    assert found[0] == [3]
+    assert found[1] != [3]
 
 
 @pytest.mark.slow
