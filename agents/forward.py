@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ ROADS: tuple[Road, ...] = get_args(Road)
 _SLICE = 2048  # of the vocabulary
 _CACHES = ("past_key_values", "cache_params", "state")  # what architectures call the state that they hand on
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+Indices = Sequence[int] | Int[np.ndarray, " index"]
 _NONE = np.zeros(0, dtype=np.int64)
 T = TypeVar("T")
 
@@ -63,6 +64,36 @@ class Want(NamedTuple):
 
     tree: int
     node: int
+
+
+@dataclass(frozen=True, eq=False)
+class Wants(Sequence[Want]):
+    """Nodes at which logits are read, in columns; as a sequence it holds a `Want` for each."""
+
+    tree: Int[np.ndarray, " node"]
+    node: Int[np.ndarray, " node"]
+
+    @classmethod
+    def of(cls, wanted: Sequence[Want]) -> Wants:
+        """Return nodes in columns."""
+        if isinstance(wanted, Wants):
+            return wanted
+        return cls(*np.array(wanted, dtype=np.int64).reshape(-1, 2).T)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    @overload
+    def __getitem__(self, index: int) -> Want: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Want]: ...
+    def __getitem__(self, index: int | slice) -> Want | list[Want]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Want(int(self.tree[index]), int(self.node[index]))
+
+    def __iter__(self) -> Iterator[Want]:
+        return map(Want, self.tree.tolist(), self.node.tolist())
 
 
 class Scores(NamedTuple):
@@ -184,7 +215,7 @@ class Forward:
             road: the mode in which the model is run.
             trees: the trees to read.
             spines: for each tree the last node of its spine; other nodes are run as branches (fork, step).
-            wanted: the nodes at which logits are read, each once; full logits are computed at these nodes only.
+            wanted: the nodes at which logits are read; full logits are computed at these nodes only.
             reading: the context for hooks.
             memory: cached state of earlier calls; updated in place.
             at: indices into `wanted`: the nodes at which log-probabilities of `tokens` are needed.
@@ -198,7 +229,7 @@ class Forward:
         begins = np.concatenate([[0], ends[:-1]])
         places, parts = list[tuple[Int[np.ndarray, " node"], Int[np.ndarray, " token"]]](), list[Tensor]()
         for which, logits in self.logits(road, trees, spines, wanted, reading, memory):
-            if not which:  # a pass that only reads on
+            if not len(which):  # a pass that only reads on
                 continue
             own = np.array(which)
             counts = ends[own] - begins[own]
@@ -226,9 +257,10 @@ class Forward:
         wanted: Sequence[Want],
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
-    ) -> Iterator[tuple[list[int], Float[Tensor, "node vocabulary"]]]:
+    ) -> Iterator[tuple[Indices, Float[Tensor, "node vocabulary"]]]:
         """Yield logits as they are computed, with the indices into `wanted` that they belong to; see `scores`."""
         self.reading, self.finished = reading, None
+        wanted = Wants.of(wanted)
         try:
             if road == "tree":
                 alone = self.masks.one_layout and memory is None
@@ -246,16 +278,17 @@ class Forward:
             self.reading = None
 
     def _tree(
-        self, some: Sequence[int], trees: Sequence[Tree], wanted: Sequence[Want], memory: Memory | None
-    ) -> Iterator[tuple[list[int], Tensor]]:
+        self, some: Sequence[int], trees: Sequence[Tree], wanted: Wants, memory: Memory | None
+    ) -> Iterator[tuple[Indices, Tensor]]:
         own = [trees[t] for t in some]
         batch = pack(own, self.pad) if memory is None else pack(own, self.pad, memory.columns, memory.width)
         layout = batch.layout._replace(trees=tuple(some), cached=tuple(list(c) for c in batch.layout.cached or ()))
-        row_of = {t: row for row, t in enumerate(some)}
-        which = [k for k, w in enumerate(wanted) if w.tree in row_of]
-        rows = [row_of[wanted[k].tree] for k in which]
-        begin = [len(c) for c in layout.cached or ()]
-        picks = (rows, [wanted[k].node - begin[row] for k, row in zip(which, rows, strict=True)])
+        row_of = np.full(len(trees), -1, dtype=np.int64)
+        row_of[some] = np.arange(len(some))
+        which = np.flatnonzero(row_of[wanted.tree] >= 0)
+        rows = row_of[wanted.tree[which]]
+        begin = np.array([len(c) for c in layout.cached or ()], dtype=np.int64)
+        picks = (rows, wanted.node[which] - begin[rows])
         logits = self._columns(batch, layout, picks, None if memory is None else memory.cache)
         if memory is not None:
             for tree, columns in zip(own, memory.columns, strict=True):
@@ -264,7 +297,7 @@ class Forward:
         yield which, logits
 
     def _columns(
-        self, batch: Batch, layout: Layout, picks: tuple[list[int], list[int]], cache: DynamicCache | None
+        self, batch: Batch, layout: Layout, picks: tuple[Indices, Indices], cache: DynamicCache | None
     ) -> Tensor:
         tokens = torch.from_numpy(batch.tokens).to(self.device)
         if batch.seen is None:
@@ -462,7 +495,7 @@ class Forward:
         self,
         tokens: Int[Tensor, "row token"],
         layout: Layout,
-        picks: tuple[list[int], list[int]],
+        picks: tuple[Indices, Indices],
         cache: Any = None,
         keep: bool = False,
     ) -> tuple[Float[Tensor, "pick vocabulary"], Any]:
@@ -497,13 +530,13 @@ class Forward:
         self.reading = replace(before, passes=(*before.passes, layout))
 
     @contextmanager
-    def _picked(self, picks: tuple[list[int], list[int]]) -> Iterator[None]:
-        rows, columns = picks if picks[0] else ([0], [0])  # at least one position, since models may fail on none
+    def _picked(self, picks: tuple[Indices, Indices]) -> Iterator[None]:
+        rows, columns = picks if len(picks[0]) else ([0], [0])  # at least one position, since models may fail on none
         with read_out(self.model, lambda x: x[rows, columns][None]):
             yield
 
     @staticmethod
-    def _taken(logits: Tensor, picks: tuple[list[int], list[int]]) -> Tensor:
+    def _taken(logits: Tensor, picks: tuple[Indices, Indices]) -> Tensor:
         """Return the logits of the picks, [pick, vocabulary]."""
         assert logits.shape[:2] == (1, max(1, len(picks[0])))
         return logits[0, : len(picks[0])]

@@ -15,7 +15,7 @@ from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Pre
 from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size_of
 from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
-from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
+from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, Wants, context_of, out_of_memory
 from nextstate.agents.identity import files_digest, trained_on
 from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load
 from nextstate.agents.loading import default_device as default_device
@@ -314,8 +314,8 @@ class LanguageModel(Agent):
             memory: cached state of earlier calls; updated in place.
         """
         queries = Queries.of([tree for tree, _, _ in asked], [q for _, _, q in asked])
-        wants = list(map(Want, queries.tree.tolist(), queries.node.tolist()))
-        scores = self.read(road, trunks, wants, asked, prompts, memory, queries.at, queries.tokens)
+        wanted = Wants(queries.tree, queries.node)
+        scores = self.read(road, trunks, wanted, asked, prompts, memory, queries.at, queries.tokens)
         questions = [prompts[i].asked for _, i, _ in asked]
         lengths = np.array([trunks[tree].tree.depths[q.node] + 1 for tree, _, q in asked], dtype=np.int64)
         return queries.predictions(questions, *scores, self._text_of, lengths)

@@ -1,4 +1,4 @@
-"""Scores of the choices of many questions at once, in arrays: what to read from a model, and the predictions from it."""
+"""Scores of the choices of many questions at once, in arrays: what is read from a model, and its predictions."""
 
 from __future__ import annotations
 
@@ -81,34 +81,32 @@ class Queries:
         greedy = np.where(found > 0, longest, -1)
         other = np.flatnonzero(greedy < 0)
         written = dict(zip(other.tolist(), map(decode, argmax[self.last[other]].tolist()), strict=True))
-        best = [_first_largest(x, self.counts)[0] for x in (sums, sums / self.lengths, sums / self.sizes)]
-        return Predictions(questions, greedy, *best, sums, written, prompt_tokens)
+        best, per_token, per_byte = (
+            _first_largest(x, self.counts)[0] for x in (sums, sums / self.lengths, sums / self.sizes)
+        )
+        return Predictions(questions, greedy, best, per_token, per_byte, sums, written, prompt_tokens)
 
 
 def in_order(parts: Sequence[tuple[Sequence[int], Predictions]], questions: Sequence[Question]) -> Predictions:
     """Join predictions into one, in the order of the questions; each part comes with the indices of its questions."""
-    empty = np.zeros(0, dtype=np.int64)
-    own = [p for _, p in parts]
-    indices = [np.array(i, dtype=np.int64) for i, _ in parts]
-    which = np.concatenate([empty, *indices])
-    order = np.empty_like(which)
-    order[which] = np.arange(len(which))
-
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([empty, *(getattr(p, name) for p in own)])[order]
-
+    nothing = np.zeros(0, dtype=np.int64)
+    which = np.concatenate([nothing, *(np.array(indices, dtype=np.int64) for indices, _ in parts)])
+    order = np.argsort(which)
+    columns = {
+        name: np.concatenate([nothing, *(getattr(p, name) for _, p in parts)])[order]
+        for name in ("greedy", "choice", "choice_token", "choice_byte", "prompt_tokens")
+    }
     counts = np.array([len(q.choices) for q in questions], dtype=np.int64)
-    begins, lengths = _begins(counts[which])[order], counts
-    flat = np.concatenate([np.zeros(0), *(p.logprobs for p in own)])
-    choices = np.repeat(begins - _begins(lengths), lengths) + np.arange(len(flat))
-    written = {int(i[k]): text for i, p in zip(indices, own, strict=True) for k, text in p.written.items()}
-    whole = {name: column(name) for name in ("greedy", "choice", "choice_token", "choice_byte", "prompt_tokens")}
-    return Predictions(questions, logprobs=flat[choices], written=written, **whole)
+    begins = _begins(counts[which])[order]
+    logprobs = np.concatenate([np.zeros(0), *(p.logprobs for _, p in parts)])
+    choices = np.repeat(begins - _begins(counts), counts) + np.arange(len(logprobs))
+    written = {indices[k]: text for indices, p in parts for k, text in p.written.items()}
+    return Predictions(questions, logprobs=logprobs[choices], written=written, **columns)
 
 
 def _begins(lengths: Int[np.ndarray, " part"]) -> Int[np.ndarray, " part"]:
     """Return where parts of the given lengths begin."""
-    return np.cumsum(lengths) - lengths
+    return np.asarray(np.cumsum(lengths) - lengths)
 
 
 def _first_largest(
