@@ -42,7 +42,6 @@ _SLICE = 2048  # of the vocabulary
 _CACHES = ("past_key_values", "cache_params", "state")  # what architectures call the state that they hand on
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 Indices = Sequence[int] | Int[np.ndarray, " index"]
-_NONE = np.zeros(0, dtype=np.int64)
 T = TypeVar("T")
 
 
@@ -68,10 +67,18 @@ class Want(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Wants(Sequence[Want]):
-    """Nodes at which logits are read, in columns; as a sequence it holds a `Want` for each."""
+    """Nodes at which logits are read, in columns; as a sequence it holds a `Want` for each.
+
+    Attributes:
+        tree, node: the nodes.
+        at: of each token whose log-probability is needed, the index of its node.
+        tokens: these tokens.
+    """
 
     tree: Int[np.ndarray, " node"]
     node: Int[np.ndarray, " node"]
+    at: Int[np.ndarray, " token"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    tokens: Int[np.ndarray, " token"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     @classmethod
     def of(cls, wanted: Sequence[Want]) -> Wants:
@@ -204,8 +211,6 @@ class Forward:
         wanted: Sequence[Want],
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
-        at: Int[np.ndarray, " token"] = _NONE,
-        tokens: Int[np.ndarray, " token"] = _NONE,
     ) -> Scores:
         """Read trees and return the most likely tokens at the wanted nodes, and log-probabilities of some tokens.
 
@@ -215,15 +220,15 @@ class Forward:
             road: the mode in which the model is run.
             trees: the trees to read.
             spines: for each tree the last node of its spine; other nodes are run as branches (fork, step).
-            wanted: the nodes at which logits are read; full logits are computed at these nodes only.
+            wanted: the nodes at which logits are read, and tokens; full logits are computed at these nodes only.
             reading: the context for hooks.
             memory: cached state of earlier calls; updated in place.
-            at: indices into `wanted`: the nodes at which log-probabilities of `tokens` are needed.
-            tokens: a token for each of them.
 
         Raises:
             AgentError: the logits are not finite.
         """
+        wanted = Wants.of(wanted)
+        at, tokens = wanted.at, wanted.tokens
         order = np.argsort(at, kind="stable")
         ends = np.cumsum(np.bincount(at, minlength=len(wanted)))
         begins = np.concatenate([[0], ends[:-1]])

@@ -9,13 +9,12 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Int
 
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Predictions, Prompt
 from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size_of
 from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
-from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, Wants, context_of, out_of_memory
+from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, context_of, out_of_memory
 from nextstate.agents.identity import files_digest, trained_on
 from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load
 from nextstate.agents.loading import default_device as default_device
@@ -286,8 +285,7 @@ class LanguageModel(Agent):
                 raise AgentError(
                     f"{self.name} runs out of memory on one episode of {n:,} tokens on {self.device}"
                 ) from error
-            found = None
-        if found is not None:
+        else:
             yield [i for _, i, _ in asked], found
             return
         if self.device.type == "cuda":
@@ -314,11 +312,10 @@ class LanguageModel(Agent):
             memory: cached state of earlier calls; updated in place.
         """
         queries = Queries.of([tree for tree, _, _ in asked], [q for _, _, q in asked])
-        wanted = Wants(queries.tree, queries.node)
-        scores = self.read(road, trunks, wanted, asked, prompts, memory, queries.at, queries.tokens)
+        scores = self.read(road, trunks, queries.wanted, asked, prompts, memory)
         questions = [prompts[i].asked for _, i, _ in asked]
         lengths = np.array([trunks[tree].tree.depths[q.node] + 1 for tree, _, q in asked], dtype=np.int64)
-        return queries.predictions(questions, *scores, self._text_of, lengths)
+        return queries.predictions(questions, scores, self._text_of, lengths)
 
     def _text_of(self, token: int) -> str:
         found = self._texts.get(token)
@@ -334,14 +331,13 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
-        *tokens: Int[np.ndarray, " token"],
     ) -> Scores:
         """Read transcripts by `Forward.scores`, with the context set that hooks can query."""
         questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
         before = (0,) * len(trunks) if memory is None else tuple(memory.read)
         reading = ForwardContext(tuple(trunks), questions, before, memory is not None)
         trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
-        scores = self.forward.scores(road, trees, spines, wants, reading, memory, *tokens)
+        scores = self.forward.scores(road, trees, spines, wants, reading, memory)
         finished, self.forward.finished = self.forward.finished, None
         for done in self._done:
             assert finished is not None

@@ -12,6 +12,7 @@ import torch
 
 from nextstate.agents.agent import Prediction, Predictions, Prompt
 from nextstate.agents.branches import Branch, Tree
+from nextstate.agents.forward import Scores
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.scoring import Queries, in_order
@@ -207,13 +208,18 @@ def test_scores_in_arrays_equal_loops_over_choices(letters: int) -> None:
             looped(q, trees[t], lambda p, t=t: argmax((t, p)), lambda p, x, t=t: logprob((t, p), x)) for t, q in at
         ]
         queries = Queries.of([t for t, _ in at], [q for _, q in at])
-        keys = list(zip(queries.tree.tolist(), queries.node.tolist(), strict=True))
+        keys = list(zip(queries.wanted.tree.tolist(), queries.wanted.node.tolist(), strict=True))
         assert keys == sorted(set(keys))
         paths = [(t, tuple([trees[t].tokens[k] for k in trees[t].path(n)])) for t, n in keys]
-        numbers = [logprob(paths[k], x) for k, x in zip(queries.at.tolist(), queries.tokens.tolist(), strict=True)]
+        numbers = [
+            logprob(paths[k], x)
+            for k, x in zip(queries.wanted.at.tolist(), queries.wanted.tokens.tolist(), strict=True)
+        ]
         questions = [Question("x", "", ("c",) * len(q.cloze.lengths), 0, (0,)) for _, q in at]
         lengths = np.array([one.prompt_tokens for one in expected])
-        found = queries.predictions(questions, np.array([argmax(p) for p in paths]), np.array(numbers), str, lengths)
+        found = queries.predictions(
+            questions, Scores(np.array([argmax(p) for p in paths]), np.array(numbers)), str, lengths
+        )
         for i, ((t, q), one) in enumerate(zip(at, expected, strict=True)):
             answer = (
                 "c" if one.greedy >= 0 else str(argmax((t, tuple([trees[t].tokens[k] for k in trees[t].path(q.node)]))))
@@ -229,12 +235,15 @@ def test_scores_in_arrays_equal_loops_over_choices(letters: int) -> None:
                 some = Queries.of([at[i][0] for i in own], [at[i][1] for i in own])
                 here = [
                     (t, tuple([trees[t].tokens[k] for k in trees[t].path(n)]))
-                    for t, n in zip(some.tree, some.node, strict=True)
+                    for t, n in zip(some.wanted.tree, some.wanted.node, strict=True)
                 ]
-                logs = [logprob(here[k], x) for k, x in zip(some.at.tolist(), some.tokens.tolist(), strict=True)]
+                logs = [
+                    logprob(here[k], x)
+                    for k, x in zip(some.wanted.at.tolist(), some.wanted.tokens.tolist(), strict=True)
+                ]
                 likeliest = np.array([argmax(p) for p in here])
                 asked = [questions[i] for i in own]
-                parts.append((own, some.predictions(asked, likeliest, np.array(logs), str, lengths[own])))
+                parts.append((own, some.predictions(asked, Scores(likeliest, np.array(logs)), str, lengths[own])))
         same_columns(in_order(parts, questions), found)
     assert hits > 50
 
