@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -215,13 +215,67 @@ class Layout(NamedTuple):
 class Batch(NamedTuple):
     """A batch of trees for a forward pass; shorter rows are padded on the right.
 
-    `seen` is None if every tree is one path and there is no cache, so that plain causal attention is right.
+    A token sees the column `k` if its own `enter` is at least `enter[k]` and less than `leave[k]`; padding sees itself
+    only. `enter` and `leave` are None if every row is one path and there is no cache, so that plain causal attention is
+    right.
     """
 
     tokens: Int[np.ndarray, "row token"]
-    seen: Bool[np.ndarray, "row token column"] | None
     depths: Int[np.ndarray, "row column"]  # the position of each column's token on its path
+    enter: Int[np.ndarray, "row column"] | None
+    leave: Int[np.ndarray, "row column"] | None
     layout: Layout
+
+    @property
+    def seen(self) -> Bool[np.ndarray, "row token column"] | None:
+        """What each token may attend to as a dense mask; None where plain causal attention is right."""
+        if self.enter is None or self.leave is None:
+            return None
+        own = self.enter[:, self.layout.width :, None]
+        return np.asarray((self.enter[:, None] <= own) & (own < self.leave[:, None]))
+
+
+def intervals(parents: Int[np.ndarray, " node"]) -> tuple[Int[np.ndarray, " node"], Int[np.ndarray, " node"]]:
+    """Number the nodes of a forest in depth-first order, so that ancestry is a comparison of two integers.
+
+    Args:
+        parents: the parent of each node, which comes before it; -1 for a root.
+
+    Returns:
+        `enter` and `leave`: node `k` is `q` or an ancestor of it if and only if `enter[k] <= enter[q] < leave[k]`.
+        (Tarjan 1974, Finding dominators in directed graphs: an interval for the descendants of each node.)
+    """
+    count = len(parents)
+    if count == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    # Chains of nodes with one child are contracted: a tree of text has few others.
+    first = np.ones(count, dtype=bool)
+    first[1:] = parents[1:] != np.arange(count - 1)
+    left = parents[first]  # nodes where a chain begins elsewhere than at the next node
+    left = left[(left >= 0) & (left < count - 1)] + 1
+    first[left] = True
+    chain, starts = np.cumsum(first) - 1, np.flatnonzero(first)
+    n = len(starts)
+    above = parents[starts]
+    above = np.append(np.where(above < 0, n, chain[above]), n)  # chain n is above all roots
+    lengths = np.diff(starts, append=count)
+    # Pointers that double in length at each round: sums over descendants, then over ancestors.
+    size, jump = np.append(lengths, 0), above
+    while (jump[:n] < n).any():
+        size = size + np.bincount(jump[:n], size[:n], n + 1).astype(np.int64)
+        jump = jump[jump]
+    order = np.argsort(above[:n], kind="stable")  # siblings side by side
+    before = np.cumsum(size[order]) - size[order]
+    group = np.flatnonzero(np.diff(above[order], prepend=-1))
+    before -= np.repeat(before[group], np.diff(group, append=n))
+    offset, jump = np.zeros(n + 1, np.int64), above
+    offset[order] = before
+    offset[:n] += np.append(lengths, 0)[above[:n]]
+    while (jump[:n] < n).any():
+        offset = offset + offset[jump]
+        jump = jump[jump]
+    enter = offset[chain] + np.arange(count) - starts[chain]
+    return enter, (offset + size)[chain]
 
 
 def pack(
@@ -229,54 +283,94 @@ def pack(
     pad: int = 0,
     cached: Sequence[Sequence[int]] | None = None,
     width: int = 0,
+    multiple: int = 1,
 ) -> Batch:
-    """Arrange the nodes of each tree that have not been read yet in rows.
+    """Arrange the nodes of each tree that have not been read yet in a row of its own.
 
     Args:
         trees: one tree for each row.
         pad: padding token.
         cached: for each row the columns of the nodes that were read before, which are the first nodes of the tree.
         width: number of columns in the cache; new nodes get the following columns, in order.
+        multiple: rows are padded to a multiple of this length.
     """
     known: Sequence[Sequence[int]] = [()] * len(trees) if cached is None else cached
     longest = max(len(t) - len(c) for t, c in zip(trees, known, strict=True))
+    longest = -(-longest // multiple) * multiple
+    begins, parents = _forest(trees)
+    chains = cached is None and not (np.delete(parents, begins) - np.delete(np.arange(len(parents)), begins) + 1).any()
+    forest = None if chains else intervals(parents)
     nodes = np.full((len(trees), longest), -1, dtype=np.int64)
     tokens = np.full((len(trees), longest), pad, dtype=np.int64)
-    depths = np.zeros((len(trees), width + longest), dtype=np.int64)
-    chains = cached is None and all(t.parents == list(range(-1, len(t) - 1)) for t in trees)
-    seen = None if chains else np.zeros((len(trees), longest, width + longest), dtype=bool)
-    for row, (tree, columns) in enumerate(zip(trees, known, strict=True)):
-        begin, n = len(columns), len(tree) - len(columns)
-        nodes[row, :n] = np.arange(begin, len(tree))
+    depths, enter, leave = (np.zeros((len(trees), width + longest), dtype=np.int64) for _ in range(3))
+    for row, (tree, columns, first) in enumerate(zip(trees, known, begins, strict=True)):
+        begin, count = len(columns), len(tree)
+        n = count - begin
+        nodes[row, :n] = np.arange(begin, count)
         tokens[row, :n] = tree.tokens[begin:]
-        depths[row, columns] = tree.depths[:begin]
-        depths[row, width : width + n] = tree.depths[begin:]
-        if seen is not None:
-            _fill(seen[row], tree, begin, columns, width)
-            pads = np.arange(n, longest)
-            seen[row, pads, width + pads] = True  # a token that sees nothing would be NaN
+        places: Any = slice(0, n)
+        if begin or width:
+            places = np.concatenate([np.asarray(columns, dtype=np.int64), np.arange(width, width + n)])
+        depths[row, places] = tree.depths
+        if forest is not None:
+            enter[row, places], leave[row, places] = (numbers[first : first + count] for numbers in forest)
+            pads = len(parents) + np.arange(longest - n)  # a token that sees nothing would be NaN
+            enter[row, width + n :], leave[row, width + n :] = pads, pads + 1
     layout = Layout(tuple(range(len(trees))), nodes, tuple(known), width)
-    return Batch(tokens, seen, depths, layout)
+    return Batch(tokens, depths, None if chains else enter, None if chains else leave, layout)
 
 
-def _fill(mask: Bool[np.ndarray, "node column"], tree: Tree, begin: int, columns: Sequence[int], width: int) -> None:
-    parents, end = tree.parents, len(tree)
-    node = begin
-    while node < end:
-        run = node + 1
-        while run < end and parents[run] == run - 1:
-            run += 1
-        rows = slice(node - begin, run - begin)
-        parent = parents[node]
-        if parent >= begin:
-            mask[rows] = mask[parent - begin]
-        else:
-            while parent >= 0:
-                mask[rows, columns[parent]] = True
-                parent = parents[parent]
-        own = slice(width + node - begin, width + run - begin)
-        mask[rows, own] |= np.tri(run - node, dtype=bool)
-        node = run
+class Packed(NamedTuple):
+    """Trees one after the other in a single row, the spine of each before its branches.
+
+    So the columns of a block are mostly of one kind: text that all later questions see, or one question's own. Padding
+    at the end, up to a multiple of a length, sees itself only.
+    """
+
+    tokens: Int[np.ndarray, " token"]
+    depths: Int[np.ndarray, " token"]
+    enter: Int[np.ndarray, " token"]
+    leave: Int[np.ndarray, " token"]
+    begins: Int[np.ndarray, " tree"]  # the number of nodes of the trees before each tree
+    columns: Int[np.ndarray, " node"]  # the column of each node, nodes of the trees one after the other
+
+
+def pack_row(trees: Sequence[Tree], spines: Sequence[int], pad: int = 0, length: int = 0) -> Packed:
+    """Arrange the nodes of all trees in one row without padding between them.
+
+    Args:
+        trees: the trees.
+        spines: for each tree the last node of its spine.
+        pad: padding token.
+        length: the least length of the row.
+    """
+    begins, parents = _forest(trees)
+    count = len(parents)
+    enter, leave = intervals(parents)
+    tree_of = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
+    ends = enter[begins + np.asarray(spines)][tree_of]
+    branch = (ends < enter) | (leave <= ends)  # neither the spine's end nor an ancestor of it
+    order = np.lexsort((branch, tree_of))
+    columns = np.empty(count, dtype=np.int64)
+    columns[order] = np.arange(count)
+    pads = np.arange(count, max(length, count))
+
+    def row(values: Int[np.ndarray, " node"], more: Int[np.ndarray, " pad"]) -> Int[np.ndarray, " token"]:
+        return np.concatenate([values[order], more])
+
+    tokens, depths = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("tokens", "depths"))
+    return Packed(
+        row(tokens, np.full(len(pads), pad)), row(depths, 0 * pads), row(enter, pads), row(leave, pads + 1),
+        begins, columns,
+    )  # fmt: skip
+
+
+def _forest(trees: Sequence[Tree]) -> tuple[Int[np.ndarray, " tree"], Int[np.ndarray, " node"]]:
+    """Return the number of nodes before each tree, and the parents of all nodes, one tree after the other."""
+    sizes = np.array([len(tree) for tree in trees])
+    begins = np.cumsum(sizes) - sizes
+    parents = np.concatenate([tree.parents for tree in trees])
+    return begins, np.where(parents < 0, -1, parents + np.repeat(begins, sizes))
 
 
 class Asked(NamedTuple):

@@ -10,7 +10,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Predictions, Prompt
+from nextstate.agents import flex
+from nextstate.agents.agent import (
+    WRITTEN,
+    Agent,
+    AgentError,
+    ContextError,
+    OutOfMemory,
+    Prediction,
+    Predictions,
+    Prompt,
+)
 from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size_of
 from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
@@ -35,14 +45,15 @@ class LanguageModel(Agent):
             module); cannot be combined with `device`.
         dtype: "float32", "bfloat16" or "float16"; by default float32 on the CPU, and the checkpoint's dtype on a GPU.
         quantization: "4bit" or "8bit", with bitsandbytes on a GPU.
-        attn_implementation: "sdpa", "eager" or another one of transformers; by default sdpa if the model supports it.
+        attn_implementation: "sdpa", "eager", "nextstate_flex" (`nextstate.agents.flex`) or another one of transformers.
+            By default sdpa if the model supports it, and on a GPU nextstate_flex where it works.
         revision: branch, tag or commit on the hub.
         allow_incomplete: load the checkpoint even if tensors are missing (these are random) or superfluous.
         bos: whether transcripts begin with the beginning-of-sequence token; by default as the tokenizer does.
         modules: names of the model's modules, see `nextstate.agents.sites.ModuleMap`; by default found automatically.
-        batch_size: maximum number of episodes in one forward pass.
+        batch_size: maximum number of episodes in one forward pass; by default 64, and 1,024 on a GPU.
         batch_tokens: maximum number of tokens in one forward pass, including padding; a longer episode is read alone.
-            Batches are halved if memory runs out.
+            By default 8,192, and on a GPU what fits into its free memory. Batches are halved if memory runs out.
         loaded: a model and its tokenizer, instead of loading them by name.
 
     Raises:
@@ -66,7 +77,7 @@ class LanguageModel(Agent):
         allow_incomplete: bool = False,
         bos: bool | None = None,
         modules: Mapping[str, Any] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
     ) -> None:
@@ -84,13 +95,15 @@ class LanguageModel(Agent):
         self.quantization = quantization
         self._names = None if modules is None else ModuleMap(**modules)
         self.encoder = _encoder(name, self.tokenizer, bos)
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
+        self.batch_size = batch_size or (1024 if self.device.type == "cuda" else 64)
+        self.batch_tokens = batch_tokens or _tokens_of(self.model, self.device)
         self.context = context_of(self.model.config)
         pad = int(self.tokenizer.pad_token_id or 0)
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # padding has no effect
         self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
         self._texts: dict[int, str] = {}  # of single tokens
+        if self.device.type == "cuda" and self._by_name and attn_implementation is None and flex.use(self.model):
+            self.forward.require(1, 1)  # a first proof now, so that `warnings` can say where it does not work
         self._done: list[Callable[[ForwardContext], None]] = []
         if self._names is not None:
             self.sites.check("resid_pre")  # wrong names raise here, not at the first use
@@ -133,6 +146,8 @@ class LanguageModel(Agent):
             return lambda x: None if self.forward.proving else edit(x)
 
         with ExitStack() as stack:
+            self.forward.hooked += 1
+            stack.callback(setattr, self.forward, "hooked", self.forward.hooked - 1)
             for site, layer, edit in edits:
                 stack.enter_context(self.sites.hook(site, layer, unless_proving(edit)))
             if done is not None:
@@ -144,7 +159,7 @@ class LanguageModel(Agent):
     def reading(self) -> ForwardContext:
         """The context of the running forward pass, for use in hooks; raises `AgentError` if none is running."""
         if self.forward.reading is None:
-            raise AgentError(f"{self.name} runs no forward pass now: use `reading` inside a hook only")
+            raise AgentError(f"{self.name} runs no forward pass now: use `reading` inside a hook of `hooks` only")
         return self.forward.reading
 
     @property
@@ -183,6 +198,8 @@ class LanguageModel(Agent):
             )
         if self.encoder.differs:
             found.append(f"{self.name} {self.encoder.differs}")
+        if self.forward.fallback:
+            found.append(self.forward.fallback)
         return tuple(found)
 
     def episode_warnings(self, episode: Episode) -> str:
@@ -201,9 +218,20 @@ class LanguageModel(Agent):
         trunks, planted = self.add_question(prompts)
         found: list[tuple[Sequence[int], Predictions]] = []
         if trunks:
-            road = self.forward.require(*size_of(trunks.values()))
-            for episodes in self._batches(trunks, road):
-                found.extend(self._halving(road, trunks, planted, episodes, prompts))
+            road = self._road(trunks)
+            launched = (
+                batch
+                for episodes in self._batches(trunks, road)
+                for batch in self._halving(road, trunks, planted, episodes, prompts)
+            )
+            # A batch is read when the next one has been launched, so that a GPU computes while the host prepares.
+            before: tuple[list[int], Callable[[], Predictions]] | None = None
+            for batch in launched:
+                if before is not None:
+                    found.append((before[0], before[1]()))
+                before = batch
+            if before is not None:
+                found.append((before[0], before[1]()))
         return in_order(found, questions)
 
     def live(self) -> Agent:
@@ -252,16 +280,30 @@ class LanguageModel(Agent):
                 tuple(sorted(long)),
             )
 
+    def _road(self, trunks: dict[int, Trunk]) -> Road:
+        """Return how the model is run, verified for the largest tree and, where trees share a row, for whole rows."""
+        while True:
+            batches = self._batches(trunks, "tree") if self.forward.in_one_row else ()
+            row = max((sum(len(trunks[k].tree) for k in episodes) for episodes in batches), default=0)
+            try:
+                return self.forward.require(*size_of(trunks.values()), row=row)
+            except OutOfMemory:
+                if row <= max(len(t.tree) for t in trunks.values()):
+                    raise
+                self.batch_tokens = row // 2
+
     def _batches(self, trunks: dict[int, Trunk], road: Road) -> Iterator[list[int]]:
         """Yield batches of episodes of similar length, within the batch limits; only trees share a forward pass."""
-        batch: list[int] = []
+        batch, longest, total = list[int](), 0, 0
         for key in sorted(trunks, key=lambda k: len(trunks[k].tree), reverse=True):
-            longest = len(trunks[batch[0]].tree) if batch else 0
-            full = road == "tree" and longest * (len(batch) + 1) > self.batch_tokens
+            length = len(trunks[key].tree)
+            tokens = total + length if self.forward.in_one_row else max(longest, length) * (len(batch) + 1)
+            full = road == "tree" and tokens > self.batch_tokens
             if batch and (len(batch) == self.batch_size or full):
                 yield batch
-                batch = []
+                batch, longest, total = [], 0, 0
             batch.append(key)
+            longest, total = max(longest, length), total + length
         if batch:
             yield batch
 
@@ -272,8 +314,8 @@ class LanguageModel(Agent):
         planted: dict[int, list[tuple[int, Branch]]],
         episodes: list[int],
         prompts: Sequence[Prompt],
-    ) -> Iterator[tuple[list[int], Predictions]]:
-        """Yield the indices of prompts and their predictions, of all of the episodes or of each half."""
+    ) -> Iterator[tuple[list[int], Callable[[], Predictions]]]:
+        """Yield the indices of prompts and what returns their predictions, for all of the episodes or each half."""
         asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
         try:
             found = self.score(road, [trunks[k] for k in episodes], asked, prompts)
@@ -301,8 +343,8 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
-    ) -> Predictions:
-        """Read transcripts and return the predictions for questions with choices, in the order of `asked`.
+    ) -> Callable[[], Predictions]:
+        """Read transcripts; return what gives the predictions for questions with choices, in the order of `asked`.
 
         Args:
             road: how the model is run.
@@ -315,7 +357,7 @@ class LanguageModel(Agent):
         scores = self.read(road, trunks, queries.wanted, asked, prompts, memory)
         questions = [prompts[i].asked for _, i, _ in asked]
         lengths = np.array([trunks[tree].tree.depths[q.node] + 1 for tree, _, q in asked], dtype=np.int64)
-        return queries.predictions(questions, scores, self._text_of, lengths)
+        return lambda: queries.predictions(questions, scores(), self._text_of, lengths)
 
     def _text_of(self, token: int) -> str:
         found = self._texts.get(token)
@@ -331,7 +373,7 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
-    ) -> Scores:
+    ) -> Callable[[], Scores]:
         """Read transcripts by `Forward.scores`, with the context set that hooks can query."""
         questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
         before = (0,) * len(trunks) if memory is None else tuple(memory.read)
@@ -339,10 +381,29 @@ class LanguageModel(Agent):
         trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
         scores = self.forward.scores(road, trees, spines, wants, reading, memory)
         finished, self.forward.finished = self.forward.finished, None
+        if self._done:  # called for what was read without an error
+            found = scores()
+            scores = lambda: found  # noqa: E731
         for done in self._done:
             assert finished is not None
             done(finished)
         return scores
+
+
+def _tokens_of(model: Any, device: torch.device) -> int:
+    """Return how many tokens a pass may have: on an NVIDIA GPU those that take up to half of the memory that is free.
+
+    More than 131,072 are not faster, and with fewer than 8,192 batches are halved where they do not fit.
+    """
+    if device.type != "cuda":
+        return 8192 if device.type == "cpu" else 65536
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    config, size = model.config.get_text_config(), model.dtype.itemsize
+    width = int(getattr(config, "hidden_size", 4096))
+    inner = max([4 * width, *(getattr(config, key, None) or 0 for key in ("intermediate_size", "n_inner", "ffn_dim"))])
+    # Activations of one layer, and logits in a copy or two at every fourth token.
+    token = size * (12 * width + 4 * inner + model.get_input_embeddings().weight.shape[0] // 2)
+    return int(min(max(free // (2 * token), 8192), 131_072))
 
 
 def _encoder(name: str, tokenizer: Any, bos: bool | None) -> Encoder:

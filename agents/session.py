@@ -51,7 +51,7 @@ class Session(Agent):
         with self._guarded():
             if all(p.asked.choices for p in prompts):
                 trunks, (road, memory) = list(self.trunks.values()), self._road()
-                found = self.model.score(road, trunks, asked, prompts, memory)
+                found = self.model.score(road, trunks, asked, prompts, memory)()
                 return in_order([([i for _, i, _ in asked], found)], [p.asked for p in prompts])
             return self._write(asked, prompts)
 
@@ -70,7 +70,7 @@ class Session(Agent):
         while asked:
             trunks, (road, memory) = list(self.trunks.values()), self._road()
             wants = [Want(row, q.node) for row, _, q in asked]
-            scores = self.model.read(road, trunks, wants, asked, prompts, memory)
+            scores = self.model.read(road, trunks, wants, asked, prompts, memory)()
             going = []
             for (row, i, q), token in zip(asked, scores.argmax.tolist(), strict=True):
                 if token != tokenizer.eos_token_id:

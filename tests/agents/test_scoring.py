@@ -12,7 +12,7 @@ import torch
 
 from nextstate.agents.agent import Prediction, Predictions, Prompt
 from nextstate.agents.branches import Branch, Tree
-from nextstate.agents.forward import Scores
+from nextstate.agents.forward import Scores, Want, Wants
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
 from nextstate.agents.scoring import Queries, in_order
@@ -309,3 +309,12 @@ def test_tokens_of_a_question_are_those_of_its_pieces(folders: dict[str, Path]) 
         assert cloze.sizes.tolist() == [len(c.encode("utf-8")) for c in choices]
     with pytest.raises(TokenizerError, match="an empty one"):
         encoder.cloze(" The hat", (" a", ""))
+
+
+def test_wanted_nodes_in_columns_are_the_same_sequence() -> None:
+    nodes = [Want(0, 3), Want(2, 1), Want(2, 4)]
+    wanted = Wants.of(nodes)
+    assert list(wanted) == list(wanted[:]) == [wanted[i] for i in range(len(wanted))] == nodes
+    assert wanted[-1] == nodes[-1]
+    assert Wants.of(wanted) is wanted
+    assert len(Wants.of([])) == len(wanted.at) == len(wanted.tokens) == 0
