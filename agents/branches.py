@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from nextstate.agents.agent import Prompt
-from nextstate.agents.text import Cloze, Encoder
+from nextstate.agents.text import WIDE, Cloze, Encoder
 from nextstate.envs.game import Episode
 
 
@@ -26,26 +26,29 @@ class Tree:
         self.parents: list[int] = []
         self.depths: list[int] = []
         # Children by parent and token, without those that directly follow their parent: most do, and need no entry.
-        self._forks: dict[tuple[int, int], int] = {}
+        # A key is one whole number, `parent * WIDE + token`, since the garbage collector passes over numbers.
+        self._forks: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def grow(self, parent: int, tokens: Sequence[int]) -> int:
         """Extend the path that ends in node `parent` (-1 for a new path) by `tokens`; return its new last node."""
-        known = self.follow(parent, tokens)
-        if len(known) == len(tokens):
-            return known[-1] if known else parent
-        new = tokens[len(known) :]
-        parent = known[-1] if known else parent
-        first, depth = len(self.tokens), self.depths[parent] + 1 if parent >= 0 else 0
-        if parent + 1 != first:
-            self._forks[parent, new[0]] = first
-        self.tokens.extend(new)
+        first = len(self.tokens)
+        if parent != first - 1:  # it may have children
+            known = self.follow(parent, tokens)
+            if known:
+                parent, tokens = known[-1], tokens[len(known) :]
+            if tokens and parent != first - 1:
+                self._forks[parent * WIDE + tokens[0]] = first
+        if not tokens:
+            return parent
+        end, depth = first + len(tokens) - 1, self.depths[parent] + 1 if parent >= 0 else 0
+        self.tokens.extend(tokens)
         self.parents.append(parent)
-        self.parents.extend(range(first, first + len(new) - 1))
-        self.depths.extend(range(depth, depth + len(new)))
-        return first + len(new) - 1
+        self.parents.extend(range(first, end))
+        self.depths.extend(range(depth, depth + len(tokens)))
+        return end
 
     def graft(self, parent: int, cloze: Cloze) -> Branch:
         """Add a question whose prompt continues the path that ends in node `parent`."""
@@ -61,8 +64,8 @@ class Tree:
         self.tokens.extend(cloze.tokens)
         self.parents.extend([node + above for above in cloze.parents])
         self.depths.extend([depth + below for below in cloze.depths])
-        for above, token, own in cloze.forks:
-            self._forks[node + above, token] = node + own
+        for key, own in cloze.forks:
+            self._forks[node * WIDE + key] = node + own
         return Branch(node, cloze, range(node, len(self.tokens)))
 
     def copy(self) -> Tree:
@@ -76,7 +79,7 @@ class Tree:
         """Remove all but the first `nodes` nodes."""
         for node in range(nodes, len(self.tokens)):
             if self.parents[node] != node - 1:
-                del self._forks[self.parents[node], self.tokens[node]]
+                del self._forks[self.parents[node] * WIDE + self.tokens[node]]
         del self.tokens[nodes:], self.parents[nodes:], self.depths[nodes:]
 
     def path(self, node: int) -> list[int]:
@@ -94,7 +97,7 @@ class Tree:
         for token in tokens:
             child = node + 1
             if child == end or parents[child] != node or own[child] != token:
-                found = self._forks.get((node, token))
+                found = self._forks.get(node * WIDE + token)
                 if found is None:
                     break
                 child = found
@@ -141,19 +144,19 @@ class Trunk:
 
     def _begin(self, step: int, question: int = 0) -> int:
         """Add the transcript up to a question's stem; return its last node."""
-        tree, piece = self.tree, self.encoder.piece
-        while len(self._ends) <= step:
-            t = len(self._ends) - 1
-            now, inline = self.episode.steps[t], self.episode.game.feedback == "inline"
-            self._ends.append(tree.grow(self._begin(t, len(now.questions) if inline else 0), piece(now.outcome)))
-        now = self.episode.steps[step]
-        begins = self._asks.get(step)
+        ends, grow, piece = self._ends, self.tree.grow, self.encoder.piece
+        inline = self.episode.game.feedback == "inline"
+        while len(ends) <= step:
+            t = len(ends) - 1
+            now = self.episode.steps[t]
+            ends.append(grow(self._begin(t, len(now.questions) if inline else 0), piece(now.outcome)))
+        now, begins = self.episode.steps[step], self._asks.get(step)
         if begins is None:
-            begins = self._asks[step] = [tree.grow(self._ends[step], piece(now.narration))]
-        if self.episode.game.feedback != "inline":
+            begins = self._asks[step] = [grow(ends[step], piece(now.narration))]
+        if not inline:
             return begins[0]
         for q in now.questions[len(begins) - 1 : question]:
-            begins.append(tree.grow(begins[-1], piece(q.stem) + piece(q.choices[q.truth]) + piece(q.closing)))
+            begins.append(grow(begins[-1], piece(q.stem) + piece(q.choices[q.truth]) + piece(q.closing)))
         return begins[question]
 
     @property

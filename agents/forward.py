@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ ROADS: tuple[Road, ...] = get_args(Road)
 _SLICE = 2048  # of the vocabulary
 _CACHES = ("past_key_values", "cache_params", "state")  # what architectures call the state that they hand on
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-_NONE = np.zeros(0, dtype=np.int64)
-Picks = tuple[Sequence[int] | Int[np.ndarray, " pick"], Sequence[int] | Int[np.ndarray, " pick"]]  # rows, columns
+Indices = Sequence[int] | Int[np.ndarray, " index"]
+Picks = tuple[Indices, Indices]  # rows, columns
 T = TypeVar("T")
 
 
@@ -67,6 +67,44 @@ class Want(NamedTuple):
 
     tree: int
     node: int
+
+
+@dataclass(frozen=True, eq=False)
+class Wants(Sequence[Want]):
+    """Nodes at which logits are read, in columns; as a sequence it holds a `Want` for each.
+
+    Attributes:
+        tree, node: the nodes.
+        at: of each token whose log-probability is needed, the index of its node.
+        tokens: these tokens.
+    """
+
+    tree: Int[np.ndarray, " node"]
+    node: Int[np.ndarray, " node"]
+    at: Int[np.ndarray, " token"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    tokens: Int[np.ndarray, " token"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @classmethod
+    def of(cls, wanted: Sequence[Want]) -> Wants:
+        """Return nodes in columns."""
+        if isinstance(wanted, Wants):
+            return wanted
+        return cls(*np.array(wanted, dtype=np.int64).reshape(-1, 2).T)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    @overload
+    def __getitem__(self, index: int) -> Want: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Want]: ...
+    def __getitem__(self, index: int | slice) -> Want | list[Want]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Want(int(self.tree[index]), int(self.node[index]))
+
+    def __iter__(self) -> Iterator[Want]:
+        return map(Want, self.tree.tolist(), self.node.tolist())
 
 
 class Scores(NamedTuple):
@@ -207,8 +245,6 @@ class Forward:
         wanted: Sequence[Want],
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
-        at: Int[np.ndarray, " token"] = _NONE,
-        tokens: Int[np.ndarray, " token"] = _NONE,
     ) -> Callable[[], Scores]:
         """Read trees for the most likely tokens at the wanted nodes, and log-probabilities of some tokens.
 
@@ -221,21 +257,21 @@ class Forward:
             road: the mode in which the model is run.
             trees: the trees to read.
             spines: for each tree the last node of its spine; other nodes are run as branches (fork, step).
-            wanted: the nodes at which logits are read, each once; full logits are computed at these nodes only.
+            wanted: the nodes at which logits are read, and tokens; full logits are computed at these nodes only.
             reading: the context for hooks.
             memory: cached state of earlier calls; updated in place.
-            at: indices into `wanted`: the nodes at which log-probabilities of `tokens` are needed.
-            tokens: a token for each of them.
 
         Raises:
             AgentError: the logits are not finite; raised by the returned function.
         """
+        wanted = Wants.of(wanted)
+        at, tokens = wanted.at, wanted.tokens
         order = np.argsort(at, kind="stable")
         ends = np.cumsum(np.bincount(at, minlength=len(wanted)))
         begins = np.concatenate([[0], ends[:-1]])
         places, parts = list[tuple[Int[np.ndarray, " node"], Int[np.ndarray, " token"]]](), list[Tensor]()
         for which, logits in self.logits(road, trees, spines, wanted, reading, memory):
-            if not which:  # a pass that only reads on
+            if not len(which):  # a pass that only reads on
                 continue
             own = np.array(which)
             counts = ends[own] - begins[own]
@@ -268,9 +304,10 @@ class Forward:
         wanted: Sequence[Want],
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
-    ) -> Iterator[tuple[list[int], Float[Tensor, "node vocabulary"]]]:
+    ) -> Iterator[tuple[Indices, Float[Tensor, "node vocabulary"]]]:
         """Yield logits as they are computed, with the indices into `wanted` that they belong to; see `scores`."""
         self.reading, self.finished = reading, None
+        wanted = Wants.of(wanted)
         try:
             if road == "tree":
                 yield from self._trees(trees, spines, wanted, memory)
@@ -286,9 +323,9 @@ class Forward:
             self.reading = None
 
     def _trees(
-        self, trees: Sequence[Tree], spines: Sequence[int], wanted: Sequence[Want], memory: Memory | None
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        tree, node = np.array([(w.tree, w.node) for w in wanted], dtype=np.int64).reshape(-1, 2).T
+        self, trees: Sequence[Tree], spines: Sequence[int], wanted: Wants, memory: Memory | None
+    ) -> Iterator[tuple[Indices, Tensor]]:
+        tree, node = wanted.tree, wanted.node
         if memory is None and self.masks.sparse:
             try:
                 found = self._in_blocks(trees, spines, tree, node)
@@ -296,12 +333,12 @@ class Forward:
                 if out_of_memory(error) or not self.without_flex(str(error)):
                     raise
             else:
-                yield list(range(len(wanted))), found
+                yield np.arange(len(wanted)), found
                 return
         alone = self.masks.one_layout and memory is None
         for some in [[t] for t in range(len(trees))] if alone else [list(range(len(trees)))]:
             which = np.flatnonzero(tree == some[0]) if alone else np.arange(len(wanted))
-            yield which.tolist(), self._in_rows(some, trees, tree[which] - some[0], node[which], memory)
+            yield which, self._in_rows(some, trees, tree[which] - some[0], node[which], memory)
 
     def _in_blocks(
         self,

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Int
 
 from nextstate.agents import flex
 from nextstate.agents.agent import (
@@ -328,8 +327,7 @@ class LanguageModel(Agent):
                 raise AgentError(
                     f"{self.name} runs out of memory on one episode of {n:,} tokens on {self.device}"
                 ) from error
-            found = None
-        if found is not None:
+        else:
             yield [i for _, i, _ in asked], found
             return
         if self.device.type == "cuda":
@@ -356,11 +354,10 @@ class LanguageModel(Agent):
             memory: cached state of earlier calls; updated in place.
         """
         queries = Queries.of([tree for tree, _, _ in asked], [q for _, _, q in asked])
-        wants = list(map(Want, queries.tree.tolist(), queries.node.tolist()))
-        scores = self.read(road, trunks, wants, asked, prompts, memory, queries.at, queries.tokens)
+        scores = self.read(road, trunks, queries.wanted, asked, prompts, memory)
         questions = [prompts[i].asked for _, i, _ in asked]
         lengths = np.array([trunks[tree].tree.depths[q.node] + 1 for tree, _, q in asked], dtype=np.int64)
-        return lambda: queries.predictions(questions, *scores(), self._text_of, lengths)
+        return lambda: queries.predictions(questions, scores(), self._text_of, lengths)
 
     def _text_of(self, token: int) -> str:
         found = self._texts.get(token)
@@ -376,14 +373,13 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
-        *tokens: Int[np.ndarray, " token"],
     ) -> Callable[[], Scores]:
         """Read transcripts by `Forward.scores`, with the context set that hooks can query."""
         questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
         before = (0,) * len(trunks) if memory is None else tuple(memory.read)
         reading = ForwardContext(tuple(trunks), questions, before, memory is not None)
         trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
-        scores = self.forward.scores(road, trees, spines, wants, reading, memory, *tokens)
+        scores = self.forward.scores(road, trees, spines, wants, reading, memory)
         finished, self.forward.finished = self.forward.finished, None
         if self._done:  # called for what was read without an error
             found = scores()

@@ -1,4 +1,4 @@
-"""Scores of the choices of many questions at once, in arrays: what to read from a model, and the predictions from it."""
+"""Scores of the choices of many questions at once, in arrays: what is read from a model, and its predictions."""
 
 from __future__ import annotations
 
@@ -11,35 +11,31 @@ from jaxtyping import Float, Int
 
 from nextstate.agents.agent import Predictions
 from nextstate.agents.branches import Branch
+from nextstate.agents.forward import Scores, Wants
 from nextstate.envs.game import Question
 
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """What is read from a model to answer questions: log-probabilities of tokens at nodes of trees.
+    """What is read from a model to answer questions, which all have choices.
 
     Attributes:
-        tree, node: the nodes whose logits are needed, sorted, each once.
-        last: the last node of each question's prompt, as an index into these.
-        at: the node of each token of each choice, as an index into these.
-        tokens: the tokens, those of the first choice of the first question first.
+        wanted: nodes of trees, sorted, each once, and the tokens of all choices, those of the first question first.
+        last: the last node of each question's prompt, as an index into these nodes.
         lengths: number of tokens of each choice.
         sizes: number of bytes of each choice.
         counts: number of choices of each question.
     """
 
-    tree: Int[np.ndarray, " node"]
-    node: Int[np.ndarray, " node"]
+    wanted: Wants
     last: Int[np.ndarray, " question"]
-    at: Int[np.ndarray, " token"]
-    tokens: Int[np.ndarray, " token"]
     lengths: Int[np.ndarray, " choice"]
     sizes: Int[np.ndarray, " choice"]
     counts: Int[np.ndarray, " question"]
 
     @classmethod
     def of(cls, trees: Sequence[int], branches: Sequence[Branch]) -> Queries:
-        """Return what is read for questions with choices, given the index of the tree and the branch of each."""
+        """Return what is read to answer questions, given the index of the tree and the branch of each."""
         clozes = [b.cloze for b in branches]
         nodes = np.fromiter(chain.from_iterable([b.nodes for b in branches]), dtype=np.int64)
         lengths = np.array([len(b.nodes) for b in branches], dtype=np.int64)
@@ -49,17 +45,17 @@ class Queries:
         begins = _begins(lengths)
         per_question = np.array([len(c.at) for c in clozes], dtype=np.int64)
         at = index[np.concatenate([c.at for c in clozes]) + np.repeat(begins, per_question)]
+        tokens = np.concatenate([c.wanted for c in clozes])
         return cls(
-            keys // width, keys % width, index[begins], at,
-            np.concatenate([c.wanted for c in clozes]), np.concatenate([c.lengths for c in clozes]),
-            np.concatenate([c.sizes for c in clozes]), np.array([len(c.lengths) for c in clozes], dtype=np.int64),
+            Wants(keys // width, keys % width, at, tokens), index[begins],
+            np.concatenate([c.lengths for c in clozes]), np.concatenate([c.sizes for c in clozes]),
+            np.array([len(c.lengths) for c in clozes], dtype=np.int64),
         )  # fmt: skip
 
     def predictions(
         self,
         questions: Sequence[Question],
-        argmax: Int[np.ndarray, " node"],
-        logprobs: Float[np.ndarray, " token"],
+        scores: Scores,
         decode: Callable[[int], str],
         prompt_tokens: Int[np.ndarray, " question"],
     ) -> Predictions:
@@ -67,48 +63,46 @@ class Queries:
 
         Args:
             questions: the questions.
-            argmax: the most likely token at each node.
-            logprobs: the natural logarithm of the probability of each token of each choice.
+            scores: what was read.
             decode: returns the text of a token, for answers that are not a choice.
             prompt_tokens: number of tokens of each prompt.
         """
         begins = _begins(self.lengths)
-        sums = np.add.reduceat(logprobs.astype(np.float64), begins)
+        sums = np.add.reduceat(scores.logprobs.astype(np.float64), begins)
         # Greedy decoding produces a choice if each of its tokens is the most likely one. If one such choice is a prefix
         # of another, decoding continues to the longer one.
-        matched = np.where(np.logical_and.reduceat(argmax[self.at] == self.tokens, begins), self.lengths, 0)
+        hit = scores.argmax[self.wanted.at] == self.wanted.tokens
+        matched = np.where(np.logical_and.reduceat(hit, begins), self.lengths, 0)
         longest, found = _first_largest(matched, self.counts)
         greedy = np.where(found > 0, longest, -1)
         other = np.flatnonzero(greedy < 0)
-        written = dict(zip(other.tolist(), map(decode, argmax[self.last[other]].tolist()), strict=True))
-        best = [_first_largest(x, self.counts)[0] for x in (sums, sums / self.lengths, sums / self.sizes)]
-        return Predictions(questions, greedy, *best, sums, written, prompt_tokens)
+        written = dict(zip(other.tolist(), map(decode, scores.argmax[self.last[other]].tolist()), strict=True))
+        best, per_token, per_byte = (
+            _first_largest(x, self.counts)[0] for x in (sums, sums / self.lengths, sums / self.sizes)
+        )
+        return Predictions(questions, greedy, best, per_token, per_byte, sums, written, prompt_tokens)
 
 
 def in_order(parts: Sequence[tuple[Sequence[int], Predictions]], questions: Sequence[Question]) -> Predictions:
     """Join predictions into one, in the order of the questions; each part comes with the indices of its questions."""
-    empty = np.zeros(0, dtype=np.int64)
-    own = [p for _, p in parts]
-    indices = [np.array(i, dtype=np.int64) for i, _ in parts]
-    which = np.concatenate([empty, *indices])
-    order = np.empty_like(which)
-    order[which] = np.arange(len(which))
-
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([empty, *(getattr(p, name) for p in own)])[order]
-
+    nothing = np.zeros(0, dtype=np.int64)
+    which = np.concatenate([nothing, *(np.array(indices, dtype=np.int64) for indices, _ in parts)])
+    order = np.argsort(which)
+    columns = {
+        name: np.concatenate([nothing, *(getattr(p, name) for _, p in parts)])[order]
+        for name in ("greedy", "choice", "choice_token", "choice_byte", "prompt_tokens")
+    }
     counts = np.array([len(q.choices) for q in questions], dtype=np.int64)
-    begins, lengths = _begins(counts[which])[order], counts
-    flat = np.concatenate([np.zeros(0), *(p.logprobs for p in own)])
-    choices = np.repeat(begins - _begins(lengths), lengths) + np.arange(len(flat))
-    written = {int(i[k]): text for i, p in zip(indices, own, strict=True) for k, text in p.written.items()}
-    whole = {name: column(name) for name in ("greedy", "choice", "choice_token", "choice_byte", "prompt_tokens")}
-    return Predictions(questions, logprobs=flat[choices], written=written, **whole)
+    begins = _begins(counts[which])[order]
+    logprobs = np.concatenate([np.zeros(0), *(p.logprobs for _, p in parts)])
+    choices = np.repeat(begins - _begins(counts), counts) + np.arange(len(logprobs))
+    written = {indices[k]: text for indices, p in parts for k, text in p.written.items()}
+    return Predictions(questions, logprobs=logprobs[choices], written=written, **columns)
 
 
 def _begins(lengths: Int[np.ndarray, " part"]) -> Int[np.ndarray, " part"]:
     """Return where parts of the given lengths begin."""
-    return np.cumsum(lengths) - lengths
+    return np.asarray(np.cumsum(lengths) - lengths)
 
 
 def _first_largest(

@@ -38,6 +38,8 @@ class Session(Agent):
         self.memory: Memory | None = None  # of these trunks, in their order
 
     def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
+        if not prompts:
+            return []
         self._go_on([p.episode for p in prompts])
         unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
         if unknown and self.trunks:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nextstate.envs.contrast import Span
 
 _ANCHORS = ("a", ".", "1", "\n", "A b")
+WIDE = 1 << 32  # above all tokens
 _CLOZES = 4096  # questions whose tokens are kept
 
 
@@ -56,7 +57,7 @@ class Cloze:
     Attributes:
         stem: the tokens of the stem.
         tokens, parents, depths: token, parent and depth of each node of the trie, from node 1 on.
-        forks: parent, token and node of the nodes that do not directly follow their parent.
+        forks: `parent * WIDE + token` and number of the nodes that do not directly follow their parent.
         at: for each token of each choice the node whose logits predict it.
         wanted: the tokens of all choices, those of the first choice first.
         lengths: the number of tokens of each choice.
@@ -67,7 +68,7 @@ class Cloze:
     tokens: list[int]
     parents: list[int]
     depths: list[int]
-    forks: list[tuple[int, int, int]]
+    forks: list[tuple[int, int]]
     at: Int[np.ndarray, " token"]
     wanted: Int[np.ndarray, " token"]
     lengths: Int[np.ndarray, " choice"]
@@ -87,7 +88,7 @@ class Cloze:
                     depths.append(depths[node] + 1)
                 node = child
                 at.append(node)
-        forks = [(parent, token, node) for (parent, token), node in index.items() if node != parent + 1]
+        forks = [(parent * WIDE + token, node) for (parent, token), node in index.items() if node != parent + 1]
         tokens, parents = [token for _, token in index], [parent for parent, _ in index]
         flat = np.array([token for choice in choices for token in choice], dtype=np.int64)
         lengths = np.array([len(choice) for choice in choices], dtype=np.int64)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.host [--before FOLDER] [--profile GAME] [--json]
 
-The model is replaced by one that returns zeros, so that all time is that of the host: what a GPU would wait for. With
-`--before`, another checkout of this project is measured in turn with this one, each in a process of its own.
+The model is replaced by one that returns zeros, and its vocabulary by one of a few tokens, so that all time is that of
+the host: what a GPU would wait for. With `--before`, another checkout of this project is measured in turn with this
+one, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from transformers.modeling_outputs import CausalLMOutput
 from nextstate.agents.certificate import Certificate
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.rollout import episodes_of, prompts_of
+from nextstate.agents.text import Encoder
 from nextstate.agents.training import TrainConfig, train_tokenizer
 from nextstate.envs.game import Episode
 from nextstate.envs.games import make_game
 
 EPISODES = 64
+WIDTH = 61  # of the vocabulary, so that reading logits costs little
 
 
 class Job(NamedTuple):
@@ -61,13 +64,21 @@ class Zeros(GPT2LMHeadModel):
         return CausalLMOutput(logits=self.lm_head(torch.zeros(*input_ids.shape, 1)))
 
 
+class Narrow(Encoder):
+    """An encoder with a small vocabulary: most tokens share their number with others."""
+
+    def _raw(self, text: str) -> tuple[int, ...]:
+        return tuple([token % WIDTH for token in super()._raw(text)])
+
+
 def stub() -> LanguageModel:
     """Return an agent whose forward passes are free."""
     tokenizer = train_tokenizer(TrainConfig())
     config = GPT2Config(
-        n_layer=1, n_head=1, n_embd=1, vocab_size=len(tokenizer), n_positions=65536, bos_token_id=0, eos_token_id=0
+        n_layer=1, n_head=1, n_embd=1, vocab_size=WIDTH, n_positions=65536, bos_token_id=0, eos_token_id=0
     )
     agent = LanguageModel("zeros", loaded=(Zeros(config).eval(), tokenizer))
+    agent.encoder = Narrow(tokenizer)
 
     def certify(forward: Any, depth: int, columns: int, live: bool, _: Any) -> Certificate:
         return Certificate("tree", live, 0.0, 1.0, depth, columns, forward.masks.attention, 0.0, {})
