@@ -213,6 +213,8 @@ class Forward:
             self.proving = True
             try:
                 known = self.certificates[live] = self._certified(depth, columns, live, row, known)
+            except OutOfMemory:  # less at once may fit
+                raise
             except AgentError as error:
                 self._refused[live] = (depth, columns, self.masks.attention, error)
                 raise
@@ -325,13 +327,14 @@ class Forward:
     def _trees(
         self, trees: Sequence[Tree], spines: Sequence[int], wanted: Wants, memory: Memory | None
     ) -> Iterator[tuple[Indices, Tensor]]:
-        tree, node = wanted.tree, wanted.node
+        tree, node, reading = wanted.tree, wanted.node, self.reading
         if memory is None and self.masks.sparse:
             try:
                 found = self._in_blocks(trees, spines, tree, node)
             except FlexError as error:
                 if out_of_memory(error) or not self.without_flex(str(error)):
                     raise
+                self.reading = reading
             else:
                 yield np.arange(len(wanted)), found
                 return
@@ -351,9 +354,7 @@ class Forward:
         total, longest = sum(map(len, trees)), max(map(len, trees))
         length = flex.length_of(total)
         chains = all(path.depths[-1] == len(path) - 1 for path in trees)
-        if not self.in_one_row or (
-            chains and len(trees) * longest <= length
-        ):  # rows of plain causal attention need no mask
+        if not self.in_one_row or (chains and len(trees) * longest <= length):  # plain causal rows need no mask
             return self._in_rows(range(len(trees)), trees, tree, node, None, multiple=flex.BLOCK)
         row = pack_row(trees, spines, self.pad, length)
         picks = np.zeros_like(node), row.columns[row.begins[tree] + node]

@@ -293,19 +293,31 @@ def check_fallback(agent: LanguageModel, name: str, why: str) -> None:
     assert re.fullmatch(f"model is run without FlexAttention, by sdpa: {why}", said)
 
 
-def test_memory_that_runs_out_is_not_a_failure_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_halves_the_batch_and_the_kernel_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     agent = sparse("llama")
-    before = agent.predict(JOB.prompts)
-    right = flex.flex_attention_forward
+    prompts = [p for e in episodes_of(make_game("Box", boxes=6), range(6), 10) for p in prompts_of(e)]
+    before, most = agent.predict(prompts), 512
+    sizes = [len(t.tree) for t in agent.add_question(prompts)[0].values()]
+    assert 2 * max(sizes) < most < sum(sizes)
+    right, refused = flex.flex_attention_forward, list[int]()
 
     def narrow(module: Any, query: Any, *args: Any, **given: Any) -> Any:
-        if query.shape[2] > 700:
+        if query.shape[2] > most:
+            refused.append(query.shape[2])
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
         return right(module, query, *args, **given)
 
     monkeypatch.setattr(flex, "flex_attention_forward", narrow)
-    for one, two in zip(agent.predict(JOB.prompts), before, strict=True):
+    for one, two in zip(agent.predict(prompts), before, strict=True):
         assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
+    assert refused
+    assert agent.batch_size < len(sizes)
+    assert agent.warnings() == ()
+    agent.forward.certificates.clear()  # where the proof of a whole row does not fit, rows are halved
+    agent.batch_size, agent.batch_tokens = 64, 8192
+    for one, two in zip(agent.predict(prompts), before, strict=True):
+        assert one.logprobs == pytest.approx(two.logprobs, abs=1e-5)
+    assert agent.batch_tokens < sum(sizes)
     assert agent.warnings() == ()
 
 
