@@ -7,6 +7,7 @@ pass without such a mask (plain passes, caches) is SDPA's. On a GPU it is the de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def block_mask(
         mask_function: the model's mask, by row, head and two positions, as transformers passes it.
         batch_size: rows of the pass, where all have the same mask.
     """
-    if batch_size is not None:
-        enter, leave, depths = (x.expand(batch_size, -1) for x in (enter, leave, depths))
+    # 32 bits, since kernels load these for every pair.
+    enter, leave, depths = (x.int().expand(batch_size or len(x), -1) for x in (enter, leave, depths))
     length = enter.shape[1]
     plain = mask_function is causal_mask_function  # what is seen is never later
 
@@ -92,6 +93,13 @@ def _table(
     """Return how many blocks of keys there are for each block of queries, and which ones, these first."""
     order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+
+def seen(mask: BlockMask, row: int, tokens: Sequence[int]) -> Bool[Tensor, "token column"]:
+    """Return what some tokens of a row see."""
+    device = mask.kv_indices.device
+    q, k = torch.tensor(tokens, device=device), torch.arange(mask.shape[-1], device=device)
+    return mask.mask_mod(torch.tensor(row, device=device), torch.tensor(0, device=device), q[:, None], k)
 
 
 class FlexError(RuntimeError):

@@ -26,6 +26,7 @@ from nextstate.agents.intervention import Intervention
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import Places
 from nextstate.agents.rollout import episodes_of, prompts_of
+from nextstate.analysis.attention import Look, attention_hooks
 from nextstate.envs.games import make_game
 from tests.conftest import build
 from tests.exactness import Job, lived, sample, tolerance, truth
@@ -252,6 +253,31 @@ def test_hooks_see_the_same_and_change_the_same(name: str) -> None:
     for one, two in zip(*without, strict=True):
         assert one.logprobs == pytest.approx(two.logprobs, abs=1e-4)
     assert any(abs(a.logprobs[0] - b.logprobs[0]) > 1e-3 for a, b in zip(without[0], whole, strict=True))
+
+
+def test_attention_weights_are_read_under_block_masks() -> None:
+    found: list[list[torch.Tensor]] = []
+    for agent in (sparse("mistral"), agent_of(made("mistral"))):
+        agent.predict(JOB.prompts)
+        own: list[torch.Tensor] = []
+
+        def look(agent: LanguageModel = agent) -> Look:
+            reading = agent.reading
+            rows, tokens = reading.answering
+            paths = [reading.rows[r].tree.path(int(reading.now.nodes[r, k])) for r, k in zip(rows, tokens, strict=True)]
+            columns = [reading.now.columns(r, path) for r, path in zip(rows, paths, strict=True)]
+            return Look(rows, tokens, columns, reading.now.total)
+
+        def attend(layer: int, weights: torch.Tensor, own: list[torch.Tensor] = own) -> None:
+            own.append(weights)
+
+        with agent.hooks(), attention_hooks(agent, {0: [0, 3], 1: [2]}, look, attend):
+            agent.predict(JOB.prompts)
+        found.append(own)
+    assert len(found[0]) == len(found[1]) == 2
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.sum(-1), torch.ones(one.shape[:-1]))
 
 
 def test_chains_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
