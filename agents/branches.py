@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from nextstate.agents.agent import Prompt
-from nextstate.agents.text import Encoder
+from nextstate.agents.text import WIDE, Cloze, Encoder
 from nextstate.envs.game import Episode
 
 
@@ -25,35 +25,61 @@ class Tree:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self._child: dict[tuple[int, int], int] = {}
+        # Children by parent and token, without those that directly follow their parent: most do, and need no entry.
+        # A key is one whole number, `parent * WIDE + token`, since the garbage collector passes over numbers.
+        self._forks: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def grow(self, parent: int, tokens: Sequence[int]) -> int:
         """Extend the path that ends in node `parent` (-1 for a new path) by `tokens`; return its new last node."""
-        for token in tokens:
-            node = self._child.get((parent, token))
-            if node is None:
-                node = len(self.tokens)
-                self._child[parent, token] = node
-                self.tokens.append(token)
-                self.parents.append(parent)
-                self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
-            parent = node
-        return parent
+        first = len(self.tokens)
+        if parent != first - 1:  # it may have children
+            known = self.follow(parent, tokens)
+            if known:
+                parent, tokens = known[-1], tokens[len(known) :]
+            if tokens and parent != first - 1:
+                self._forks[parent * WIDE + tokens[0]] = first
+        if not tokens:
+            return parent
+        end, depth = first + len(tokens) - 1, self.depths[parent] + 1 if parent >= 0 else 0
+        self.tokens.extend(tokens)
+        self.parents.append(parent)
+        self.parents.extend(range(first, end))
+        self.depths.extend(range(depth, depth + len(tokens)))
+        return end
+
+    def graft(self, parent: int, cloze: Cloze) -> Branch:
+        """Add a question whose prompt continues the path that ends in node `parent`."""
+        node, first = self.grow(parent, cloze.stem), len(self.tokens)
+        if not cloze.tokens:
+            return Branch(node, cloze, (node,))
+        if node != first - 1:  # the stem may have some of the nodes already
+            nodes = [node]
+            for token, above in zip(cloze.tokens, cloze.parents, strict=True):
+                nodes.append(self.grow(nodes[above], (token,)))
+            return Branch(node, cloze, nodes)
+        depth = self.depths[node] if node >= 0 else -1
+        self.tokens.extend(cloze.tokens)
+        self.parents.extend([node + above for above in cloze.parents])
+        self.depths.extend([depth + below for below in cloze.depths])
+        for key, own in cloze.forks:
+            self._forks[node * WIDE + key] = node + own
+        return Branch(node, cloze, range(node, len(self.tokens)))
 
     def copy(self) -> Tree:
         """Return an independent copy."""
         out = Tree()
         out.tokens, out.parents, out.depths = list(self.tokens), list(self.parents), list(self.depths)
-        out._child = dict(self._child)
+        out._forks = dict(self._forks)
         return out
 
     def cut(self, nodes: int) -> None:
         """Remove all but the first `nodes` nodes."""
-        for child in zip(self.parents[nodes:], self.tokens[nodes:], strict=True):
-            del self._child[child]
+        for node in range(nodes, len(self.tokens)):
+            if self.parents[node] != node - 1:
+                del self._forks[self.parents[node] * WIDE + self.tokens[node]]
         del self.tokens[nodes:], self.parents[nodes:], self.depths[nodes:]
 
     def path(self, node: int) -> list[int]:
@@ -67,11 +93,16 @@ class Tree:
     def follow(self, node: int, tokens: Sequence[int]) -> list[int]:
         """Return the existing nodes that extend the path to `node` by `tokens`, up to the first missing one."""
         out: list[int] = []
+        own, parents, end = self.tokens, self.parents, len(self.tokens)
         for token in tokens:
-            child = self._child.get((out[-1] if out else node, token))
-            if child is None:
-                break
+            child = node + 1
+            if child == end or parents[child] != node or own[child] != token:
+                found = self._forks.get(node * WIDE + token)
+                if found is None:
+                    break
+                child = found
             out.append(child)
+            node = child
         return out
 
 
@@ -83,10 +114,24 @@ class Choice(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """A question in a tree: its choices, and the last node of its prompt."""
+    """A question in a tree.
+
+    Attributes:
+        node: the last node of its prompt.
+        cloze: its tokens.
+        nodes: `node`, then the nodes of the trie of its choices; see `Cloze`.
+    """
 
     node: int
-    choices: tuple[Choice, ...]
+    cloze: Cloze
+    nodes: Sequence[int]
+
+    def choice(self, index: int) -> Choice:
+        """Return one of the choices."""
+        end = int(self.cloze.lengths[: index + 1].sum())
+        own = slice(end - int(self.cloze.lengths[index]), end)
+        nodes = tuple([self.nodes[k] for k in self.cloze.at[own].tolist()])
+        return Choice(nodes, tuple(self.cloze.wanted[own].tolist()))
 
 
 class Trunk:
@@ -95,21 +140,24 @@ class Trunk:
     def __init__(self, encoder: Encoder, episode: Episode, tree: Tree | None = None) -> None:
         self.encoder, self.episode, self.tree = encoder, episode, Tree() if tree is None else tree
         self._ends = [self.tree.grow(-1, encoder.opening(episode.opening))]  # node at which each step begins
+        self._asks: dict[int, list[int]] = {}  # for each step the nodes at which its questions begin, as far as known
 
-    def _add_step(self, step: int, questions: int | None = None) -> int:
-        """Add `step` up to question number `questions`, by default the whole step; return its last node."""
-        now, piece = self.episode.steps[step], self.encoder.piece
-        node = self.tree.grow(self._begin(step), piece(now.narration))
-        if self.episode.game.feedback == "inline":
-            for q in now.questions[:questions]:
-                for text in (q.stem, q.choices[q.truth], q.closing):
-                    node = self.tree.grow(node, piece(text))
-        return self.tree.grow(node, piece(now.outcome)) if questions is None else node
-
-    def _begin(self, step: int) -> int:
-        while len(self._ends) <= step:
-            self._ends.append(self._add_step(len(self._ends) - 1))
-        return self._ends[step]
+    def _begin(self, step: int, question: int = 0) -> int:
+        """Add the transcript up to a question's stem; return its last node."""
+        ends, grow, piece = self._ends, self.tree.grow, self.encoder.piece
+        inline = self.episode.game.feedback == "inline"
+        while len(ends) <= step:
+            t = len(ends) - 1
+            now = self.episode.steps[t]
+            ends.append(grow(self._begin(t, len(now.questions) if inline else 0), piece(now.outcome)))
+        now, begins = self.episode.steps[step], self._asks.get(step)
+        if begins is None:
+            begins = self._asks[step] = [grow(ends[step], piece(now.narration))]
+        if not inline:
+            return begins[0]
+        for q in now.questions[len(begins) - 1 : question]:
+            begins.append(grow(begins[-1], piece(q.stem) + piece(q.choices[q.truth]) + piece(q.closing)))
+        return begins[question]
 
     @property
     def end(self) -> int:
@@ -124,20 +172,13 @@ class Trunk:
     def go_on(self, episode: Episode) -> None:
         """Continue with `episode`, which extends this trunk; the branches of the last step are removed."""
         self.tree.cut(self._ends[-1] + 1)
+        self._asks.pop(len(self._ends) - 1, None)
         self.episode = episode
 
     def add_question(self, step: int, question: int) -> Branch:
         """Add the prompt of a question and its choices to the tree, without tokens whose logits are not needed."""
         asked = self.episode.steps[step].questions[question]
-        node = self.tree.grow(self._add_step(step, question), self.encoder.piece(asked.stem))
-        choices = []
-        for text in asked.choices:
-            tokens = self.encoder.piece(text)
-            nodes = [node]
-            for token in tokens[:-1]:
-                nodes.append(self.tree.grow(nodes[-1], (token,)))
-            choices.append(Choice(tuple(nodes), tokens))
-        return Branch(node, tuple(choices))
+        return self.tree.graft(self._begin(step, question), self.encoder.cloze(asked.stem, asked.choices))
 
 
 def size_of(trunks: Iterable[Trunk]) -> tuple[int, int]:
@@ -174,13 +215,67 @@ class Layout(NamedTuple):
 class Batch(NamedTuple):
     """A batch of trees for a forward pass; shorter rows are padded on the right.
 
-    `seen` is None if every tree is one path and there is no cache, so that plain causal attention is right.
+    A token sees the column `k` if its own `enter` is at least `enter[k]` and less than `leave[k]`; padding sees itself
+    only. `enter` and `leave` are None if every row is one path and there is no cache, so that plain causal attention is
+    right.
     """
 
     tokens: Int[np.ndarray, "row token"]
-    seen: Bool[np.ndarray, "row token column"] | None
     depths: Int[np.ndarray, "row column"]  # the position of each column's token on its path
+    enter: Int[np.ndarray, "row column"] | None
+    leave: Int[np.ndarray, "row column"] | None
     layout: Layout
+
+    @property
+    def seen(self) -> Bool[np.ndarray, "row token column"] | None:
+        """What each token may attend to as a dense mask; None where plain causal attention is right."""
+        if self.enter is None or self.leave is None:
+            return None
+        own = self.enter[:, self.layout.width :, None]
+        return np.asarray((self.enter[:, None] <= own) & (own < self.leave[:, None]))
+
+
+def intervals(parents: Int[np.ndarray, " node"]) -> tuple[Int[np.ndarray, " node"], Int[np.ndarray, " node"]]:
+    """Number the nodes of a forest in depth-first order, so that ancestry is a comparison of two integers.
+
+    Args:
+        parents: the parent of each node, which comes before it; -1 for a root.
+
+    Returns:
+        `enter` and `leave`: node `k` is `q` or an ancestor of it if and only if `enter[k] <= enter[q] < leave[k]`.
+        (Tarjan 1974, Finding dominators in directed graphs: an interval for the descendants of each node.)
+    """
+    count = len(parents)
+    if count == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    # Chains of nodes with one child are contracted: a tree of text has few others.
+    first = np.ones(count, dtype=bool)
+    first[1:] = parents[1:] != np.arange(count - 1)
+    left = parents[first]  # nodes where a chain begins elsewhere than at the next node
+    left = left[(left >= 0) & (left < count - 1)] + 1
+    first[left] = True
+    chain, starts = np.cumsum(first) - 1, np.flatnonzero(first)
+    n = len(starts)
+    above = parents[starts]
+    above = np.append(np.where(above < 0, n, chain[above]), n)  # chain n is above all roots
+    lengths = np.diff(starts, append=count)
+    # Pointers that double in length at each round: sums over descendants, then over ancestors.
+    size, jump = np.append(lengths, 0), above
+    while (jump[:n] < n).any():
+        size = size + np.bincount(jump[:n], size[:n], n + 1).astype(np.int64)
+        jump = jump[jump]
+    order = np.argsort(above[:n], kind="stable")  # siblings side by side
+    before = np.cumsum(size[order]) - size[order]
+    group = np.flatnonzero(np.diff(above[order], prepend=-1))
+    before -= np.repeat(before[group], np.diff(group, append=n))
+    offset, jump = np.zeros(n + 1, np.int64), above
+    offset[order] = before
+    offset[:n] += np.append(lengths, 0)[above[:n]]
+    while (jump[:n] < n).any():
+        offset = offset + offset[jump]
+        jump = jump[jump]
+    enter = offset[chain] + np.arange(count) - starts[chain]
+    return enter, (offset + size)[chain]
 
 
 def pack(
@@ -188,54 +283,94 @@ def pack(
     pad: int = 0,
     cached: Sequence[Sequence[int]] | None = None,
     width: int = 0,
+    multiple: int = 1,
 ) -> Batch:
-    """Arrange the nodes of each tree that have not been read yet in rows.
+    """Arrange the nodes of each tree that have not been read yet in a row of its own.
 
     Args:
         trees: one tree for each row.
         pad: padding token.
         cached: for each row the columns of the nodes that were read before, which are the first nodes of the tree.
         width: number of columns in the cache; new nodes get the following columns, in order.
+        multiple: rows are padded to a multiple of this length.
     """
     known: Sequence[Sequence[int]] = [()] * len(trees) if cached is None else cached
     longest = max(len(t) - len(c) for t, c in zip(trees, known, strict=True))
+    longest = -(-longest // multiple) * multiple
+    begins, parents = _forest(trees)
+    chains = cached is None and not (np.delete(parents, begins) - np.delete(np.arange(len(parents)), begins) + 1).any()
+    forest = None if chains else intervals(parents)
     nodes = np.full((len(trees), longest), -1, dtype=np.int64)
     tokens = np.full((len(trees), longest), pad, dtype=np.int64)
-    depths = np.zeros((len(trees), width + longest), dtype=np.int64)
-    chains = cached is None and all(t.parents == list(range(-1, len(t) - 1)) for t in trees)
-    seen = None if chains else np.zeros((len(trees), longest, width + longest), dtype=bool)
-    for row, (tree, columns) in enumerate(zip(trees, known, strict=True)):
-        begin, n = len(columns), len(tree) - len(columns)
-        nodes[row, :n] = np.arange(begin, len(tree))
+    depths, enter, leave = (np.zeros((len(trees), width + longest), dtype=np.int64) for _ in range(3))
+    for row, (tree, columns, first) in enumerate(zip(trees, known, begins, strict=True)):
+        begin, count = len(columns), len(tree)
+        n = count - begin
+        nodes[row, :n] = np.arange(begin, count)
         tokens[row, :n] = tree.tokens[begin:]
-        depths[row, columns] = tree.depths[:begin]
-        depths[row, width : width + n] = tree.depths[begin:]
-        if seen is not None:
-            _fill(seen[row], tree, begin, columns, width)
-            pads = np.arange(n, longest)
-            seen[row, pads, width + pads] = True  # a token that sees nothing would be NaN
+        places: Any = slice(0, n)
+        if begin or width:
+            places = np.concatenate([np.asarray(columns, dtype=np.int64), np.arange(width, width + n)])
+        depths[row, places] = tree.depths
+        if forest is not None:
+            enter[row, places], leave[row, places] = (numbers[first : first + count] for numbers in forest)
+            pads = len(parents) + np.arange(longest - n)  # a token that sees nothing would be NaN
+            enter[row, width + n :], leave[row, width + n :] = pads, pads + 1
     layout = Layout(tuple(range(len(trees))), nodes, tuple(known), width)
-    return Batch(tokens, seen, depths, layout)
+    return Batch(tokens, depths, None if chains else enter, None if chains else leave, layout)
 
 
-def _fill(mask: Bool[np.ndarray, "node column"], tree: Tree, begin: int, columns: Sequence[int], width: int) -> None:
-    parents, end = tree.parents, len(tree)
-    node = begin
-    while node < end:
-        run = node + 1
-        while run < end and parents[run] == run - 1:
-            run += 1
-        rows = slice(node - begin, run - begin)
-        parent = parents[node]
-        if parent >= begin:
-            mask[rows] = mask[parent - begin]
-        else:
-            while parent >= 0:
-                mask[rows, columns[parent]] = True
-                parent = parents[parent]
-        own = slice(width + node - begin, width + run - begin)
-        mask[rows, own] |= np.tri(run - node, dtype=bool)
-        node = run
+class Packed(NamedTuple):
+    """Trees one after the other in a single row, the spine of each before its branches.
+
+    So the columns of a block are mostly of one kind: text that all later questions see, or one question's own. Padding
+    at the end, up to a multiple of a length, sees itself only.
+    """
+
+    tokens: Int[np.ndarray, " token"]
+    depths: Int[np.ndarray, " token"]
+    enter: Int[np.ndarray, " token"]
+    leave: Int[np.ndarray, " token"]
+    begins: Int[np.ndarray, " tree"]  # the number of nodes of the trees before each tree
+    columns: Int[np.ndarray, " node"]  # the column of each node, nodes of the trees one after the other
+
+
+def pack_row(trees: Sequence[Tree], spines: Sequence[int], pad: int = 0, length: int = 0) -> Packed:
+    """Arrange the nodes of all trees in one row without padding between them.
+
+    Args:
+        trees: the trees.
+        spines: for each tree the last node of its spine.
+        pad: padding token.
+        length: the least length of the row.
+    """
+    begins, parents = _forest(trees)
+    count = len(parents)
+    enter, leave = intervals(parents)
+    tree_of = np.repeat(np.arange(len(trees)), [len(tree) for tree in trees])
+    ends = enter[begins + np.asarray(spines)][tree_of]
+    branch = (ends < enter) | (leave <= ends)  # neither the spine's end nor an ancestor of it
+    order = np.lexsort((branch, tree_of))
+    columns = np.empty(count, dtype=np.int64)
+    columns[order] = np.arange(count)
+    pads = np.arange(count, max(length, count))
+
+    def row(values: Int[np.ndarray, " node"], more: Int[np.ndarray, " pad"]) -> Int[np.ndarray, " token"]:
+        return np.concatenate([values[order], more])
+
+    tokens, depths = (np.concatenate([getattr(tree, name) for tree in trees]) for name in ("tokens", "depths"))
+    return Packed(
+        row(tokens, np.full(len(pads), pad)), row(depths, 0 * pads), row(enter, pads), row(leave, pads + 1),
+        begins, columns,
+    )  # fmt: skip
+
+
+def _forest(trees: Sequence[Tree]) -> tuple[Int[np.ndarray, " tree"], Int[np.ndarray, " node"]]:
+    """Return the number of nodes before each tree, and the parents of all nodes, one tree after the other."""
+    sizes = np.array([len(tree) for tree in trees])
+    begins = np.cumsum(sizes) - sizes
+    parents = np.concatenate([tree.parents for tree in trees])
+    return begins, np.where(parents < 0, -1, parents + np.repeat(begins, sizes))
 
 
 class Asked(NamedTuple):

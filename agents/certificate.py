@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nextstate.agents.agent import AgentError
+from nextstate.agents.agent import AgentError, OutOfMemory
 from nextstate.agents.branches import Tree
 from nextstate.agents.failures import one_line
 from nextstate.agents.forward import ROADS, Forward, Memory, Road, Want, context_of, out_of_memory
@@ -116,7 +116,7 @@ def _certify(
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, AgentError) or not out_of_memory(error):
             raise
-        raise AgentError(
+        raise OutOfMemory(
             f"{forward.name} runs out of memory on a tree of {columns:,} tokens on {forward.device}"
         ) from error
     return replace(found, seconds=time.perf_counter() - began)
@@ -141,6 +141,8 @@ def _exact_roads(
     _check_causal(twin)
     shallow = _Ladder(twin, live).climb(min(depth, 256), min(columns, 640), roads)
     ladder.tried.update(shallow.tried)
+    if twin.fallback:
+        forward.without_flex(twin.fallback)
     return ROADS[ROADS.index(shallow.road) :]
 
 

@@ -84,7 +84,8 @@ class AgentConfig(Strict):
     quantization: Literal["4bit", "8bit"] | None = Field(default=None, description="with bitsandbytes, on a GPU")
     attn_implementation: str | None = Field(
         default=None,
-        description="sdpa, eager or another one of transformers; by default sdpa where the model has it, else eager",
+        description="sdpa, eager, nextstate_flex or another one of transformers; by default sdpa where the model has "
+        "it, else eager, and on a GPU nextstate_flex where it works",
     )
     revision: str | None = Field(
         default=None, description="branch, tag or commit on the hub; by default the newest commit"
@@ -98,11 +99,13 @@ class AgentConfig(Strict):
     modules: ModulesConfig | None = Field(
         default=None, description="names of modules; by default they are found by structure"
     )
-    batch_size: int = Field(default=64, ge=1, description="episodes in one forward pass, at most")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="episodes in one forward pass, at most; by default 64, and 1,024 on a GPU"
+    )
     batch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="tokens in one forward pass, at most; by default 8,192 on a CPU and 65,536 on a GPU",
+        description="tokens in one forward pass, at most; by default 8,192, on a GPU what fits into its free memory",
     )
 
     @classmethod

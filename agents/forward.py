@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -26,8 +26,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from nextstate.agents.agent import AgentError
-from nextstate.agents.branches import Batch, ForwardContext, Layout, Tree, pack
+from nextstate.agents import flex
+from nextstate.agents.agent import AgentError, OutOfMemory
+from nextstate.agents.branches import Batch, ForwardContext, Layout, Tree, pack, pack_row
+from nextstate.agents.failures import one_line
+from nextstate.agents.flex import FlexError
 from nextstate.agents.loading import device_of
 from nextstate.agents.masks import PathMasks, Places
 
@@ -41,6 +44,8 @@ ROADS: tuple[Road, ...] = get_args(Road)
 _SLICE = 2048  # of the vocabulary
 _CACHES = ("past_key_values", "cache_params", "state")  # what architectures call the state that they hand on
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+Indices = Sequence[int] | Int[np.ndarray, " index"]
+Picks = tuple[Indices, Indices]  # rows, columns
 T = TypeVar("T")
 
 
@@ -58,18 +63,55 @@ def context_of(config: Any) -> int | None:
 
 
 class Want(NamedTuple):
-    """A node at which logits are read, and the tokens whose log-probabilities are needed."""
+    """A node at which logits are read."""
 
     tree: int
     node: int
-    tokens: Sequence[int] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Wants(Sequence[Want]):
+    """Nodes at which logits are read, in columns; as a sequence it holds a `Want` for each.
+
+    Attributes:
+        tree, node: the nodes.
+        at: of each token whose log-probability is needed, the index of its node.
+        tokens: these tokens.
+    """
+
+    tree: Int[np.ndarray, " node"]
+    node: Int[np.ndarray, " node"]
+    at: Int[np.ndarray, " token"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    tokens: Int[np.ndarray, " token"] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @classmethod
+    def of(cls, wanted: Sequence[Want]) -> Wants:
+        """Return nodes in columns."""
+        if isinstance(wanted, Wants):
+            return wanted
+        return cls(*np.array(wanted, dtype=np.int64).reshape(-1, 2).T)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    @overload
+    def __getitem__(self, index: int) -> Want: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Want]: ...
+    def __getitem__(self, index: int | slice) -> Want | list[Want]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Want(int(self.tree[index]), int(self.node[index]))
+
+    def __iter__(self) -> Iterator[Want]:
+        return map(Want, self.tree.tolist(), self.node.tolist())
 
 
 class Scores(NamedTuple):
-    """The argmax and log-probabilities at the wanted nodes, in their order."""
+    """What is read from logits: the most likely token at each wanted node, and log-probabilities of tokens ."""
 
     argmax: Int[np.ndarray, " node"]
-    logprobs: list[Float[np.ndarray, " token"]]  # natural log, for each node those of the tokens asked about
+    logprobs: Float[np.ndarray, " token"]
 
 
 class State(NamedTuple):
@@ -129,6 +171,8 @@ class Forward:
         # At which depth and columns the model was refused, with which attention functions, and why.
         self._refused: dict[bool, tuple[int, int, tuple[str, ...], AgentError]] = {}
         self.proving = False  # hooks leave the model as it is while it is measured
+        self.hooked = 0  # how many hooks look at rows, each of which is one tree then
+        self.fallback = ""  # why block-sparse attention is not used, where it should have been
         parameters = inspect.signature(model.forward).parameters
         self._cache = next((name for name in _CACHES if name in parameters), None)
         self._positions = "position_ids" in parameters
@@ -141,8 +185,19 @@ class Forward:
             "load it with dtype=float32, or check its weights"
         )
 
-    def require(self, depth: int, columns: int, live: bool = False) -> Road:
+    @property
+    def in_one_row(self) -> bool:
+        """Whether all trees of a pass share one row: attention is block-sparse, and no hook looks at rows."""
+        return self.masks.sparse and not self.hooked
+
+    def require(self, depth: int, columns: int, live: bool = False, row: int = 0) -> Road:
         """Return the mode for trees with paths of up to `depth` tokens and `columns` nodes, verified at that size.
+
+        Args:
+            depth: number of tokens of the longest path.
+            columns: number of nodes of the largest tree.
+            live: whether it is for live sessions, which cache what they have read.
+            row: number of nodes of all trees that share a row, where they do.
 
         Raises:
             AgentError: no mode agrees with plain forward passes.
@@ -150,20 +205,39 @@ class Forward:
         known = self.certificates.get(live)
         if known is not None and known.attention != self.masks.attention:
             known = None
-        if known is None or depth > known.depth or columns > known.columns:
+        if known is None or depth > known.depth or (row if self.in_one_row else columns) > known.columns:
             refused = self._refused.get(live)
             same = refused is not None and refused[2] == self.masks.attention
             if refused is not None and same and depth >= refused[0] and columns >= refused[1]:
                 raise refused[3]
             self.proving = True
             try:
-                known = self.certificates[live] = self.certify(self, depth, columns, live, known)
+                known = self.certificates[live] = self._certified(depth, columns, live, row, known)
+            except OutOfMemory:  # less at once may fit
+                raise
             except AgentError as error:
                 self._refused[live] = (depth, columns, self.masks.attention, error)
                 raise
             finally:
                 self.proving = False
         return known.road
+
+    def _certified(self, depth: int, columns: int, live: bool, row: int, known: Certificate | None) -> Certificate:
+        """Return a certificate, without FlexAttention where only that is in the way of reading trees."""
+        try:
+            found = self.certify(self, depth, max(columns, row) if self.in_one_row else columns, live, known)
+            why = found.tried.get("tree", "")
+        except OutOfMemory:
+            raise
+        except (AgentError, FlexError) as error:
+            found, why = None, one_line(error)
+            if not self.without_flex(why):
+                raise
+        if found is None or (why and self.without_flex(why)):
+            found = self.certify(self, depth, columns, live, None)
+            if found.road != "tree":
+                self.fallback = ""  # it was not to blame
+        return found
 
     def scores(
         self,
@@ -173,36 +247,55 @@ class Forward:
         wanted: Sequence[Want],
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
-    ) -> Scores:
-        """Read trees and return the argmax and log-probabilities at the wanted nodes.
+    ) -> Callable[[], Scores]:
+        """Read trees for the most likely tokens at the wanted nodes, and log-probabilities of some tokens.
+
+        Results are copied from the device once, at the end, so that it does not wait for the host in between.
+
+        Returns:
+            A function that waits for the device and returns the scores; call it once.
 
         Args:
             road: the mode in which the model is run.
             trees: the trees to read.
             spines: for each tree the last node of its spine; other nodes are run as branches (fork, step).
-            wanted: the nodes at which logits are read; full logits are computed at these nodes only.
+            wanted: the nodes at which logits are read, and tokens; full logits are computed at these nodes only.
             reading: the context for hooks.
             memory: cached state of earlier calls; updated in place.
 
         Raises:
-            AgentError: the logits are not finite.
+            AgentError: the logits are not finite; raised by the returned function.
         """
-        argmax = np.zeros(len(wanted), dtype=np.int64)
-        logprobs: list[np.ndarray] = [np.zeros(0)] * len(wanted)
+        wanted = Wants.of(wanted)
+        at, tokens = wanted.at, wanted.tokens
+        order = np.argsort(at, kind="stable")
+        ends = np.cumsum(np.bincount(at, minlength=len(wanted)))
+        begins = np.concatenate([[0], ends[:-1]])
+        places, parts = list[tuple[Int[np.ndarray, " node"], Int[np.ndarray, " token"]]](), list[Tensor]()
         for which, logits in self.logits(road, trees, spines, wanted, reading, memory):
-            if not which:  # a pass that only reads on
+            if not len(which):  # a pass that only reads on
                 continue
-            argmax[which] = torch.cat([part.argmax(-1) for part in torch.split(logits, 512)]).cpu().numpy()
-            norm = torch.cat([part.float().logsumexp(-1) for part in torch.split(logits, 512)])
-            flat = [(row, token) for row, k in enumerate(which) for token in wanted[k].tokens]
-            rows, tokens = torch.tensor(flat, dtype=torch.long, device=logits.device).reshape(-1, 2).T
-            found = (logits[rows, tokens].float() - norm[rows]).cpu().numpy()
-            if not (np.isfinite(found).all() and torch.isfinite(norm).all()):
+            own = np.array(which)
+            counts = ends[own] - begins[own]
+            mine = order[_ranges(begins[own], counts)]
+            places.append((own, mine))
+            parts.append(_read_off(logits, np.repeat(np.arange(len(own)), counts), tokens[mine]))
+        numbers_of = _fetched(torch.cat(parts)) if parts else lambda: np.zeros(0, dtype=np.int32)
+
+        def read() -> Scores:
+            numbers = numbers_of()
+            argmax, norm = np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.float32)
+            found = np.zeros(len(tokens), dtype=np.float32)
+            for own, mine in places:
+                n, m = len(own), 2 * len(own)
+                argmax[own], norm[own] = numbers[:n], numbers[n:m].view(np.float32)
+                found[mine] = numbers[m : m + len(mine)].view(np.float32)
+                numbers = numbers[m + len(mine) :]
+            if not (np.isfinite(found).all() and np.isfinite(norm).all()):
                 raise self.not_finite()
-            ends = np.cumsum([len(wanted[k].tokens) for k in which])[:-1]
-            for k, part in zip(which, np.split(found, ends), strict=True):
-                logprobs[k] = part
-        return Scores(argmax, logprobs)
+            return Scores(argmax, found - norm[at])
+
+        return read
 
     @torch.inference_mode()
     def logits(
@@ -213,14 +306,13 @@ class Forward:
         wanted: Sequence[Want],
         reading: ForwardContext | None = None,
         memory: Memory | None = None,
-    ) -> Iterator[tuple[list[int], Float[Tensor, "node vocabulary"]]]:
+    ) -> Iterator[tuple[Indices, Float[Tensor, "node vocabulary"]]]:
         """Yield logits as they are computed, with the indices into `wanted` that they belong to; see `scores`."""
         self.reading, self.finished = reading, None
+        wanted = Wants.of(wanted)
         try:
             if road == "tree":
-                alone = self.masks.one_layout and memory is None
-                for some in [[t] for t in range(len(trees))] if alone else [list(range(len(trees)))]:
-                    yield from self._tree(some, trees, wanted, memory)
+                yield from self._trees(trees, spines, wanted, memory)
             elif road == "rows":
                 yield from self._rows(trees, wanted)
             else:
@@ -232,33 +324,91 @@ class Forward:
         finally:
             self.reading = None
 
-    def _tree(
-        self, some: Sequence[int], trees: Sequence[Tree], wanted: Sequence[Want], memory: Memory | None
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    def _trees(
+        self, trees: Sequence[Tree], spines: Sequence[int], wanted: Wants, memory: Memory | None
+    ) -> Iterator[tuple[Indices, Tensor]]:
+        tree, node, reading = wanted.tree, wanted.node, self.reading
+        if memory is None and self.masks.sparse:
+            try:
+                found = self._in_blocks(trees, spines, tree, node)
+            except FlexError as error:
+                if out_of_memory(error) or not self.without_flex(str(error)):
+                    raise
+                self.reading = reading
+            else:
+                yield np.arange(len(wanted)), found
+                return
+        alone = self.masks.one_layout and memory is None
+        for some in [[t] for t in range(len(trees))] if alone else [list(range(len(trees)))]:
+            which = np.flatnonzero(tree == some[0]) if alone else np.arange(len(wanted))
+            yield which, self._in_rows(some, trees, tree[which] - some[0], node[which], memory)
+
+    def _in_blocks(
+        self,
+        trees: Sequence[Tree],
+        spines: Sequence[int],
+        tree: Int[np.ndarray, " want"],
+        node: Int[np.ndarray, " want"],
+    ) -> Float[Tensor, "want vocabulary"]:
+        """Read trees by block-sparse attention: all in one row, or each in a row of its own for hooks."""
+        total, longest = sum(map(len, trees)), max(map(len, trees))
+        length = flex.length_of(total)
+        chains = all(path.depths[-1] == len(path) - 1 for path in trees)
+        if not self.in_one_row or (chains and len(trees) * longest <= length):  # plain causal rows need no mask
+            return self._in_rows(range(len(trees)), trees, tree, node, None, multiple=flex.BLOCK)
+        row = pack_row(trees, spines, self.pad, length)
+        picks = np.zeros_like(node), row.columns[row.begins[tree] + node]
+        tokens, depths, enter, leave = self._sent(row.tokens, row.depths, row.enter, row.leave)[:, None]
+        self.reading = None  # several trees in a row: no context describes it
+        with self._picked(picks) as picked:
+            places = Places.of_intervals(enter, leave, depths)
+            return self._taken(self.in_tree(tokens, places), picked)
+
+    def _in_rows(
+        self,
+        some: Sequence[int],
+        trees: Sequence[Tree],
+        row: Int[np.ndarray, " want"],
+        node: Int[np.ndarray, " want"],
+        memory: Memory | None,
+        multiple: int = 1,
+    ) -> Float[Tensor, "want vocabulary"]:
+        """Read some trees, one in each row."""
         own = [trees[t] for t in some]
-        batch = pack(own, self.pad) if memory is None else pack(own, self.pad, memory.columns, memory.width)
+        batch = (
+            pack(own, self.pad, multiple=multiple)
+            if memory is None
+            else pack(own, self.pad, memory.columns, memory.width)
+        )
         layout = batch.layout._replace(trees=tuple(some), cached=tuple(list(c) for c in batch.layout.cached or ()))
-        row_of = {t: row for row, t in enumerate(some)}
-        which = [k for k, w in enumerate(wanted) if w.tree in row_of]
-        rows = [row_of[wanted[k].tree] for k in which]
-        begin = [len(c) for c in layout.cached or ()]
-        picks = (rows, [wanted[k].node - begin[row] for k, row in zip(which, rows, strict=True)])
-        logits = self._columns(batch, layout, picks, None if memory is None else memory.cache)
+        begins = np.array([len(c) for c in layout.cached or ()], dtype=np.int64)
+        logits = self._columns(batch, layout, (row, node - begins[row]), None if memory is None else memory.cache)
         if memory is not None:
             for tree, columns in zip(own, memory.columns, strict=True):
                 columns.extend(range(memory.width, memory.width + len(tree) - len(columns)))
             memory.width += batch.tokens.shape[1]
-        yield which, logits
+        return logits
 
-    def _columns(
-        self, batch: Batch, layout: Layout, picks: tuple[list[int], list[int]], cache: DynamicCache | None
-    ) -> Tensor:
-        tokens = torch.from_numpy(batch.tokens).to(self.device)
-        if batch.seen is None:
+    def _columns(self, batch: Batch, layout: Layout, picks: Picks, cache: DynamicCache | None) -> Tensor:
+        tokens = self._sent(batch.tokens)[0]
+        if batch.enter is None or batch.leave is None:
             return self._pass(tokens, layout, picks)[0]
-        places = Places(*(torch.from_numpy(x).to(self.device) for x in (batch.seen, batch.depths)))
-        with self._noted(layout), self._picked(picks):
-            return self._taken(self.in_tree(tokens, places, cache), picks)
+        depths, enter, leave = self._sent(batch.depths, batch.enter, batch.leave)
+        places = Places.of_intervals(enter, leave, depths, layout.width)
+        with self._noted(layout), self._picked(picks) as picked:
+            return self._taken(self.in_tree(tokens, places, cache), picked)
+
+    def _sent(self, *arrays: Int[np.ndarray, "*row column"]) -> Int[Tensor, "array *row column"]:
+        """Return arrays of one shape on the model's device, by one transfer that the host does not wait for."""
+        found = torch.from_numpy(np.stack(arrays))
+        return (found.pin_memory() if self.device.type == "cuda" else found).to(self.device, non_blocking=True)
+
+    def without_flex(self, why: str) -> bool:
+        """Use the attention that transformers chooses in place of FlexAttention; return False if it was not used."""
+        if not flex.give_up(self.model):
+            return False
+        self.fallback = f"{self.name} is run without FlexAttention, by {', '.join(self.masks.attention)}: {why}"
+        return True
 
     def in_tree(
         self, tokens: Int[Tensor, "row token"], places: Places, cache: Any = None
@@ -449,7 +599,7 @@ class Forward:
         self,
         tokens: Int[Tensor, "row token"],
         layout: Layout,
-        picks: tuple[list[int], list[int]],
+        picks: Picks,
         cache: Any = None,
         keep: bool = False,
     ) -> tuple[Float[Tensor, "pick vocabulary"], Any]:
@@ -461,12 +611,12 @@ class Forward:
             if self._positions:
                 where = layout.width + torch.arange(tokens.shape[1], device=tokens.device)
                 given["position_ids"] = where.expand(len(tokens), -1)
-        with self._noted(layout), self._picked(picks):
+        with self._noted(layout), self._picked(picks) as picked:
             out = self.model(input_ids=tokens, **given)
         state = getattr(out, self._cache or "", None) if keep else None
         if keep and state is None:
             raise TypeError(f"{type(self.model).__name__} hands on no state")
-        return self._taken(out.logits, picks), state
+        return self._taken(out.logits, picked), state
 
     @contextmanager
     def _noted(self, layout: Layout) -> Iterator[None]:
@@ -484,16 +634,53 @@ class Forward:
         self.reading = replace(before, passes=(*before.passes, layout))
 
     @contextmanager
-    def _picked(self, picks: tuple[list[int], list[int]]) -> Iterator[None]:
-        rows, columns = picks if picks[0] else ([0], [0])  # at least one position, since models may fail on none
-        with read_out(self.model, lambda x: x[rows, columns][None]):
-            yield
+    def _picked(self, picks: Picks) -> Iterator[int]:
+        """Compute logits at some tokens only; gives their number."""
+        count = len(picks[0])
+        # At least one, since models may fail on none.
+        rows, columns = self._sent(*(np.array(x if count else [0], dtype=np.int64) for x in picks))
+        with read_out(self.model, lambda x: x[rows.to(x.device), columns.to(x.device)][None]):
+            yield count
 
     @staticmethod
-    def _taken(logits: Tensor, picks: tuple[list[int], list[int]]) -> Tensor:
-        """Return the logits of the picks, [pick, vocabulary]."""
-        assert logits.shape[:2] == (1, max(1, len(picks[0])))
-        return logits[0, : len(picks[0])]
+    def _taken(logits: Tensor, count: int) -> Float[Tensor, "pick vocabulary"]:
+        """Return the logits of the picks."""
+        assert logits.shape[:2] == (1, max(1, count))
+        return logits[0, :count]
+
+
+def _ranges(begins: Int[np.ndarray, " part"], lengths: Int[np.ndarray, " part"]) -> Int[np.ndarray, " item"]:
+    """Return the numbers of several ranges, one range after the other."""
+    return np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+
+
+def _fetched(numbers: Int[Tensor, " number"]) -> Callable[[], Int[np.ndarray, " number"]]:
+    """Begin to copy numbers to the host; return a function that waits for them."""
+    if numbers.device.type != "cuda":
+        return lambda: np.asarray(numbers.cpu())
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host.copy_(numbers, non_blocking=True)
+    arrived = torch.cuda.current_stream(numbers.device).record_event()
+
+    def wait() -> Int[np.ndarray, " number"]:
+        arrived.synchronize()
+        return host.numpy()
+
+    return wait
+
+
+def _read_off(
+    logits: Float[Tensor, "node vocabulary"], rows: Int[np.ndarray, " token"], tokens: Int[np.ndarray, " token"]
+) -> Int[Tensor, " number"]:
+    """Return the argmax and log-normaliser of each row, then the logits of tokens at rows, on the device of the logits.
+
+    Floats are given by their bits, so that one tensor holds all of them and is copied to the host at once.
+    """
+    pieces = torch.split(logits, 512)  # what is copied in float32, and a size that suits the caches of a CPU
+    argmax = [part.argmax(-1).int() for part in pieces]
+    norm = [part.float().logsumexp(-1).view(torch.int32) for part in pieces]
+    where = torch.from_numpy(np.stack([rows, tokens])).to(logits.device, non_blocking=True)
+    return torch.cat([*argmax, *norm, logits[where[0], where[1]].float().view(torch.int32)])
 
 
 def _forked(cache: Any, rows: int) -> Any:

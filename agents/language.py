@@ -10,7 +10,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from nextstate.agents.agent import WRITTEN, Agent, AgentError, ContextError, Prediction, Prompt
+from nextstate.agents import flex
+from nextstate.agents.agent import (
+    WRITTEN,
+    Agent,
+    AgentError,
+    ContextError,
+    OutOfMemory,
+    Prediction,
+    Predictions,
+    Prompt,
+)
 from nextstate.agents.branches import Asked, Branch, ForwardContext, Trunk, size_of
 from nextstate.agents.certificate import Certificate, certify
 from nextstate.agents.checkpoints import Fit
@@ -18,6 +28,7 @@ from nextstate.agents.forward import Forward, Memory, Road, Scores, Want, contex
 from nextstate.agents.identity import files_digest, trained_on
 from nextstate.agents.loading import DeviceMap, Loaded, Loading, Quantization, device_of, load
 from nextstate.agents.loading import default_device as default_device
+from nextstate.agents.scoring import Queries, in_order
 from nextstate.agents.sites import Edit, ModuleMap, Site, Sites
 from nextstate.agents.text import Encoder, TokenizerError
 from nextstate.envs.contrast import segments
@@ -34,14 +45,15 @@ class LanguageModel(Agent):
             module); cannot be combined with `device`.
         dtype: "float32", "bfloat16" or "float16"; by default float32 on the CPU, and the checkpoint's dtype on a GPU.
         quantization: "4bit" or "8bit", with bitsandbytes on a GPU.
-        attn_implementation: "sdpa", "eager" or another one of transformers; by default sdpa if the model supports it.
+        attn_implementation: "sdpa", "eager", "nextstate_flex" (`nextstate.agents.flex`) or another one of transformers.
+            By default sdpa if the model supports it, and on a GPU nextstate_flex where it works.
         revision: branch, tag or commit on the hub.
         allow_incomplete: load the checkpoint even if tensors are missing (these are random) or superfluous.
         bos: whether transcripts begin with the beginning-of-sequence token; by default as the tokenizer does.
         modules: names of the model's modules, see `nextstate.agents.sites.ModuleMap`; by default found automatically.
-        batch_size: maximum number of episodes in one forward pass.
+        batch_size: maximum number of episodes in one forward pass; by default 64, and 1,024 on a GPU.
         batch_tokens: maximum number of tokens in one forward pass, including padding; a longer episode is read alone.
-            Batches are halved if memory runs out.
+            By default 8,192, and on a GPU what fits into its free memory. Batches are halved if memory runs out.
         loaded: a model and its tokenizer, instead of loading them by name.
 
     Raises:
@@ -65,7 +77,7 @@ class LanguageModel(Agent):
         allow_incomplete: bool = False,
         bos: bool | None = None,
         modules: Mapping[str, Any] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         batch_tokens: int | None = None,
         loaded: tuple[Any, Any] | None = None,
     ) -> None:
@@ -83,12 +95,15 @@ class LanguageModel(Agent):
         self.quantization = quantization
         self._names = None if modules is None else ModuleMap(**modules)
         self.encoder = _encoder(name, self.tokenizer, bos)
-        self.batch_size = batch_size
-        self.batch_tokens = batch_tokens or (8192 if self.device.type == "cpu" else 65536)
+        self.batch_size = batch_size or (1024 if self.device.type == "cuda" else 64)
+        self.batch_tokens = batch_tokens or _tokens_of(self.model, self.device)
         self.context = context_of(self.model.config)
         pad = int(self.tokenizer.pad_token_id or 0)
         self.pad = pad if pad < len(self.model.get_input_embeddings().weight) else 0  # padding has no effect
         self.forward = Forward(self.model, name, certify, self.pad, self.batch_tokens)
+        self._texts: dict[int, str] = {}  # of single tokens
+        if self.device.type == "cuda" and self._by_name and attn_implementation is None and flex.use(self.model):
+            self.forward.require(1, 1)  # a first proof now, so that `warnings` can say where it does not work
         self._done: list[Callable[[ForwardContext], None]] = []
         if self._names is not None:
             self.sites.check("resid_pre")  # wrong names raise here, not at the first use
@@ -131,6 +146,8 @@ class LanguageModel(Agent):
             return lambda x: None if self.forward.proving else edit(x)
 
         with ExitStack() as stack:
+            self.forward.hooked += 1
+            stack.callback(setattr, self.forward, "hooked", self.forward.hooked - 1)
             for site, layer, edit in edits:
                 stack.enter_context(self.sites.hook(site, layer, unless_proving(edit)))
             if done is not None:
@@ -142,7 +159,7 @@ class LanguageModel(Agent):
     def reading(self) -> ForwardContext:
         """The context of the running forward pass, for use in hooks; raises `AgentError` if none is running."""
         if self.forward.reading is None:
-            raise AgentError(f"{self.name} runs no forward pass now: use `reading` inside a hook only")
+            raise AgentError(f"{self.name} runs no forward pass now: use `reading` inside a hook of `hooks` only")
         return self.forward.reading
 
     @property
@@ -181,6 +198,8 @@ class LanguageModel(Agent):
             )
         if self.encoder.differs:
             found.append(f"{self.name} {self.encoder.differs}")
+        if self.forward.fallback:
+            found.append(self.forward.fallback)
         return tuple(found)
 
     def episode_warnings(self, episode: Episode) -> str:
@@ -193,14 +212,27 @@ class LanguageModel(Agent):
         return "\n".join(found)
 
     def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
-        if not all(p.asked.choices for p in prompts):  # free-form answers are generated token by token
+        questions = [p.asked for p in prompts]
+        if not all(q.choices for q in questions):  # free-form answers are generated token by token
             return self.live().predict(prompts)
         trunks, planted = self.add_question(prompts)
-        road = self.forward.require(*size_of(trunks.values()))
-        out: list[Prediction | None] = [None] * len(prompts)
-        for episodes in self._batches(trunks, road):
-            self._halving(road, trunks, planted, episodes, prompts, out)
-        return [p for p in out if p is not None]
+        found: list[tuple[Sequence[int], Predictions]] = []
+        if trunks:
+            road = self._road(trunks)
+            launched = (
+                batch
+                for episodes in self._batches(trunks, road)
+                for batch in self._halving(road, trunks, planted, episodes, prompts)
+            )
+            # A batch is read when the next one has been launched, so that a GPU computes while the host prepares.
+            before: tuple[list[int], Callable[[], Predictions]] | None = None
+            for batch in launched:
+                if before is not None:
+                    found.append((before[0], before[1]()))
+                before = batch
+            if before is not None:
+                found.append((before[0], before[1]()))
+        return in_order(found, questions)
 
     def live(self) -> Agent:
         from nextstate.agents.session import Session  # `session` imports this module
@@ -214,9 +246,13 @@ class LanguageModel(Agent):
         trunks = {} if trunks is None else trunks
         planted: dict[int, list[tuple[int, Branch]]] = {}
         for i, (episode, step, question) in enumerate(prompts):
-            if id(episode) not in trunks:
-                trunks[id(episode)] = Trunk(self.encoder, episode)
-            planted.setdefault(id(episode), []).append((i, trunks[id(episode)].add_question(step, question)))
+            key = id(episode)
+            trunk, own = trunks.get(key), planted.get(key)
+            if trunk is None:
+                trunk = trunks[key] = Trunk(self.encoder, episode)
+            if own is None:
+                own = planted[key] = []
+            own.append((i, trunk.add_question(step, question)))
         self._check_context(prompts, trunks, planted)
         return trunks, planted
 
@@ -228,8 +264,10 @@ class LanguageModel(Agent):
         long: dict[int, int] = {}
         for key, questions in planted.items():
             depths = trunks[key].tree.depths
+            if max(depths) + WRITTEN < self.context:
+                continue
             for i, q in questions:
-                tokens = 1 + max((depths[c.nodes[-1]] for c in q.choices), default=depths[q.node] + WRITTEN)
+                tokens = 1 + (max(depths[n] for n in q.nodes) if len(q.cloze.at) else depths[q.node] + WRITTEN)
                 if tokens > self.context:
                     long[i] = tokens
         if long:
@@ -242,16 +280,30 @@ class LanguageModel(Agent):
                 tuple(sorted(long)),
             )
 
+    def _road(self, trunks: dict[int, Trunk]) -> Road:
+        """Return how the model is run, verified for the largest tree and, where trees share a row, for whole rows."""
+        while True:
+            batches = self._batches(trunks, "tree") if self.forward.in_one_row else ()
+            row = max((sum(len(trunks[k].tree) for k in episodes) for episodes in batches), default=0)
+            try:
+                return self.forward.require(*size_of(trunks.values()), row=row)
+            except OutOfMemory:
+                if row <= max(len(t.tree) for t in trunks.values()):
+                    raise
+                self.batch_tokens = row // 2
+
     def _batches(self, trunks: dict[int, Trunk], road: Road) -> Iterator[list[int]]:
         """Yield batches of episodes of similar length, within the batch limits; only trees share a forward pass."""
-        batch: list[int] = []
+        batch, longest, total = list[int](), 0, 0
         for key in sorted(trunks, key=lambda k: len(trunks[k].tree), reverse=True):
-            longest = len(trunks[batch[0]].tree) if batch else 0
-            full = road == "tree" and longest * (len(batch) + 1) > self.batch_tokens
+            length = len(trunks[key].tree)
+            tokens = total + length if self.forward.in_one_row else max(longest, length) * (len(batch) + 1)
+            full = road == "tree" and tokens > self.batch_tokens
             if batch and (len(batch) == self.batch_size or full):
                 yield batch
-                batch = []
+                batch, longest, total = [], 0, 0
             batch.append(key)
+            longest, total = max(longest, length), total + length
         if batch:
             yield batch
 
@@ -262,13 +314,11 @@ class LanguageModel(Agent):
         planted: dict[int, list[tuple[int, Branch]]],
         episodes: list[int],
         prompts: Sequence[Prompt],
-        out: list[Prediction | None],
-    ) -> None:
+    ) -> Iterator[tuple[list[int], Callable[[], Predictions]]]:
+        """Yield the indices of prompts and what returns their predictions, for all of the episodes or each half."""
+        asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
         try:
-            asked = [(r, i, q) for r, k in enumerate(episodes) for i, q in planted[k]]
-            for i, prediction in self.score(road, [trunks[k] for k in episodes], asked, prompts):
-                out[i] = prediction
-            return
+            found = self.score(road, [trunks[k] for k in episodes], asked, prompts)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not out_of_memory(error):
                 raise
@@ -277,11 +327,14 @@ class LanguageModel(Agent):
                 raise AgentError(
                     f"{self.name} runs out of memory on one episode of {n:,} tokens on {self.device}"
                 ) from error
+        else:
+            yield [i for _, i, _ in asked], found
+            return
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.batch_size = max(1, len(episodes) // 2)
         for half in (episodes[: self.batch_size], episodes[self.batch_size :]):
-            self._halving(road, trunks, planted, half, prompts, out)
+            yield from self._halving(road, trunks, planted, half, prompts)
 
     def score(
         self,
@@ -290,8 +343,8 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
-    ) -> Iterator[tuple[int, Prediction]]:
-        """Read transcripts and yield (index of the prompt, prediction) for each question.
+    ) -> Callable[[], Predictions]:
+        """Read transcripts; return what gives the predictions for questions with choices, in the order of `asked`.
 
         Args:
             road: how the model is run.
@@ -300,17 +353,17 @@ class LanguageModel(Agent):
             prompts: all prompts.
             memory: cached state of earlier calls; updated in place.
         """
-        wanted: dict[tuple[int, int], dict[int, int]] = {}  # (tree, node) -> token -> index among the node's tokens
-        for tree, _, question in asked:
-            for choice in question.choices:
-                for node, token in zip(choice.nodes, choice.tokens, strict=True):
-                    wanted.setdefault((tree, node), {}).setdefault(token, len(wanted[tree, node]))
-        wants = [Want(tree, node, list(tokens)) for (tree, node), tokens in wanted.items()]
-        scores = self.read(road, trunks, wants, asked, prompts, memory)
-        index = {key: k for k, key in enumerate(wanted)}
-        for tree, i, question in asked:
-            length = trunks[tree].tree.depths[question.node] + 1
-            yield i, self._prediction(tree, question, prompts[i], wanted, index, scores, length)
+        queries = Queries.of([tree for tree, _, _ in asked], [q for _, _, q in asked])
+        scores = self.read(road, trunks, queries.wanted, asked, prompts, memory)
+        questions = [prompts[i].asked for _, i, _ in asked]
+        lengths = np.array([trunks[tree].tree.depths[q.node] + 1 for tree, _, q in asked], dtype=np.int64)
+        return lambda: queries.predictions(questions, scores(), self._text_of, lengths)
+
+    def _text_of(self, token: int) -> str:
+        found = self._texts.get(token)
+        if found is None:
+            found = self._texts[token] = self.tokenizer.decode([token]).strip()
+        return found
 
     def read(
         self,
@@ -320,7 +373,7 @@ class LanguageModel(Agent):
         asked: Sequence[tuple[int, int, Branch]],
         prompts: Sequence[Prompt],
         memory: Memory | None = None,
-    ) -> Scores:
+    ) -> Callable[[], Scores]:
         """Read transcripts by `Forward.scores`, with the context set that hooks can query."""
         questions = tuple([Asked(tree, q.node, prompts[i]) for tree, i, q in asked])
         before = (0,) * len(trunks) if memory is None else tuple(memory.read)
@@ -328,43 +381,29 @@ class LanguageModel(Agent):
         trees, spines = [t.tree for t in trunks], [t.end for t in trunks]
         scores = self.forward.scores(road, trees, spines, wants, reading, memory)
         finished, self.forward.finished = self.forward.finished, None
+        if self._done:  # called for what was read without an error
+            found = scores()
+            scores = lambda: found  # noqa: E731
         for done in self._done:
             assert finished is not None
             done(finished)
         return scores
 
-    def _prediction(
-        self,
-        row: int,
-        planted: Branch,
-        prompt: Prompt,
-        wanted: dict[tuple[int, int], dict[int, int]],
-        index: dict[tuple[int, int], int],
-        scores: Scores,
-        prompt_tokens: int,
-    ) -> Prediction:
-        sums, per_token, per_byte = [], [], []
-        greedy, matched = -1, 0
-        for c, (choice, text) in enumerate(zip(planted.choices, prompt.asked.choices, strict=True)):
-            keys = [(row, node) for node in choice.nodes]
-            total = sum(
-                float(scores.logprobs[index[key]][wanted[key][t]]) for key, t in zip(keys, choice.tokens, strict=True)
-            )
-            sums.append(total)
-            per_token.append(total / len(choice.tokens))
-            per_byte.append(total / len(text.encode()))
-            # Greedy decoding produces a choice if each of its tokens is the most likely one. If one such choice is a
-            # prefix of another, decoding continues to the longer one.
-            if len(keys) > matched and all(
-                int(scores.argmax[index[key]]) == t for key, t in zip(keys, choice.tokens, strict=True)
-            ):
-                greedy, matched = c, len(keys)
-        if greedy >= 0:
-            answer = prompt.asked.choices[greedy].strip()
-        else:
-            answer = self.tokenizer.decode([int(scores.argmax[index[row, planted.node]])]).strip()
-        best = [int(np.argmax(x)) for x in (sums, per_token, per_byte)]
-        return Prediction(answer, greedy, best[0], best[1], best[2], tuple(sums), prompt_tokens)
+
+def _tokens_of(model: Any, device: torch.device) -> int:
+    """Return how many tokens a pass may have: on an NVIDIA GPU those that take up to half of the memory that is free.
+
+    More than 131,072 are not faster, and with fewer than 8,192 batches are halved where they do not fit.
+    """
+    if device.type != "cuda":
+        return 8192 if device.type == "cpu" else 65536
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    config, size = model.config.get_text_config(), model.dtype.itemsize
+    width = int(getattr(config, "hidden_size", 4096))
+    inner = max([4 * width, *(getattr(config, key, None) or 0 for key in ("intermediate_size", "n_inner", "ffn_dim"))])
+    # Activations of one layer, and logits in a copy or two at every fourth token.
+    token = size * (12 * width + 4 * inner + model.get_input_embeddings().weight.shape[0] // 2)
+    return int(min(max(free // (2 * token), 8192), 131_072))
 
 
 def _encoder(name: str, tokenizer: Any, bos: bool | None) -> Encoder:

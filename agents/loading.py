@@ -158,6 +158,15 @@ def _options(name: str, how: Loading) -> dict[str, Any]:
         raise AgentError(f"device={how.device!r} is not possible: expected cpu, cuda, cuda:1 or mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise AgentError(f"device={how.device!r} is not possible: torch finds no GPU; leave it out, or give cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        known = torch.cuda.device_count()
+        raise AgentError(
+            f"device={how.device!r} is not possible: torch finds {known} GPU{'s' * (known > 1)}, from cuda:0"
+        )
+    if not torch.cuda.is_available() and _names_gpu(how.device_map):
+        raise AgentError(
+            f"cannot load {name}: device_map={how.device_map!r} is not possible: torch finds no GPU; leave it out"
+        )
     mapped = how.device_map is not None and torch.cuda.is_available()
     wanted: Any = getattr(torch, how.dtype or "float32", None)
     if how.dtype is None and (device.type == "cuda" or mapped):
@@ -173,6 +182,11 @@ def _options(name: str, how: Loading) -> dict[str, Any]:
         given |= {"quantization_config": _quantized(name, how, wanted)}
         given.setdefault("device_map", {"": str(device)})  # quantized models cannot be moved afterwards
     return given
+
+
+def _names_gpu(device_map: DeviceMap | None) -> bool:
+    where = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return any(isinstance(device, int) or str(device).startswith("cuda") for device in where)
 
 
 def _quantized(name: str, how: Loading, wanted: Any) -> Any:

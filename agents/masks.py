@@ -3,7 +3,8 @@
 In a tree of tokens the column of a token is not its position. While `PathMasks` are active, everything that a model
 derives from columns is derived from the position of each token on its own path instead: the mask functions of
 transformers (causal, sliding window, chunks and whatever else a model combines), the causal buffers that some older
-models carry (GPT-Neo, GPT), and ALiBi (Bloom, Falcon, MPT). Each mask is then restricted to what a token may see.
+models carry (GPT-Neo, GPT), and ALiBi (Bloom, Falcon, MPT). Each mask is then restricted to what a token may see: a
+dense mask, or a block mask where the attention is block-sparse (`nextstate.agents.flex`).
 
 Nothing here decides whether a model is handled correctly: `nextstate.agents.certificate` measures it.
 """
@@ -14,31 +15,68 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
-from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, flex_attention_mask, sdpa_mask
+
+from nextstate.agents import flex
 
 LOCK = threading.RLock()  # the mask functions of transformers are shared by all models of a process
 
 
-class Places(NamedTuple):
+@dataclass(frozen=True)
+class Places:
     """The visibility and positions of tokens in a forward pass; columns are cached tokens, then those of the pass.
 
-    If all rows are equal, the tensors may have a single row.
+    Visibility is a dense mask, or two integers for each column (`Places.of_intervals`), from which the dense mask is
+    made where it is needed. If all rows are equal, the tensors may have a single row.
     """
 
-    seen: Bool[Tensor, "#row token column"]  # what each token may attend to, itself included
+    visible: Bool[Tensor, "#row token column"] | None  # what each token may attend to, itself included
     depths: Int[Tensor, "#row column"]  # the position of each column's token on its own path
+    enter: Int[Tensor, "#row column"] | None = None
+    leave: Int[Tensor, "#row column"] | None = None
+    width: int = 0  # columns before those of the pass, where there is no dense mask
+
+    @classmethod
+    def of_intervals(
+        cls,
+        enter: Int[Tensor, "#row column"],
+        leave: Int[Tensor, "#row column"],
+        depths: Int[Tensor, "#row column"],
+        width: int = 0,
+    ) -> Places:
+        """Return places in which token `q` sees column `k` if `enter[k] <= enter[q] < leave[k]`.
+
+        Args:
+            enter: the number of each column's token in depth-first order, see `nextstate.agents.branches.intervals`.
+            leave: the first number behind those of its descendants; 0 for columns that nothing sees.
+            depths: the position of each column's token on its own path.
+            width: the number of cached columns, which come first.
+        """
+        return cls(None, depths, enter, leave, width)
 
     @property
     def own(self) -> Int[Tensor, "#row token"]:
         """The positions of the tokens of the pass."""
-        return self.depths[:, -self.seen.shape[1] :]
+        return self.depths[:, self.width if self.visible is None else -self.visible.shape[1] :]
+
+    @cached_property
+    def seen(self) -> Bool[Tensor, "#row token column"]:
+        """What each token may attend to, itself included."""
+        if self.visible is not None:
+            return self.visible
+        assert self.enter is not None
+        assert self.leave is not None
+        own = self.enter[:, self.width :, None]
+        return (self.enter[:, None] <= own) & (own < self.leave[:, None])
 
 
 class PathMasks:
@@ -63,15 +101,24 @@ class PathMasks:
         """The attention functions that the model uses, by the names that transformers knows them by."""
         return tuple(sorted({m.config._attn_implementation for m in self._models}))
 
+    @property
+    def sparse(self) -> bool:
+        """Whether the attention functions of the model skip blocks of a mask in which nothing is seen."""
+        return bool(self.attention) and set(self.attention) <= flex.NAMES
+
     @contextmanager
     def __call__(self, places: Places) -> Iterator[None]:
         """Use path coordinates until the context is closed; `places` are on the model's device."""
         with LOCK, ExitStack() as stack:
             for name in self.attention:
                 kind = MASKS.get(name)
-                if kind in (sdpa_mask, eager_mask):
-                    MASKS[name] = _masks(places, additive=kind is eager_mask)
-                    stack.callback(MASKS.__delitem__, name)
+                if name in flex.NAMES and places.enter is not None and places.leave is not None and places.width == 0:
+                    MASKS[name] = partial(flex.block_mask, places.enter, places.leave, places.depths)
+                elif kind in (sdpa_mask, eager_mask, flex_attention_mask):
+                    MASKS[name] = _masks(places, additive=kind is not sdpa_mask)
+                else:
+                    continue
+                stack.callback(MASKS.__delitem__, name)
             for module in self._buffers:
                 _replace_buffer(module, places, stack)
             for module in self._alibi:

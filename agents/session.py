@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from nextstate.agents.agent import WRITTEN, Agent, AgentError, OutOfMemory, Prediction, Prompt
 from nextstate.agents.branches import Branch, Trunk, size_of
 from nextstate.agents.forward import Memory, Road, Want, out_of_memory
+from nextstate.agents.scoring import in_order
 from nextstate.envs.game import Episode
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class Session(Agent):
         self.memory: Memory | None = None  # of these trunks, in their order
 
     def predict(self, prompts: Sequence[Prompt]) -> Sequence[Prediction]:
+        if not prompts:
+            return []
         self._go_on([p.episode for p in prompts])
         unknown = {id(p.episode) for p in prompts} - self.trunks.keys()
         if unknown and self.trunks:
@@ -48,8 +51,8 @@ class Session(Agent):
         with self._guarded():
             if all(p.asked.choices for p in prompts):
                 trunks, (road, memory) = list(self.trunks.values()), self._road()
-                found = dict(self.model.score(road, trunks, asked, prompts, memory))
-                return [found[i] for i in range(len(prompts))]
+                found = self.model.score(road, trunks, asked, prompts, memory)()
+                return in_order([([i for _, i, _ in asked], found)], [p.asked for p in prompts])
             return self._write(asked, prompts)
 
     def _road(self) -> tuple[Road, Memory]:
@@ -67,14 +70,14 @@ class Session(Agent):
         while asked:
             trunks, (road, memory) = list(self.trunks.values()), self._road()
             wants = [Want(row, q.node) for row, _, q in asked]
-            scores = self.model.read(road, trunks, wants, asked, prompts, memory)
+            scores = self.model.read(road, trunks, wants, asked, prompts, memory)()
             going = []
             for (row, i, q), token in zip(asked, scores.argmax.tolist(), strict=True):
                 if token != tokenizer.eos_token_id:
                     written[i].append(token)
                     lines[i] = tokenizer.decode(written[i])
                     if "\n" not in lines[i] and len(written[i]) < WRITTEN:
-                        going.append((row, i, Branch(trees[row].grow(q.node, (token,)), ())))
+                        going.append((row, i, q._replace(node=trees[row].grow(q.node, (token,)))))
             asked = going
         answers = [lines[i].partition("\n")[0].strip() for i in range(len(prompts))]
         return [Prediction(answer, -1, -1, -1, -1, (), lengths[i]) for i, answer in enumerate(answers)]

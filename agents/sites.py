@@ -36,7 +36,8 @@ Edit = Callable[[Activation], Activation | None]  # returns the replacement, or 
 
 # Attention functions that take any mask, which is what branches need, by the names that transformers knows them by; and
 # how many tensors as large as all attention weights they hold at once.
-ATTENTIONS = {"sdpa": 3, "eager": 3, "nextstate_distances": 9}
+# For the sake of dense masks `nextstate_flex` counts as SDPA, which reads them.
+ATTENTIONS = {"sdpa": 3, "eager": 3, "nextstate_distances": 9, "nextstate_flex": 3, "flex_attention": 3}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Int
 from tokenizers import processors
 
 if TYPE_CHECKING:
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from nextstate.envs.contrast import Span
 
 _ANCHORS = ("a", ".", "1", "\n", "A b")
+WIDE = 1 << 32  # above all tokens
+_CLOZES = 4096  # questions whose tokens are kept
 
 
 class TokenizerError(ValueError):
@@ -41,6 +46,56 @@ def begins_with(token: str, number: int) -> processors.TemplateProcessing:
 
 def _id(token: Any) -> int | None:
     return None if token is None else int(token)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cloze:
+    """The tokens of a question: its stem, and the choices as a trie below it, without tokens whose logits are not read.
+
+    Nodes of the trie are numbered from 1; 0 is the last node of the prompt.
+
+    Attributes:
+        stem: the tokens of the stem.
+        tokens, parents, depths: token, parent and depth of each node of the trie, from node 1 on.
+        forks: `parent * WIDE + token` and number of the nodes that do not directly follow their parent.
+        at: for each token of each choice the node whose logits predict it.
+        wanted: the tokens of all choices, those of the first choice first.
+        lengths: the number of tokens of each choice.
+        sizes: the number of UTF-8 bytes of each choice.
+    """
+
+    stem: tuple[int, ...]
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    forks: list[tuple[int, int]]
+    at: Int[np.ndarray, " token"]
+    wanted: Int[np.ndarray, " token"]
+    lengths: Int[np.ndarray, " choice"]
+    sizes: Int[np.ndarray, " choice"]
+
+    @classmethod
+    def of(cls, stem: tuple[int, ...], choices: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> Cloze:
+        """Return the trie of choices, given as tokens and numbers of bytes."""
+        index: dict[tuple[int, int], int] = {}
+        depths, at = [0], list[int]()
+        for choice in choices:
+            node = 0
+            at.append(node)
+            for token in choice[:-1]:
+                child = index.setdefault((node, token), len(depths))
+                if child == len(depths):
+                    depths.append(depths[node] + 1)
+                node = child
+                at.append(node)
+        forks = [(parent * WIDE + token, node) for (parent, token), node in index.items() if node != parent + 1]
+        tokens, parents = [token for _, token in index], [parent for parent, _ in index]
+        flat = np.array([token for choice in choices for token in choice], dtype=np.int64)
+        lengths = np.array([len(choice) for choice in choices], dtype=np.int64)
+        return cls(
+            stem, tokens, parents, depths[1:], forks,
+            np.array(at, dtype=np.int64), flat, lengths, np.array(sizes, dtype=np.int64),
+        )  # fmt: skip
 
 
 class Encoder:
@@ -73,6 +128,7 @@ class Encoder:
                 given = tokenizer.decode(list(self.bos)) if self.bos else "nothing"
                 self.differs = f"read transcripts with {given} before them (bos={bos}); its tokenizer puts {own} there"
         self._cache: dict[str, tuple[int, ...]] = {}
+        self._clozes: dict[tuple[str, tuple[str, ...]], Cloze] = {}
         self._anchors = [(a, self._raw(a)) for a in _ANCHORS]
 
     def _raw(self, text: str) -> tuple[int, ...]:
@@ -95,9 +151,29 @@ class Encoder:
 
     def piece(self, text: str) -> tuple[int, ...]:
         """Return the tokens of `text` as the continuation of some other text."""
-        if text not in self._cache:
-            self._cache[text] = self._encode(text) if text else ()
-        return self._cache[text]
+        found = self._cache.get(text)
+        if found is None:
+            found = self._cache[text] = self._encode(text) if text else ()
+        return found
+
+    def cloze(self, stem: str, choices: tuple[str, ...]) -> Cloze:
+        """Return the tokens of a question.
+
+        Raises:
+            TokenizerError: a choice is empty.
+        """
+        found = self._clozes.get((stem, choices))
+        if found is None:
+            if "" in choices:
+                raise TokenizerError(
+                    f"choices {choices} of {stem!r} are not possible: expected texts, not an empty one"
+                )
+            if len(self._clozes) == _CLOZES:
+                self._clozes.clear()
+            pieces = [self.piece(text) for text in choices]
+            found = Cloze.of(self.piece(stem), pieces, [len(text.encode()) for text in choices])
+            self._clozes[stem, choices] = found
+        return found
 
     def _encode(self, text: str) -> tuple[int, ...]:
         _, head, whole = self._anchored(text)

@@ -174,7 +174,7 @@ def plant_episode(
             right = question.truth
             if len(question.accepted) > 1 and episode.game.feedback == "branch":
                 right = question.accepted[int(rng.integers(len(question.accepted)))]
-            choice = planted.choices[right]
+            choice = planted.choice(right)
             row.context.extend(choice.nodes)
             row.target.extend(choice.tokens)
             row.weight.extend([weight] * len(choice.tokens))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
+from nextstate.agents import flex
 from nextstate.agents.forward import instead
 from nextstate.agents.language import LanguageModel
 
@@ -78,13 +81,20 @@ class AttentionError(ValueError):
 def _intercepted(
     modules: Mapping[nn.Module, int], heads: Mapping[int, Sequence[int]], look: Callable[[], Look], attend: Attend
 ) -> Iterator[set[nn.Module]]:
-    """Wrap the sdpa attention function of transformers; yield the set of modules that have called it."""
+    """Wrap the attention functions of sdpa and of block masks; yield the set of modules that have called them."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as FUNCTIONS
 
-    before, handled = FUNCTIONS["sdpa"], set[nn.Module]()
+    before, handled = {name: FUNCTIONS[name] for name in ("sdpa", flex.ATTENTION)}, set[nn.Module]()
 
     def intercept(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+        attention: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if module in modules:
             handled.add(module)
@@ -100,17 +110,21 @@ def _intercepted(
                     found: Tensor = q @ k.transpose(1, 2) * scale
                     if mask is None:
                         return found
+                    if isinstance(mask, BlockMask):
+                        return found.masked_fill(~flex.seen(mask, row, tokens), -torch.inf)
                     seen = mask[row if len(mask) > 1 else 0][own if mask.shape[1] > 1 else [0]][:, tokens]
                     return found.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else found + seen.float()
 
                 attend(layer, _gather(look(), scores, softmax=True).to(query.dtype))
-        return before(module, query, key, value, mask, *args, **kwargs)
+        return attention(module, query, key, value, mask, *args, **kwargs)
 
-    FUNCTIONS["sdpa"] = intercept
+    for name, attention in before.items():
+        FUNCTIONS[name] = partial(intercept, attention)
     try:
         yield handled
     finally:
-        FUNCTIONS["sdpa"] = before
+        for name, attention in before.items():
+            FUNCTIONS[name] = attention
 
 
 def _gather(
