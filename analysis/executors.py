@@ -322,7 +322,7 @@ class Ray(Executor):
         self.size = max(1, min(config.workers or room, most))
         threads = os.environ.get("OMP_NUM_THREADS", str(cpus))
         remote = self.ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)(Actor)
-        self.make = lambda: remote.remote([str(x) for x in sys.path], str(Path.cwd()), threads)
+        self.make: Callable[[], Any] = lambda: remote.remote([str(x) for x in sys.path], str(Path.cwd()), threads)
 
     def start(self, slot: int) -> None:
         self.actors[slot] = self.make()
