@@ -1,6 +1,7 @@
 """16 equal cells in one process, against two processes and a Ray cluster of two nodes with one core each.
 
-The time is wall-clock time from the command to the finished page, with the start of the workers but not of the cluster. Needs two free cores. In the last row a node of the cluster is killed in the middle.
+Wall-clock time from the command to the finished page, with the start of the workers but not of the cluster. Needs two
+free cores. In the last row a node of the cluster is killed in the middle.
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ def _executor(config: str, overrides: list[str], kind: str | None, workers: int 
 
     given = read_value(config, overrides, "executor") or "serial"
     found = given if isinstance(given, dict) else {"kind": given}
-    if kind not in (None, found.get("kind", "serial")):
-        found = {"kind": kind}
+    if kind is not None:
+        found = found | {"kind": kind} if found.get("kind", kind) == kind else {"kind": kind}
     if workers is not None:
         found = found | {"workers": workers}
     return [] if found == given or (kind, workers) == (None, None) else [f"executor={json.dumps(found)}"]

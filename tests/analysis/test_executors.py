@@ -471,6 +471,7 @@ def written(path: Path, executor: str) -> str:
         ("local", (None, 3), {"kind": "local", "workers": 3}),
         ("{kind: ray, address: auto}", ("local", 2), {"kind": "local", "workers": 2}),
         ("{kind: ray, address: auto}", ("ray", 2), {"kind": "ray", "address": "auto", "workers": 2}),
+        ("{gpus: 0}", ("local", 2), {"kind": "local", "gpus": 0, "workers": 2}),
         ("{kind: local, workers: 2}", (None, None), {"kind": "local", "workers": 2}),
     ],
 )
