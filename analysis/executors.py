@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from nextstate.agents.failures import Broken, guarded, one_line
+from nextstate.agents.identity import visible_gpus
 from nextstate.analysis.run import ExecutorConfig, RunError
 
 Work = Callable[[Any], Any]
@@ -155,7 +156,8 @@ class Local(Executor):
     """
 
     def __init__(self, config: ExecutorConfig, factory: Factory, most: int) -> None:
-        cores, cards = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, gpus()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cards = visible_gpus()
         self.gpus = min(1, len(cards)) if config.gpus is None else config.gpus
         room = len(cards) // self.gpus if self.gpus else max(1, cores // (config.cpus or 1))
         wanted = config.workers or room
@@ -195,6 +197,7 @@ class Local(Executor):
         first = wait_for([*ends])[0]
         assert isinstance(first, Connection)
         slot = ends[first]
+        self.running[slot] = self.running.pop(slot)  # last in line, so that a fast worker does not hold up the others
         try:
             return slot, pickle.loads(first.recv_bytes())
         except (EOFError, OSError):  # also in the middle of an answer
@@ -258,14 +261,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def gpus() -> list[str]:
-    """Return the CUDA devices of this machine as `CUDA_VISIBLE_DEVICES` names them; needs no torch."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    return [str(i) for i in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*/information"))))]
-
-
 # --- Ray
 
 
@@ -297,11 +292,9 @@ class Ray(Executor):
         if self.ray.is_initialized():
             return
         found = None if address is None else _reached(address)
+        here = {} if found else {"include_dashboard": False}
         try:
-            self.ray.init(
-                address=found or "local", include_dashboard=None if found else False, log_to_driver=False,
-                logging_level="ERROR",
-            )  # fmt: skip
+            self.ray.init(address=found or "local", log_to_driver=False, logging_level="ERROR", **here)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             what = f"the Ray cluster at {found} cannot be used" if found else "Ray cannot be started here"
             raise RunError(f"{what}: {' '.join(str(error).split())}") from error
@@ -394,9 +387,9 @@ def _reached(address: str) -> str:
         address = os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")
         if not address:
             raise RunError(f"executor.address: auto, but no Ray cluster was started on this machine; {hint}")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        raise RunError(f"executor.address {address!r} is not an address: expected host:port, ray://host:port or auto")
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise RunError(f"executor.address {address!r} is not an address: expected host:port or auto")
     try:
         socket.create_connection((host, int(port)), CONNECT_S).close()
     except OSError as error:

@@ -362,6 +362,7 @@ def test_a_killed_ray_worker_loses_nothing(tmp_path: Path, cluster: Any, writes:
         ({"kind": "local", "gpus": 1, "workers": 8}, "asks for 8 workers with 1 GPUs each, .* has 0 GPUs"),
         ({"kind": "ray", "address": "127.0.0.1:1"}, "no Ray cluster answers at 127.0.0.1:1 .*`ray start --head`"),
         ({"kind": "ray", "address": "head"}, "'head' is not an address: expected host:port"),
+        ({"kind": "ray", "address": "ray://head:1"}, "'ray://head:1' is not an address: expected host:port"),
         ({"kind": "ray", "address": "auto"}, "auto, but no Ray cluster was started on this machine"),
     ],
 )
