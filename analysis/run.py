@@ -108,7 +108,8 @@ class RunConfig(Strict):
     seed: int = Field(default=0, ge=0, le=10**9, description="decides everything that is drawn at random")
     wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="how it is logged to W&B")
     executor: ExecutorConfig = Field(
-        default=ExecutorConfig(), description="where its jobs are done: serial, local, ray, or keys and values"
+        default=ExecutorConfig(),
+        description="where its jobs are done: serial (the default), local, ray, or keys and values",
     )
 
 

@@ -99,6 +99,9 @@ class Study(ABC, Generic[C]):
     def do(self, job: Job, run: Run[C]) -> pl.DataFrame | Mapping[str, pl.DataFrame]:
         """Do a job; return its table, or several by key, including `job.key`.
 
+        It may be called in another process, where `run` has only the tables that `job.needs` names and those made with
+        them, and again if that process dies.
+
         Raises:
             Skip: the job cannot be done; the run records this and continues.
             AgentError: its agent failed.
