@@ -104,6 +104,19 @@ def _gpus() -> list[str]:
     return sorted(set(answer.stdout.splitlines())) if answer.returncode == 0 else []
 
 
+def visible_gpus() -> list[str]:
+    """Return the NVIDIA GPUs that torch can use, as `CUDA_VISIBLE_DEVICES` names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
+    if not _gpus():
+        return []
+    if _DRIVER.is_dir():
+        return [str(i) for i, _ in enumerate(_DRIVER.glob("*/information"))]
+    answer = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True)
+    return [str(i) for i, _ in enumerate(answer.stdout.splitlines())]
+
+
 def names_of_gpus(folder: Path) -> list[str]:
     """Return the model names in a folder of the NVIDIA driver, which has a subfolder for each GPU."""
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*/information")))

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,19 +22,30 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import polars as pl
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nextstate.agents.agent import AgentError
 from nextstate.agents.config import AgentConfig, Strict
 from nextstate.agents.identity import device_kind, model_identity
 from nextstate.analysis.progress import Progress
-from nextstate.analysis.table import Damaged, difference, read_about, versions, weights_digest, write_table
+from nextstate.analysis.table import (
+    Damaged,
+    Packed,
+    difference,
+    pack,
+    read_about,
+    versions,
+    weights_digest,
+    write_packed,
+)
 from nextstate.envs.files import digest, path_error, write_json
 
 LAYOUT = 2  # version of the folder layout; the first one has no such entry in `run.json`
 _NEEDED = (
     "study", "name", "config", "config_digest", "command", "agents", "left_out", "warnings", "set_aside", "mixed",
 )  # fmt: skip
+_NO_EFFECT = ("wandb", "study", "executor")  # keys of a config that do not change its tables
+_ADDED_TO = ("agents", "warnings", "left_out", "set_aside")  # lists of the record
 _PART = re.compile(r"[A-Za-z0-9=._+-]+")
 T = TypeVar("T")
 
@@ -47,6 +58,46 @@ class ModelFailed(RunError):
     """No model of a run could be used; the message is one line with the reason."""
 
 
+class ExecutorConfig(Strict):
+    """Where the jobs of a study are done; a plain string is its kind. It does not change what is done."""
+
+    kind: Literal["serial", "local", "ray"] = Field(
+        default="serial", description="serial: in this process; local: in processes of this machine; ray: on a cluster"
+    )
+    workers: int | None = Field(
+        default=None, ge=1, description="jobs at a time; by default as many as there is room for"
+    )
+    cpus: int | None = Field(
+        default=None,
+        ge=1,
+        description="cores of a worker; by default 1 with ray, else the machine's divided by the workers",
+    )
+    gpus: int | None = Field(
+        default=None,
+        ge=0,
+        description="GPUs of a worker; by default 1 where there are any; with 0 all workers see all GPUs",
+    )
+    retries: int = Field(default=3, ge=0, description="how often a job is done again whose worker died")
+    address: str | None = Field(
+        default=None,
+        description="of a Ray cluster: host:port, or auto for that of this machine; by default one is started here",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_kind(cls, data: Any) -> Any:
+        return {"kind": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _fits(self) -> ExecutorConfig:
+        given = [name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default]
+        unused = [name for name in given if name != "kind" and (self.kind == "serial" or name == "address")]
+        if unused and self.kind != "ray":
+            expected = "kind: ray" if unused == ["address"] else "kind: local or kind: ray"
+            raise ValueError(f"{unused[0]} has no effect with kind: {self.kind}; give {expected}, or leave it out")
+        return self
+
+
 class RunConfig(Strict):
     """The part of a config that all studies share."""
 
@@ -56,6 +107,10 @@ class RunConfig(Strict):
     )
     seed: int = Field(default=0, ge=0, le=10**9, description="decides everything that is drawn at random")
     wandb: Literal["offline", "online", "disabled"] = Field(default="offline", description="how it is logged to W&B")
+    executor: ExecutorConfig = Field(
+        default=ExecutorConfig(),
+        description="where its jobs are done: serial (the default), local, ray, or keys and values",
+    )
 
 
 class ModelRunConfig(RunConfig):
@@ -251,6 +306,22 @@ class Run(Generic[C]):
         more = {"failed": True} if failed else {}
         self.update(left_out=[*kept, {"agent": agent, "what": what, "reason": reason, **more}])
 
+    def entries(self) -> dict[str, list[Any]]:
+        """Return the lists of the record that a job may add to."""
+        return {name: list(self.record[name]) for name in _ADDED_TO}
+
+    def adopt(self, found: Mapping[str, Sequence[Any]]) -> None:
+        """Record what a job added to these lists, perhaps in another process; nothing is recorded twice."""
+        for agent in found["agents"]:
+            self.describe(agent)
+        for line in found["warnings"]:
+            self.warn(line)
+        for entry in found["left_out"]:
+            if entry not in self.record["left_out"]:
+                self.left_out(**entry)
+        if new := [x for x in found["set_aside"] if x not in self.record["set_aside"]]:
+            self.update(set_aside=[*self.record["set_aside"], *new])
+
     # --- tables
 
     def file(self, key: str) -> Path:
@@ -298,29 +369,40 @@ class Run(Generic[C]):
         """Return all tables of `summary/`, by name; one that the study did not make raises `RunError`."""
         return _Summaries(self.record, self.tables("summary/*"))
 
-    def keep(
+    def pack(
         self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
-    ) -> None:
-        """Write one or several new tables.
+    ) -> dict[str, Packed]:
+        """Return the files of one or several new tables; nothing is written.
 
         Args:
             key: key of the table.
-            found: the table, or several by key including this one, which is written last.
+            found: the table, or several by key including this one, which comes last.
             identity: identity of what made it.
             agent: agent whose description in `run.json` is stored with the table.
         """
         tables = {key: found} if isinstance(found, pl.DataFrame) else dict(found)
         if key not in tables:
             raise RunError(f"the job {key!r} made {', '.join(map(repr, tables)) or 'nothing'}, but not its own table")
-        others = sorted(tables.keys() - {key})
+        others, out = sorted(tables.keys() - {key}), {}
         for name in [*others, key]:
             check_key(name)
             notes: dict[str, Any] = {"agents": [a for a in self.record["agents"] if a["name"] == agent]}
             notes |= {"with": others} if others and name == key else {}
-            notes = {k: v for k, v in notes.items() if v}
-            self.about[name] = write_table(self.file(name), tables[name], identity, notes)
-        if mixed := [x for x in self.record["mixed"] if x["table"] in tables]:
+            out[name] = pack(tables[name], identity, {k: v for k, v in notes.items() if v})
+        return out
+
+    def write(self, packed: Mapping[str, Packed]) -> None:
+        """Write the files of new tables."""
+        for name, table in packed.items():
+            self.about[name] = write_packed(self.file(name), table)
+        if mixed := [x for x in self.record["mixed"] if x["table"] in packed]:
             self.update(mixed=[x for x in self.record["mixed"] if x not in mixed])
+
+    def keep(
+        self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
+    ) -> None:
+        """Write one or several new tables; the arguments are those of `pack`."""
+        self.write(self.pack(key, found, identity, agent))
 
     def check(self, key: str, identity: Mapping[str, Any], accept_mixed: bool) -> bool:
         """Return whether a finished table exists and may be used; set it aside if it may not.
@@ -401,8 +483,8 @@ def _covers(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def config_digest(study: str, config: RunConfig) -> str:
-    """Return the digest of a config, without the settings of W&B."""
-    return digest(study + config.model_dump_json(exclude={"wandb", "study"}))
+    """Return the digest of a config, without what does not change its tables."""
+    return digest(study + config.model_dump_json(exclude={*_NO_EFFECT}))
 
 
 def open_record(study: str, config: RunConfig, out: Path, command: str, progress: Progress) -> dict[str, Any]:
@@ -458,7 +540,7 @@ def _other(record: Mapping[str, Any], study: str, config: RunConfig) -> str:
     if record["study"] != study:
         return f"a run of the study {record['study']!r}, not {study!r}"
     old, new = record["config"], config.model_dump(mode="json")
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in ("wandb", "study"))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in _NO_EFFECT)
     return f"a run of another config (different: {', '.join(changed) or 'version'})"
 
 

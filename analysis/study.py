@@ -6,8 +6,11 @@ To add a study, write one subclass of `Study` and list it in `analysis/studies.p
 
 from __future__ import annotations
 
+import socket
+import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,12 +22,14 @@ from pydantic import ValidationError
 
 from nextstate.agents.agent import AgentError
 from nextstate.agents.failures import Broken, guarded, one_line
+from nextstate.analysis.executors import Event, Executor, Lost, Refused, Schedule, executor
 from nextstate.analysis.lock import locked
 from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import C, ModelFailed, Run, RunConfig, RunError, check_key, now, open_record, read_record
 from nextstate.analysis.studies import GROUP, STUDIES
-from nextstate.analysis.table import DECISIVE, Damaged, code_digest, difference, read_about, versions
+from nextstate.analysis.table import DECISIVE, Damaged, Packed, code_digest, difference, read_about, versions
 from nextstate.envs import plugins
+from nextstate.envs.files import file_digest
 from nextstate.envs.game import GameError
 
 if TYPE_CHECKING:
@@ -93,6 +98,9 @@ class Study(ABC, Generic[C]):
     @abstractmethod
     def do(self, job: Job, run: Run[C]) -> pl.DataFrame | Mapping[str, pl.DataFrame]:
         """Do a job; return its table, or several by key, including `job.key`.
+
+        It may be called in another process, where `run` has only the tables that `job.needs` names and those made with
+        them, and again if that process dies.
 
         Raises:
             Skip: the job cannot be done; the run records this and continues.
@@ -198,7 +206,7 @@ def go(
         progress.begin(sum(job.cost for job in jobs))
         mirror = _Mirror(study, run)
         try:
-            _do_all(study, run, jobs, accept_mixed, mirror)
+            _Driver(study, run, jobs, accept_mixed, mirror).go()
             if not any(run.has(job.key) for job in jobs):
                 left_out = run.record["left_out"]
                 reasons = dict.fromkeys(x["reason"] for x in [x for x in left_out if x.get("failed")] or left_out)
@@ -244,20 +252,292 @@ def identity_of(study: Study[C], job: Job, run: Run[C]) -> dict[str, Any]:
     return found | {key: value for key, value in more.items() if value} | study.identity(job, run)
 
 
-def _do_all(study: Study[C], run: Run[C], jobs: Sequence[Job], accept_mixed: bool, mirror: _Mirror) -> None:
-    unusable: dict[str, str] = {}  # agents and the reasons
-    for job in jobs:
-        missing = [key for key in job.needs if not run.has(key)]
-        if missing:
-            run.left_out(job.agent, job.title, f"it needs {missing[0]}, which was left out")
-        elif job.agent in unusable:
-            run.left_out(job.agent, job.title, unusable[job.agent], failed=True)
+# --- doing jobs
+
+
+class Task(NamedTuple):
+    """What a worker needs to know to do a job.
+
+    Attributes:
+        key: key of the job.
+        identity: identity of its table.
+        about: metadata of the tables that it reads, by key.
+        agents: the descriptions of agents in `run.json`.
+    """
+
+    key: str
+    identity: dict[str, Any]
+    about: dict[str, dict[str, Any]]
+    agents: list[dict[str, Any]]
+
+
+class Outcome(NamedTuple):
+    """What a worker has done.
+
+    Attributes:
+        tables: files of the tables, for the driver to write; empty if the job could not be done.
+        metrics: numbers for W&B.
+        unusable: why the job's agent cannot be used at all, or "".
+        added: what was added to the lists of `run.json`; see `Run.adopt`.
+        shown: calls of a `Progress` that are still to be made: names of its methods with their arguments.
+    """
+
+    tables: dict[str, Packed]
+    metrics: dict[str, float | None]
+    unusable: str
+    added: dict[str, list[Any]]
+    shown: list[tuple[str, Any]]
+
+
+class Worker(Generic[C]):
+    """Does the jobs of a study, one at a time. It writes no tables.
+
+    Args:
+        study: the study.
+        run: the run, which keeps what is in memory between jobs.
+        jobs: all jobs of the study.
+    """
+
+    def __init__(self, study: Study[C], run: Run[C], jobs: Sequence[Job]) -> None:
+        self.study, self.run, self.jobs = study, run, {job.key: job for job in jobs}
+
+    def __call__(self, task: Task) -> Outcome:
+        """Do a job.
+
+        Raises:
+            RunError: the run cannot go on.
+        """
+        study, run, job = self.study, self.run, self.jobs[task.key]
+        before, tables, metrics, unusable = run.entries(), dict[str, Packed](), dict[str, float | None](), ""
+        run.begin(job.cost)
+        try:
+            found = guarded(
+                lambda: study.do(job, run),
+                lambda error: f"{job.agent or job.title} failed: {one_line(error)}",
+                (AgentError, GameError, RunError, Skip),
+            )
+        except Skip as error:
+            run.left_out(job.agent, job.title, _line(error))
+            run.progress.warn(f"{job.title}: {_line(error)}")
+        except (AgentError, GameError) as error:
+            reason, failed = _line(error), not isinstance(error, GameError)
+            run.progress.warn(reason)
+            run.progress.failed(error)
+            run.left_out(job.agent, job.title, reason, failed)
+            if job.agent and (isinstance(error, Broken) or run.loading):
+                unusable = reason
         else:
-            identity = identity_of(study, job, run)
-            if not _finished(study, run, job, identity, accept_mixed):
-                _do(study, run, job, identity, unusable, mirror)
-                continue  # `_do` has advanced the progress bar
-        run.progress.advance(job.cost)
+            tables = run.pack(job.key, found, task.identity, job.agent)
+            metrics = dict(study.metrics(job, _own(job, found)))
+        run.end()
+        added = {name: [x for x in now if x not in before[name]] for name, now in run.entries().items()}
+        return Outcome(tables, metrics, unusable, added, [])
+
+
+class RemoteError(Exception):
+    """An exception of another process; the message is its traceback."""
+
+
+class Recorded(Progress):
+    """Keeps the calls for another process; what is going on is not kept."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def advance(self, done: int) -> None:
+        self.calls.append(("advance", done))
+
+    def warn(self, message: str) -> None:
+        self.calls.append(("warn", message))
+
+    def failed(self, error: BaseException) -> None:
+        self.calls.append(("failed", RemoteError("".join(traceback.format_exception(error)).rstrip())))
+
+
+def remote_worker(record: dict[str, Any], folder: Path, token: str) -> Callable[[Task], Outcome]:
+    """Return what does the jobs of a run in another process.
+
+    Args:
+        record: content of `run.json`.
+        folder: folder of the run.
+        token: digest of the file that shows that this process sees the same folder.
+
+    Raises:
+        RunError: the study is not installed here, or its jobs read tables and this process does not see the folder.
+    """
+    study = find_study(record["study"])
+    run: Run[Any] = Run(folder, study.config.model_validate(record["config"]), dict(record), Recorded())
+    worker = Worker(study, run, checked(study, run.config))
+    host = socket.gethostname()
+    if any(job.needs for job in worker.jobs.values()) and _token(folder) != token:
+        raise RunError(
+            f"the worker on {host} does not see {folder}, whose tables it would read; give an --out that all machines "
+            "of the cluster share"
+        )
+
+    def work(task: Task) -> Outcome:
+        job, calls = worker.jobs[task.key], Recorded()
+        run.progress, run.about = calls, dict(task.about)
+        run.record.update({name: [] for name in run.entries()}, agents=task.agents)
+        if reason := difference(task.identity, identity_of(study, job, run)):
+            raise RunError(
+                f"the worker on {host} differs from this process: {job.key} would be {reason}; start the command on a "
+                "machine like those of the workers, with the same packages"
+            )
+        outcome = worker(task)
+        repeated = {("warn", line) for line in outcome.added["warnings"]}  # `Run.adopt` shows these
+        return outcome._replace(shown=[call for call in calls.calls if call not in repeated])
+
+    return work
+
+
+def _token(folder: Path) -> str:
+    try:
+        return file_digest(folder / "lock.json")
+    except OSError:
+        return ""
+
+
+class _Driver(Generic[C]):
+    """Gives the jobs of a run to workers, and writes what they make: no other process does."""
+
+    def __init__(self, study: Study[C], run: Run[C], jobs: list[Job], accept_mixed: bool, mirror: _Mirror) -> None:
+        self.study, self.run, self.jobs, self.accept_mixed, self.mirror = study, run, jobs, accept_mixed, mirror
+        self.schedule, self.retries = Schedule(jobs), run.config.executor.retries
+        self.unusable: dict[str, str] = {}  # agents and the reasons
+        self.deaths: Counter[str] = Counter()  # of workers, by job; "" while they start
+        self.idle, self.starting = set[int](), set[int]()  # slots
+        self.busy: dict[int, Job] = {}
+
+    def go(self) -> None:
+        """Do all jobs that are not done."""
+        with executor(self.run.config.executor, self._factory(), len(self.jobs)) as workers:
+            while True:
+                self._give(workers)
+                self._start(workers)
+                if not self.schedule.open:
+                    break
+                if not self.busy and self.run.config.executor.kind != "serial":
+                    self.run.progress.on("waiting for a worker")
+                self._take(*workers.wait())
+        self._in_order()
+
+    def _in_order(self) -> None:
+        """Put tables and agents in the order of the jobs, whichever was done first."""
+        run, jobs = self.run, list(enumerate(self.jobs))
+        tables = {key: i for i, job in jobs for key in (job.key, *self._with(job.key))}
+        agents = {job.agent: i for i, job in reversed(jobs)}
+        run.about = dict(sorted(run.about.items(), key=lambda item: tables.get(item[0], len(jobs))))
+        found = sorted(run.record["agents"], key=lambda agent: agents.get(agent["name"], len(jobs)))
+        if found != run.record["agents"]:
+            run.update(agents=found)
+
+    def _factory(self) -> Callable[[], Callable[[Task], Outcome]]:
+        run, kind = self.run, self.run.config.executor.kind
+        if kind == "serial":
+            return lambda: Worker(self.study, run, self.jobs)
+        if run.given is not None:
+            raise RunError(f"a model that is given in memory cannot be used by executor: {kind}; use serial")
+        if type(self.study).__module__ == "__main__":
+            raise RunError(f"executor: {kind} cannot import {type(self.study).__name__}: move the study to a module")
+        record = run.record | {name: [] for name in run.entries()}
+        return partial(remote_worker, record, run.path.resolve(), _token(run.path))
+
+    def _give(self, workers: Executor) -> None:
+        for slot in sorted(self.idle):
+            if (next_one := self._next(slot)) is None:
+                break  # there is none for the others either
+            (job, identity), run = next_one, self.run
+            run.progress.on(job.title)
+            self.mirror.start()
+            kept = [x for x in run.record["left_out"] if (x["agent"], x["what"]) != (job.agent, job.title)]
+            run.update(left_out=kept, finished=None)
+            needs = {key: run.about[key] for need in job.needs for key in (need, *self._with(need))}
+            workers.send(slot, Task(job.key, identity, needs, run.record["agents"]))
+            self.idle.remove(slot)
+            self.busy[slot] = job
+
+    def _start(self, workers: Executor) -> None:
+        """Start as many workers as have something to do."""
+        if self.idle:
+            return
+        free = [*sorted(self.starting), *(x for x in range(workers.size) if x not in {*self.starting, *self.busy})]
+        found = []
+        for slot in free:
+            if (next_one := self._next(slot)) is None:
+                break
+            found.append((next_one[0], slot))
+            if slot not in self.starting:
+                self.starting.add(slot)
+                workers.start(slot)
+        for job, slot in reversed(found):
+            self.schedule.put_back(job, slot)
+
+    def _next(self, slot: int) -> tuple[Job, dict[str, Any]] | None:
+        """Return a job to do and the identity of its table; those that need not or cannot be done are settled."""
+        run = self.run
+        while job := self.schedule.take(slot):
+            missing = [key for key in job.needs if not run.has(key)]
+            if missing:
+                run.left_out(job.agent, job.title, f"it needs {missing[0]}, which was left out")
+            elif job.agent in self.unusable:
+                run.left_out(job.agent, job.title, self.unusable[job.agent], failed=True)
+            else:
+                identity = identity_of(self.study, job, run)
+                if not _finished(self.study, run, job, identity, self.accept_mixed):
+                    return job, identity
+            self.schedule.settle(job)
+            run.progress.advance(job.cost)
+        return None
+
+    def _take(self, slot: int, found: Event) -> None:
+        """Note what a worker answered, or what became of it."""
+        self.starting.discard(slot)
+        job = self.busy.pop(slot, None)
+        if isinstance(found, Refused):
+            raise RunError(found.reason)
+        if isinstance(found, Lost):
+            self._lost(slot, job, found.reason)
+            return
+        self.idle.add(slot)
+        if job is None:
+            self.deaths.pop("", None)
+            return
+        assert isinstance(found, Outcome)
+        for name, argument in found.shown:
+            getattr(self.run.progress, name)(argument)
+        self.run.adopt(found.added)
+        if found.unusable:
+            self.unusable[job.agent] = found.unusable
+        if found.tables:
+            self.run.write(found.tables)
+            self.mirror.job(found.metrics)
+        self.schedule.settle(job)
+
+    def _lost(self, slot: int, job: Job | None, reason: str) -> None:
+        key, run = job.key if job else "", self.run
+        self.deaths[key] += 1
+        again = self.deaths[key] <= self.retries
+        if job is None:
+            if not again:
+                raise RunError(f"workers cannot be started: the last of {self.deaths[key]} {reason}")
+            run.progress.warn(f"a worker {reason} while it started; another is started")
+        elif again:
+            run.progress.warn(f"{job.title}: its worker {reason}; it is done again")
+            self.schedule.put_back(job, slot)
+        else:
+            reason = f"its worker {reason}, {self.deaths[key]} times"
+            run.progress.warn(f"{job.title}: {reason}")
+            run.left_out(job.agent, job.title, reason, failed=True)
+            if job.agent:
+                self.unusable[job.agent] = reason
+            self.schedule.settle(job)
+            run.progress.advance(job.cost)
+
+    def _with(self, key: str) -> list[str]:
+        """Return the tables that a job made beside its own."""
+        found: list[str] = self.run.about[key]["notes"].get("with", []) if self.run.has(key) else []
+        return found
 
 
 def _finished(study: Study[C], run: Run[C], job: Job, identity: dict[str, Any], accept_mixed: bool) -> bool:
@@ -270,36 +550,6 @@ def _finished(study: Study[C], run: Run[C], job: Job, identity: dict[str, Any], 
         return True
     run.set_aside(job.key, reason)
     return False
-
-
-def _do(
-    study: Study[C], run: Run[C], job: Job, identity: dict[str, Any], unusable: dict[str, str], mirror: _Mirror
-) -> None:
-    run.progress.on(job.title)
-    mirror.start()
-    run.begin(job.cost)
-    kept = [x for x in run.record["left_out"] if (x["agent"], x["what"]) != (job.agent, job.title)]
-    run.update(left_out=kept, finished=None)
-    try:
-        found = guarded(
-            lambda: study.do(job, run),
-            lambda error: f"{job.agent or job.title} failed: {one_line(error)}",
-            (AgentError, GameError, RunError, Skip),
-        )
-    except Skip as error:
-        run.left_out(job.agent, job.title, _line(error))
-        run.progress.warn(f"{job.title}: {_line(error)}")
-    except (AgentError, GameError) as error:
-        reason, failed = _line(error), not isinstance(error, GameError)
-        run.progress.warn(reason)
-        run.progress.failed(error)
-        run.left_out(job.agent, job.title, reason, failed)
-        if job.agent and (isinstance(error, Broken) or run.loading):
-            unusable[job.agent] = reason
-    else:
-        run.keep(job.key, found, identity, job.agent)
-        mirror.job(study.metrics(job, _own(job, found)))
-    run.end()
 
 
 def _own(job: Job, found: pl.DataFrame | Mapping[str, pl.DataFrame]) -> pl.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import io
@@ -11,11 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
-from nextstate.envs.files import digest, file_digest, path_error, write_atomic
+from nextstate.envs.files import digest, file_digest, write_atomic
 
 PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "textworld", "wandb")
 DECISIVE = ("numpy", "torch", "transformers", "nnsight", "textworld")  # packages whose version may change a value
@@ -60,39 +59,41 @@ def weights_digest(model: Any) -> str:
     return found.hexdigest()
 
 
-def write_table(
-    path: Path, frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Write a table, atomically; return its metadata: `digest` (of the file), `content`, `identity` and `notes`.
+class Packed(NamedTuple):
+    """A table as the bytes of its file, and the metadata in it: `digest` (of the file), `content`, `identity`, `notes`.
 
     `content` is a digest of the rows alone: tables with the same rows have the same `content`.
+    """
+
+    data: bytes
+    about: dict[str, Any]
+
+
+def pack(frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> Packed:
+    """Return the file of a table, which `write_packed` writes.
 
     Args:
-        path: path of the file.
         frame: the table.
         identity: identity of what made it, as JSON.
         notes: further JSON to store, such as the description of the model.
     """
-
-    def write(partial: Path) -> None:
-        try:
-            frame.write_parquet(
-                partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
-            )
-        except pl.exceptions.ComputeError as error:  # raised by Polars if the disk is full
-            raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
-        data = partial.read_bytes()
-        about["digest"] = digest(data)
-        at = data.rindex(_NO_DIGEST.encode())
-        partial.write_bytes(data[:at] + about["digest"].encode() + data[at + len(_NO_DIGEST) :])
-
-    rows = io.BytesIO()
+    rows, file = io.BytesIO(), io.BytesIO()
     frame.write_parquet(rows, compression="uncompressed")
     about: dict[str, Any] = {
         "digest": _NO_DIGEST, "content": digest(rows.getvalue()), "identity": dict(identity), "notes": dict(notes),
     }  # fmt: skip
-    write_atomic(path, write)
-    return about
+    del rows  # as large as the table
+    frame.write_parquet(file, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)})
+    data = file.getvalue()
+    about["digest"] = digest(data)
+    at = data.rindex(_NO_DIGEST.encode())
+    return Packed(data[:at] + about["digest"].encode() + data[at + len(_NO_DIGEST) :], about)
+
+
+def write_packed(path: Path, packed: Packed) -> dict[str, Any]:
+    """Write the file of a table, atomically; return its metadata."""
+    write_atomic(path, lambda partial: partial.write_bytes(packed.data))
+    return packed.about
 
 
 class Damaged(Exception):

@@ -121,6 +121,8 @@ def config(where: str) -> str:
     shared = () if ":" in where else tuple(RunConfig.model_fields)
     out = [table(("key", "type", "default", "meaning"), list(_keys(cls, shared)))]
     for name, nested in _nested(cls):
+        if name in shared:
+            continue
         out.append(f"Keys of `{name}`:\n\n" + table(("key", "type", "default", "meaning"), list(_keys(nested))))
     return "\n\n".join(out)
 

@@ -121,8 +121,13 @@ def _add_study(name: str, help_: str, example: str) -> None:
         wait: Annotated[
             bool, typer.Option("--wait", help="If another process is using the folder, wait until it is done.")
         ] = False,
+        executor: Annotated[
+            str | None, typer.Option(help="Where the jobs are done: serial, local (processes) or ray (a cluster).")
+        ] = None,
+        workers: Annotated[int | None, typer.Option(help="Jobs at a time, with --executor local or ray.")] = None,
     ) -> None:
-        _run_study(name, config, overrides or [], out, accept_mixed, wait)
+        changes = [*(overrides or []), *_executor(config, overrides or [], executor, workers)]
+        _run_study(name, config, changes, out, accept_mixed, wait)
 
     app.command(name, help=help_, epilog=f"Example:  {example}" if example else None)(command)
 
@@ -136,6 +141,19 @@ def _add_studies() -> None:
 
 
 _add_studies()
+
+
+def _executor(config: str, overrides: list[str], kind: str | None, workers: int | None) -> list[str]:
+    """Return the options --executor and --workers as overrides; another kind replaces all keys of `executor`."""
+    from nextstate.agents.config import read_value
+
+    given = read_value(config, overrides, "executor") or "serial"
+    found = given if isinstance(given, dict) else {"kind": given}
+    if kind is not None:
+        found = found | {"kind": kind} if found.get("kind", kind) == kind else {"kind": kind}
+    if workers is not None:
+        found = found | {"workers": workers}
+    return [] if found == given or (kind, workers) == (None, None) else [f"executor={json.dumps(found)}"]
 
 
 def _run_study(name: str, config: str, overrides: list[str], out: Path | None, accept_mixed: bool, wait: bool) -> None:

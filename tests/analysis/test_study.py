@@ -333,7 +333,7 @@ def test_verify_says_what_differs_and_why(done: tuple[Path, Any], monkeypatch: p
     out, first = done
     about = read_about(out / "walks/2.parquet")
     wrong = first["walks/2.parquet"].with_columns(pl.col("at") + pl.when(pl.col("step") == 7).then(5.0).otherwise(0.0))
-    table_files.write_table(out / "walks/2.parquet", wrong, about["identity"], about["notes"])
+    table_files.write_packed(out / "walks/2.parquet", table_files.pack(wrong, about["identity"], about["notes"]))
     monkeypatch.setattr(Walk, "weights", "two")
     found = {x.key: x for x in verify(out, 8)}
     assert found["walks/2"].found == "at: by up to 5"
