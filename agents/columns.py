@@ -219,7 +219,9 @@ def question_frame(asked: Asked, read: Iterable[str] = ()) -> pl.DataFrame:
     def named(values: Iterable[str]) -> pl.Series:
         return pl.Series(list(values), dtype=pl.String).gather(kind)
 
-    accepted = [i for begin, q in zip(asked.begins.tolist(), kinds, strict=True) for i in (begin + k for k in q.accepted)]
+    accepted = [
+        i for begin, q in zip(asked.begins.tolist(), kinds, strict=True) for i in (begin + k for k in q.accepted)
+    ]
     rights = np.array([len(q.accepted) for q in kinds], dtype=np.int64)
     choices = pl.Series(list(chain.from_iterable(q.choices for q in kinds)), dtype=pl.String)
     chance = np.array([q.chance for q in kinds], dtype=np.float64)
@@ -243,7 +245,7 @@ def question_frame(asked: Asked, read: Iterable[str] = ()) -> pl.DataFrame:
 
 
 def answer_frame(asked: Asked, answers: Predictions) -> pl.DataFrame:
-    """Return the table of an agent's answers; columns: `nextstate.analysis.predict.tables.ANSWERS` without the agent."""
+    """Return the table of answers; columns: `nextstate.analysis.predict.tables.ANSWERS` without those of the agent."""
     place, right, count = asked.place, asked.right, asked.count
     greedy = _texts(asked, answers)
     exact = answers.greedy >= 0

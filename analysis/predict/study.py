@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import polars as pl
 
 from nextstate.agents.agent import Agent, AgentError
+from nextstate.agents.columns import Asked, Grid, question_frame
 from nextstate.agents.config import AgentConfig
 from nextstate.agents.play import Player
 from nextstate.agents.reference import Reference
 from nextstate.agents.registry import BUILT_IN
-from nextstate.agents.columns import Asked, Grid, question_frame
 from nextstate.agents.rollout import episodes_of, live, replay
 from nextstate.analysis.grid import Cell, game_identity
 from nextstate.analysis.play.config import PlayCell, play_cells

@@ -13,6 +13,7 @@ import polars as pl
 from nextstate.analysis.grid import Cell
 from nextstate.analysis.predict.config import PredictConfig, asked_cells
 from nextstate.analysis.run import Run
+from nextstate.envs.files import slug
 
 KEY = ("episode", "step", "question")  # of a question within its cell
 QUESTION = ("setting", *KEY)
@@ -32,16 +33,22 @@ CELL: dict[str, Any] = {"game": pl.String, "setting": pl.String, "size": pl.Int6
 ROWS = CELL | ANSWERS | QUESTIONS
 
 
-def rows(run: Run[PredictConfig], cells: Iterable[Cell] | None = None) -> pl.LazyFrame:
+def rows(
+    run: Run[PredictConfig], cells: Iterable[Cell] | None = None, agents: Iterable[str] | None = None
+) -> pl.LazyFrame:
     """Return every answer joined with its question, lazily: only the columns that are then selected are read.
 
     Args:
         run: with its tables; see `nextstate.analysis.study.open_run`.
         cells: of which cells; by default all.
+        agents: of which agents; by default all.
     """
     parts = [pl.LazyFrame(schema=ROWS)]
     for cell in asked_cells(run.config) if cells is None else cells:
-        if keys := sorted(run.keys(f"answers/*/{cell.slug}")):
+        keys = sorted(run.keys(f"answers/*/{cell.slug}"))
+        if agents is not None:
+            keys = [key for key in keys if key.split("/")[1] in {slug(agent) for agent in agents}]
+        if keys:
             given = pl.concat([pl.scan_parquet(run.file(key)) for key in keys])
             asked = pl.scan_parquet(run.file(f"questions/{cell.slug}"))
             columns = [pl.lit(value, CELL[name]).alias(name) for name, value in cell.columns.items()]
