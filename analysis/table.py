@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.metadata
-import io
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -20,8 +19,10 @@ from nextstate.envs.files import digest, file_digest, path_error, write_atomic
 PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "textworld", "wandb")
 DECISIVE = ("numpy", "torch", "transformers", "nnsight", "textworld")  # packages whose version may change a value
 ROOMS = ("envs", "agents", "analysis")
+LEVEL = 3  # of compression; 9 takes three times as long for files that are a tenth smaller
 _KEY = "nextstate"  # of a table's metadata
 _NO_DIGEST = "0" * 64  # placeholder for the digest while it is computed
+_NO_CONTENT = "1" * 64  # placeholder for the digest of the rows
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -73,26 +74,36 @@ def write_table(
         identity: identity of what made it, as JSON.
         notes: further JSON to store, such as the description of the model.
     """
+    about: dict[str, Any] = {
+        "digest": _NO_DIGEST, "content": _NO_CONTENT, "identity": dict(identity), "notes": dict(notes),
+    }  # fmt: skip
 
     def write(partial: Path) -> None:
         try:
             frame.write_parquet(
-                partial, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
+                partial, compression_level=LEVEL, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)}
             )
         except pl.exceptions.ComputeError as error:  # raised by Polars if the disk is full
             raise path_error(OSError(errno.ENOSPC, str(error)), path) from error
         data = partial.read_bytes()
+        about["content"] = digest(str(frame.schema).encode() + data[: _footer(data)])
+        data = _replaced(data, _NO_CONTENT, about["content"])
         about["digest"] = digest(data)
-        at = data.rindex(_NO_DIGEST.encode())
-        partial.write_bytes(data[:at] + about["digest"].encode() + data[at + len(_NO_DIGEST) :])
+        partial.write_bytes(_replaced(data, _NO_DIGEST, about["digest"]))
 
-    rows = io.BytesIO()
-    frame.write_parquet(rows, compression="uncompressed")
-    about: dict[str, Any] = {
-        "digest": _NO_DIGEST, "content": digest(rows.getvalue()), "identity": dict(identity), "notes": dict(notes),
-    }  # fmt: skip
     write_atomic(path, write)
     return about
+
+
+def _footer(data: bytes) -> int:
+    """Return where the footer of a Parquet file begins, which holds the metadata; the rows come before it."""
+    return len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+
+
+def _replaced(data: bytes, old: str, new: str) -> bytes:
+    """Return a file with a digest in its metadata replaced by another of the same length."""
+    at = data.rindex(old.encode())
+    return data[:at] + new.encode() + data[at + len(old) :]
 
 
 class Damaged(Exception):
@@ -108,14 +119,15 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         about: dict[str, Any] = json.loads(pl.read_parquet_metadata(data)[_KEY])
-        found, at = about["digest"], data.rindex(about["digest"].encode())
+        found = about["digest"]
+        blank = _replaced(data, found, _NO_DIGEST)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise Damaged("it cannot be read as a table of a run") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what Polars raises on some damaged files
             raise
         raise Damaged("it cannot be read as a table of a run") from error
-    if len(found) != len(_NO_DIGEST) or digest(data[:at] + _NO_DIGEST.encode() + data[at + len(found) :]) != found:
+    if len(found) != len(_NO_DIGEST) or digest(blank) != found:
         raise Damaged("its content does not fit its digest")
     return about
 
