@@ -11,7 +11,6 @@ import polars as pl
 from nextstate.analysis import stats
 from nextstate.analysis.predict import states
 from nextstate.analysis.predict.sums import (
-    BY_EPISODE,
     SUMMED,
     Answers,
     Block,
@@ -57,49 +56,56 @@ def table(pile: Pile, by: Sequence[str]) -> pl.DataFrame:
     `stats.accuracy` and `stats.over_ceiling`; null for fewer than `stats.FEWEST_EPISODES` episodes. `few` marks groups
     of fewer than `stats.FEW_EPISODES`.
     """
-    schema = {name: _KEYS.get(name, pl.String) for name in by} | {"subset": pl.String}
-    schema |= {"n": pl.Int64, "episodes": pl.Int64, "few": pl.Boolean} | dict.fromkeys(_ORDER, pl.Float64)
-    frames = [pl.DataFrame(schema=schema)]
-    waiting: list[tuple[tuple[Any, ...], Sums]] = []
+    return _frame(_averages(pile), by)
+
+
+def _averages(pile: Pile) -> list[dict[str, Any]]:
+    """Return the columns of `table` in parts, with the keys of the groups as column "key"."""
+    out: list[dict[str, Any]] = []
+    waiting: list[tuple[Any, ...]] = []
     keys = sorted(pile, key=lambda key: len(pile[key].episodes))  # arrays of one shape together
     for i, key in enumerate(keys):
-        waiting.append((key, pile[key]))
+        waiting.append(key)
         size, after = len(pile[key].episodes), len(pile[keys[i + 1]].episodes) if i + 1 < len(keys) else -1
         if size != after or size * len(waiting) >= AT_ONCE:
-            frames.append(_table(waiting, by).cast(schema))  # type: ignore[arg-type]
+            out.append(_part(waiting, [pile[key] for key in waiting]))
             waiting = []
-    return pl.concat(frames).sort(*by, "subset")
+    return out
 
 
-def _table(groups: Sequence[tuple[tuple[Any, ...], Sums]], by: Sequence[str]) -> pl.DataFrame:
-    """Return the averages of groups with equal numbers of episodes."""
+def _frame(parts: Sequence[dict[str, Any]], by: Sequence[str]) -> pl.DataFrame:
+    """Return the table of groups whose keys have the parts `by`."""
+    keys = [key for part in parts for key in part["key"]]
+    schema = {name: _KEYS.get(name, pl.String) for name in by} | {"subset": pl.String}
+    schema |= {"n": pl.Int64, "episodes": pl.Int64, "few": pl.Boolean} | dict.fromkeys(_ORDER, pl.Float64)
+    columns: dict[str, Any] = {name: [key[i] for key in keys] for i, name in enumerate(by)}
+    for name in list(schema)[len(by) :]:
+        columns[name] = np.concatenate([part[name] for part in parts]) if parts else []
+    out = pl.DataFrame(columns, schema=schema).filter(pl.col("n") > 0)
+    return out.with_columns(pl.col(*_ORDER).fill_nan(None)).sort(*by, "subset")
+
+
+def _part(keys: Sequence[tuple[Any, ...]], groups: Sequence[Sums]) -> dict[str, Any]:
+    """Return the averages of each subset of groups with equal numbers of episodes."""
 
     def subsets(parts: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
         both = np.stack(parts, axis=-2)  # (..., group, undetermined or determined)
         out = np.stack([both.sum(-1), both[..., 1], both[..., 0]], axis=-1)
         return out.reshape(*out.shape[:-2], -1)
 
-    total = dict(zip(SUMMED, subsets([sums.total for _, sums in groups]), strict=True))
-    n = total.pop("n")
-    kept = n > 0
-    each = dict(zip(BY_EPISODE, subsets([sums.each for _, sums in groups])[..., kept], strict=True))
-    trials, right, choice, ceilings, squares = (each[name] for name in BY_EPISODE)
+    total = dict(zip(SUMMED, subsets([sums.total for sums in groups]), strict=True))
+    trials, right, choice, ceilings, squares = subsets([sums.each for sums in groups])
     episodes = (trials > 0).sum(0)
-    columns: dict[str, Any] = {
-        name: [key[i] for key, _ in groups for _ in SUBSETS] for i, name in enumerate(by)
-    } | {"subset": SUBSETS * len(groups)}  # fmt: skip
-    out = pl.DataFrame(columns).filter(pl.Series(kept))
-    found = (stats.accuracy(right, trials)[1], stats.accuracy(choice, trials)[1],
-             stats.over_ceiling(right, trials, ceilings, squares)[1])  # fmt: skip
+    ends = (stats.accuracy(right, trials)[1], stats.accuracy(choice, trials)[1],
+            stats.over_ceiling(right, trials, ceilings, squares)[1])  # fmt: skip
     with np.errstate(invalid="ignore", divide="ignore"):
-        means = {name: total[column][kept] / n[kept] for column, name in MEANS.items()}
-        means["over_ceiling"] = (total["greedy_correct"] / total["ceiling"])[kept]
-    means |= dict(zip(_BOUNDS, np.concatenate(found), strict=True))
-    counts = {"n": n[kept].astype(np.int64), "episodes": episodes, "few": episodes < stats.FEW_EPISODES}
-    return out.with_columns(
-        *(pl.Series(name, values) for name, values in counts.items()),
-        *(pl.Series(name, means[name]).fill_nan(None) for name in _ORDER),
-    )
+        means = {name: total[column] / total["n"] for column, name in MEANS.items()}
+        means["over_ceiling"] = total["greedy_correct"] / total["ceiling"]
+    return {
+        "key": [key for key in keys for _ in SUBSETS], "subset": np.array(SUBSETS * len(keys), dtype=object),
+        "n": total["n"].astype(np.int64), "episodes": episodes, "few": episodes < stats.FEW_EPISODES,
+        **means, **dict(zip(_BOUNDS, np.concatenate(ends), strict=True)),
+    }  # fmt: skip
 
 
 def summed(blocks: Iterable[Block], alike: Iterable[str] | None = None) -> dict[str, pl.DataFrame]:
@@ -123,7 +129,7 @@ def summed(blocks: Iterable[Block], alike: Iterable[str] | None = None) -> dict[
     small: dict[str, Pile] = {name: {} for name in ("totals", "by_game", "by_size", "size")}
     hard, shares = Pile(), dict[tuple[Any, ...], list[float]]()
     exact = states.Bins()
-    frames: dict[str, list[pl.DataFrame]] = {"cells": [], "step": []}
+    by_cell, by_steps = list[dict[str, Any]](), list[dict[str, Any]]()
     for block in blocks:
         wrong: dict[str, dict[str, Any]] = {}
         for agent in sorted(block.agents, key=lambda name: not name.startswith("shortcut:")):
@@ -145,14 +151,12 @@ def summed(blocks: Iterable[Block], alike: Iterable[str] | None = None) -> dict[
                     _note_wrong(wrong, shares, agent, answers)
                 else:
                     _put_hard(hard, wrong.get(cell["setting"], {}), agent, answers)
-            frames["cells"].append(table(here, (*place, "size", "step")))
-            frames["step"].append(table(steps, (*place, "step")))
-    out = {"cells": pl.concat([table({}, (*place, "size", "step")), *frames["cells"]])}
-    out["cells"] = out["cells"].sort(*place, "size", "step", "subset")
+            by_cell += _averages(here)  # these piles are as large as the answers, and are not kept
+            by_steps += _averages(steps)
+    out = {"cells": _frame(by_cell, (*place, "size", "step"))}
     out["totals"], out["by_game"] = table(small["totals"], place), table(small["by_game"], place[:2])
     out["by_size"] = table(small["by_size"], (*place[:2], "size"))
-    step = pl.concat([table({}, (*place, "step")), *frames["step"]]).sort(*place, "step", "subset")
-    curves = {"size": table(small["size"], (*place, "size")), "step": step}
+    curves = {"size": table(small["size"], (*place, "size")), "step": _frame(by_steps, (*place, "step"))}
     parts = [frame.rename({axis: "at"}).with_columns(axis=pl.lit(axis)) for axis, frame in curves.items()]
     parts.append(table(exact.pile(), (*place, "at")).with_columns(axis=pl.lit("states")))
     out["curves"] = pl.concat(parts)

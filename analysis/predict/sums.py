@@ -98,7 +98,7 @@ class RunBlock:
                 asked = Questions.of(cell.columns, pl.read_parquet(run.file(f"questions/{cell.slug}"), columns=wanted))
                 self.cells.append(asked)
                 for key in keys:
-                    names = pl.scan_parquet(run.file(key)).select("agent").head(1).collect()["agent"].to_list()
+                    names = pl.read_parquet(run.file(key), columns=["agent"], n_rows=1)["agent"].to_list()
                     for agent in names:  # none if all questions were left out
                         self._files.setdefault(agent, []).append((asked, run.file(key)))
         self.agents = sorted(self._files)
@@ -181,7 +181,6 @@ def by_step(answers: Answers, only: Bool[np.ndarray, " answer"] | None = None) -
     chosen = slice(None) if only is None else only
     row = row[chosen]
     kind = 2 * asked.step[row] + asked.determined[row]
-    place = kind.copy()
     shape = len(asked.steps), len(asked.episodes), 2
     place = (asked.step[row] * shape[1] + asked.episode[row]) * 2 + asked.determined[row]
     each, total = np.empty((len(BY_EPISODE), *shape)), np.empty((len(SUMMED), shape[0], 2))
