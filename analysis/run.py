@@ -28,7 +28,7 @@ from nextstate.agents.agent import AgentError
 from nextstate.agents.config import AgentConfig, Strict
 from nextstate.agents.identity import device_kind, model_identity
 from nextstate.analysis.progress import Progress
-from nextstate.analysis.table import Damaged, difference, read_about, versions, weights_digest, write_table
+from nextstate.analysis.table import Damaged, Table, difference, read_about, versions, weights_digest, write_table
 from nextstate.envs.files import digest, path_error, write_json
 
 LAYOUT = 2  # version of the folder layout; the first one has no such entry in `run.json`
@@ -299,7 +299,7 @@ class Run(Generic[C]):
         return _Summaries(self.record, self.tables("summary/*"))
 
     def keep(
-        self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
+        self, key: str, found: Table | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
     ) -> None:
         """Write one or several new tables.
 
@@ -309,7 +309,7 @@ class Run(Generic[C]):
             identity: identity of what made it.
             agent: agent whose description in `run.json` is stored with the table.
         """
-        tables = {key: found} if isinstance(found, pl.DataFrame) else dict(found)
+        tables: dict[str, Table] = dict(found) if isinstance(found, Mapping) else {key: found}
         if key not in tables:
             raise RunError(f"the job {key!r} made {', '.join(map(repr, tables)) or 'nothing'}, but not its own table")
         others = sorted(tables.keys() - {key})

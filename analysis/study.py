@@ -23,7 +23,7 @@ from nextstate.analysis.lock import locked
 from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import C, ModelFailed, Run, RunConfig, RunError, check_key, now, open_record, read_record
 from nextstate.analysis.studies import GROUP, STUDIES
-from nextstate.analysis.table import DECISIVE, Damaged, code_digest, difference, read_about, versions
+from nextstate.analysis.table import DECISIVE, Damaged, Table, code_digest, difference, read_about, versions
 from nextstate.envs import plugins
 from nextstate.envs.game import GameError
 
@@ -91,15 +91,17 @@ class Study(ABC, Generic[C]):
         return ""
 
     @abstractmethod
-    def do(self, job: Job, run: Run[C]) -> pl.DataFrame | Mapping[str, pl.DataFrame]:
+    def do(self, job: Job, run: Run[C]) -> Table | Mapping[str, pl.DataFrame]:
         """Do a job; return its table, or several by key, including `job.key`.
+
+        A table may be lazy (from `nextstate.analysis.table.Spool`), if it is too large for memory.
 
         Raises:
             Skip: the job cannot be done; the run records this and continues.
             AgentError: its agent failed.
         """
 
-    def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
+    def metrics(self, job: Job, frame: Table) -> dict[str, float | None]:
         """Return the numbers to log to W&B when a job is done."""
         return {}
 
@@ -302,9 +304,9 @@ def _do(
     run.end()
 
 
-def _own(job: Job, found: pl.DataFrame | Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+def _own(job: Job, found: Table | Mapping[str, pl.DataFrame]) -> Table:
     """Return the job's own table among those that it made."""
-    return found if isinstance(found, pl.DataFrame) else found[job.key]
+    return found[job.key] if isinstance(found, Mapping) else found
 
 
 def _line(error: BaseException) -> str:
@@ -421,7 +423,7 @@ def verify(folder: Path, cells: int = 8, seed: int = 0, tolerance: float = 1e-4,
         try:
             passing = (AgentError, GameError, RunError, Skip)
             found = guarded(lambda job=job: study.do(job, run), passing=passing)  # type: ignore[misc]
-            differs = compare(kept, _own(job, found), tolerance)
+            differs = compare(kept, _own(job, found).lazy().collect(), tolerance)
         except (AgentError, GameError, RunError, Skip) as error:
             differs = f"it cannot be made again: {_line(error)}"
         out.append(Difference(job.key, len(kept), made, differs))

@@ -6,7 +6,9 @@ Tables: `questions/CELL` with one row for each question, `answers/AGENT/CELL` wi
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
@@ -25,6 +27,7 @@ from nextstate.analysis.predict.config import Participant, PredictConfig, asked_
 from nextstate.analysis.predict.tables import ANSWERS, QUESTIONS
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Study
+from nextstate.analysis.table import Spool, Table
 from nextstate.envs.files import slug
 from nextstate.envs.game import Episode
 from nextstate.envs.plugins import source_digest
@@ -35,10 +38,6 @@ if TYPE_CHECKING:
 CHUNK = 64  # episodes that an agent is asked about at a time; fixed, so that no row depends on the batch size
 MANY = 20_000  # steps of episodes that reference agents are asked about at a time
 KEPT = 200_000  # steps and questions of episodes that stay in memory
-
-
-_EMPTY = pl.DataFrame(schema=QUESTIONS)
-_WITHOUT_AGENT = {name: dtype for name, dtype in ANSWERS.items() if name not in ("agent", "incomplete")}
 
 
 class Given(NamedTuple):
@@ -79,15 +78,21 @@ class Predict(Study[PredictConfig]):
         given: Given = job.given
         return game_identity(given.cell.game) | ({} if given.who is None else _agent_identity(given.who, run))
 
-    def do(self, job: Job, run: Run[PredictConfig]) -> pl.DataFrame:
+    def do(self, job: Job, run: Run[PredictConfig]) -> Table:
         cell, who, where, read = job.given
         if who is None:
-            return pl.concat([_EMPTY, *(question_frame(asked, read) for asked in _asked(run, cell))])
+            spool = Spool(QUESTIONS)
+            with _uncollected():
+                for asked in _asked(run, cell):
+                    spool.add(question_frame(asked, () if _is_large(cell) else read))
+            return spool.table()
         run.progress.on(f"{who.name} on {job.title}")
         agent = _made(run, who)
         if isinstance(agent, Agent):
             run.describe(agent.describe())
-        frame, reason = play_cell(where, run.advance, agent) if where else _ask(run, agent, cell)
+        frame: Table
+        with _uncollected() if who.reference else nullcontext():
+            frame, reason = play_cell(where, run.advance, agent) if where else _ask(run, agent, cell)
         if isinstance(agent, Agent):
             run.describe(agent.describe())  # with what was proved of a model while it answered
         if reason:
@@ -95,19 +100,20 @@ class Predict(Study[PredictConfig]):
             run.left_out(who.name, job.title, reason)
         return frame
 
-    def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
+    def metrics(self, job: Job, frame: Table) -> dict[str, float | None]:
         cell, who, where, _ = job.given
         head = [cell.game.name, f"{cell.game.size}={cell.size}", cell.variant, "" if who is None else who.name]
         if where:
             from nextstate.analysis.play.statistics import table
 
-            (row,) = table(frame).to_dicts()
+            (row,) = table(frame.lazy().collect()).to_dicts()
             names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
             return {named("play", *head, name): row[key] for key, name in names.items()}
         columns = {"lookup": "lookup", "ceiling": "ceiling", "chance": "chance", "determined": "determined"}
         if who is not None:
             columns = {"accuracy": "greedy_correct", "choice_accuracy": "choice_correct", "p_accepted": "p_accepted"}
-        return {named(*head, name): frame[column].cast(pl.Float64).mean() for name, column in columns.items()}  # type: ignore[misc]
+        means = frame.lazy().select(pl.col(c).cast(pl.Float64).mean().alias(name) for name, c in columns.items())
+        return {named(*head, name): value for name, value in means.collect().row(0, named=True).items()}
 
     def summarise(self, run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
         from nextstate.analysis.predict.summary import summaries
@@ -212,6 +218,18 @@ class Episodes:
         return self.last[1]
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Switch off the search for reference cycles: episodes have none, and it takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Shared:
     """The questions of the last cell in columns, which its reference agents share."""
 
@@ -233,7 +251,7 @@ def _asked(run: Run[PredictConfig], cell: Cell, chunk: int | None = None) -> Ite
     """
     size = chunk or max(CHUNK, MANY // cell.steps)
     parts = [cell.seeds[k : k + size] for k in range(0, len(cell.seeds), size)]
-    if len(cell.seeds) * cell.steps > KEPT:
+    if _is_large(cell):
         for part in parts:
             yield Asked.all_of(episodes_of(cell.game, part, cell.steps, cell.questions_per_step), run.config.grid)
         return
@@ -245,11 +263,15 @@ def _asked(run: Run[PredictConfig], cell: Cell, chunk: int | None = None) -> Ite
         yield from run.once("shared", Shared).of(cell, chunks, run.config.grid)
 
 
-def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[pl.DataFrame, str]:
+def _is_large(cell: Cell) -> bool:
+    return len(cell.seeds) * cell.steps > KEPT
+
+
+def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[Table, str]:
     """Ask an agent all questions of a cell; return its answers, and why some are missing ("" if none are)."""
     assert isinstance(agent, Agent)
-    frames: list[pl.DataFrame] = []
-    reasons: list[str] = []
+    constant = {"agent": agent.name, "incomplete": bool(agent.incomplete)}
+    spool, reasons = Spool(ANSWERS), list[str]()
     planned = _planned(cell, run.config) / len(cell.seeds)
     done = 0
     for asked in _asked(run, cell, None if isinstance(agent, Reference) else CHUNK):
@@ -261,9 +283,7 @@ def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[pl
         else:
             result = replay(agent, asked)
         done += len(episodes)
-        frames.append(result.frame)
+        spool.add(result.frame.select(*(pl.lit(constant[c]).alias(c) if c in constant else c for c in ANSWERS)))
         reasons.extend(filter(None, [result.left_out]))
         run.advance(round(planned * len(episodes)))
-    constant = [pl.lit(agent.name).alias("agent"), pl.lit(bool(agent.incomplete)).alias("incomplete")]
-    frame = pl.concat([pl.DataFrame(schema=_WITHOUT_AGENT), *frames]).with_columns(constant)
-    return frame.select(*ANSWERS), next(iter(reasons), "")
+    return spool.table(), next(iter(reasons), "")
