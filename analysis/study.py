@@ -25,6 +25,7 @@ from nextstate.analysis.run import C, ModelFailed, Run, RunConfig, RunError, che
 from nextstate.analysis.studies import GROUP, STUDIES
 from nextstate.analysis.table import DECISIVE, Damaged, Table, code_digest, difference, read_about, versions
 from nextstate.envs import plugins
+from nextstate.envs.files import PathError
 from nextstate.envs.game import GameError
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def _do(
         found = guarded(
             lambda: study.do(job, run),
             lambda error: f"{job.agent or job.title} failed: {one_line(error)}",
-            (AgentError, GameError, RunError, Skip),
+            (AgentError, GameError, RunError, Skip, PathError),
         )
     except Skip as error:
         run.left_out(job.agent, job.title, _line(error))
