@@ -65,12 +65,12 @@ class Asked(Sequence[Prompt]):
     def at(self) -> Int[np.ndarray, " prompt"]:
         """The index of each prompt's episode in `episodes`."""
         marks = np.fromiter((id(p[0]) for p in self._prompts), np.int64, len(self))
-        return np.cumsum(np.diff(marks, prepend=marks[:1]) != 0, dtype=np.int64)
+        return np.asarray(np.cumsum(np.diff(marks, prepend=marks[:1]) != 0, dtype=np.int64))
 
     @cached_property
     def seed(self) -> Int[np.ndarray, " prompt"]:
         """The seeds of the episodes."""
-        return np.array([e.seed for e in self.episodes], dtype=np.int64)[self.at]
+        return np.asarray(np.array([e.seed for e in self.episodes], dtype=np.int64)[self.at])
 
     @cached_property
     def step(self) -> Int[np.ndarray, " prompt"]:
@@ -121,7 +121,7 @@ class Asked(Sequence[Prompt]):
     @cached_property
     def begins(self) -> Int[np.ndarray, " kind"]:
         """Where the choices of each distinct question begin in `texts` and `right`."""
-        return np.cumsum(self.sizes) - self.sizes
+        return np.asarray(np.cumsum(self.sizes) - self.sizes)
 
     @cached_property
     def texts(self) -> pl.Series:
@@ -138,12 +138,12 @@ class Asked(Sequence[Prompt]):
     @cached_property
     def place(self) -> Int[np.ndarray, " prompt"]:
         """Where the choices of each prompt's question begin in `texts`."""
-        return self.begins[self.kind]
+        return np.asarray(self.begins[self.kind])
 
     @cached_property
-    def count(self) -> Int[np.ndarray, " prompt"]:
+    def counts(self) -> Int[np.ndarray, " prompt"]:
         """The number of choices of each prompt's question."""
-        return self.sizes[self.kind]
+        return np.asarray(self.sizes[self.kind])
 
     @cached_property
     def keys(self) -> dict[str, pl.Series]:
@@ -180,7 +180,7 @@ def distinct(items: Sequence[Any]) -> tuple[list[Any], Int[np.ndarray, " item"]]
 def spread(begins: Int[np.ndarray, " row"], counts: Int[np.ndarray, " row"]) -> Int[np.ndarray, " value"]:
     """Return the indices begin, begin + 1, ... of each row's `count` values, one row after the other."""
     ends = np.cumsum(counts)
-    return np.arange(int(counts.sum())) + np.repeat(begins - (ends - counts), counts)
+    return np.asarray(np.arange(int(counts.sum())) + np.repeat(begins - (ends - counts), counts))
 
 
 def lists(flat: pl.Series, counts: Int[np.ndarray, " row"]) -> pl.Series:
@@ -246,11 +246,10 @@ def question_frame(asked: Asked, read: Iterable[str] = ()) -> pl.DataFrame:
 
 def answer_frame(asked: Asked, answers: Predictions) -> pl.DataFrame:
     """Return the table of answers; columns: `nextstate.analysis.predict.tables.ANSWERS` without those of the agent."""
-    place, right, count = asked.place, asked.right, asked.count
+    place, right, counts = asked.place, asked.right, asked.counts
     greedy = _texts(asked, answers)
     exact = answers.greedy >= 0
-    flat, counts = answers.logprobs, count
-    values = spread(place, counts)
+    flat, values = answers.logprobs, spread(place, counts)
     accepted = right[values]
     p, rank = np.empty(0), np.empty(0, dtype=np.int64)
     if len(asked):

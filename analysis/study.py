@@ -102,8 +102,8 @@ class Study(ABC, Generic[C]):
             AgentError: its agent failed.
         """
 
-    def metrics(self, job: Job, frame: Table) -> dict[str, float | None]:
-        """Return the numbers to log to W&B when a job is done."""
+    def metrics(self, job: Job, frame: Any) -> dict[str, float | None]:
+        """Return the numbers to log to W&B when a job is done; `frame` is the table that `do` returned for it."""
         return {}
 
     @abstractmethod

@@ -77,10 +77,9 @@ class Answers(NamedTuple):
 
 
 class Block(Protocol):
-    """The cells of a game that share all settings but the size."""
+    """The answers in the cells of a game that share all settings but the size."""
 
-    cells: Sequence[Questions]
-    agents: Sequence[str]
+    agents: list[str]
 
     def answers(self, agent: str) -> Iterator[Answers]:
         """Yield the answers of an agent, one cell after the other."""
@@ -90,13 +89,11 @@ class RunBlock:
     """A block of a run, whose answers are read when they are needed."""
 
     def __init__(self, run: Run[PredictConfig], cells: Sequence[Cell]) -> None:
-        self.cells: list[Questions] = []
         self._files: dict[str, list[tuple[Questions, Any]]] = {}
-        wanted = (*KEY, "determined", "states", *ASKED)
+        wanted = [*KEY, "determined", "states", *ASKED]
         for cell in cells:
             if keys := run.keys(f"answers/*/{cell.slug}"):
                 asked = Questions.of(cell.columns, pl.read_parquet(run.file(f"questions/{cell.slug}"), columns=wanted))
-                self.cells.append(asked)
                 for key in keys:
                     names = pl.read_parquet(run.file(key), columns=["agent"], n_rows=1)["agent"].to_list()
                     for agent in names:  # none if all questions were left out
@@ -113,12 +110,11 @@ class FrameBlock:
     """A block whose rows are in memory."""
 
     def __init__(self, rows: pl.DataFrame) -> None:
-        self.agents = sorted(rows["agent"].unique())
+        self.agents: list[str] = rows["agent"].unique().sort().to_list()
         self._parts: list[tuple[Questions, pl.DataFrame]] = []
         for (_,), part in rows.group_by("setting", maintain_order=True):
             cell = {name: part[name][0] for name in CELL}
             self._parts.append((Questions.of(cell, part.unique(KEY, maintain_order=True)), part))
-        self.cells = [asked for asked, _ in self._parts]
 
     def answers(self, agent: str) -> Iterator[Answers]:
         """Yield the answers of an agent, one cell after the other."""

@@ -37,9 +37,9 @@ def sample(run: Run[PredictConfig], cells: Sequence[Cell]) -> dict[str, pl.DataF
     `shown_questions` has a row for each question, `shown_answers` one for each answer. In the former, `opening` is the
     text before an episode's first step (only in its first row), and `added` the text that a step adds.
     """
-    rows = pl.concat([pl.LazyFrame(schema=tables.ROWS), *(_first_episodes(run, cell) for cell in _spread(cells))])
+    parts = [pl.LazyFrame(schema=tables.ROWS), *(_first_episodes(run, cell) for cell in _spread(cells))]
     rank = pl.col("step").rank("dense").over("agent", "setting", "episode")
-    rows = rows.collect().filter(rank <= STEPS)
+    rows = pl.concat(parts).collect().filter(rank <= STEPS)
     counts = rows.group_by("setting", "episode").len().sort("setting", "episode")
     per_round = max(1, int(counts.group_by("setting").agg(pl.col("len").mean())["len"].sum()))
     keep = counts.group_by("setting", maintain_order=True).head(max(1, min(EPISODES, ANSWERS // per_round)))
