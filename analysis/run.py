@@ -144,6 +144,11 @@ class Run(Generic[C]):
         found: T = self._memory[key]
         return found
 
+    def forget(self, *keys: Any) -> None:
+        """Free what `once` has kept."""
+        for key in keys:
+            self._memory.pop(key, None)
+
     # --- the record
 
     def update(self, **changes: Any) -> None:

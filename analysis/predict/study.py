@@ -18,7 +18,7 @@ from nextstate.agents.columns import Asked, Grid, question_frame
 from nextstate.agents.config import AgentConfig
 from nextstate.agents.play import Player
 from nextstate.agents.reference import Reference
-from nextstate.agents.registry import BUILT_IN
+from nextstate.agents.registry import BUILT_IN, REFERENCES, kind_of
 from nextstate.agents.rollout import episodes_of, live, replay
 from nextstate.analysis.grid import Cell, game_identity
 from nextstate.analysis.play.config import PlayCell, play_cells
@@ -118,6 +118,7 @@ class Predict(Study[PredictConfig]):
     def summarise(self, run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
         from nextstate.analysis.predict.summary import summaries
 
+        run.forget("episodes", "shared")
         return summaries(run)
 
     def headline(self, run: Run[PredictConfig]) -> pl.DataFrame:
@@ -197,12 +198,16 @@ def _made(run: Run[PredictConfig], who: Participant) -> Agent | Player:
 
 
 class Episodes:
-    """Episodes that were unrolled: those of the last cell, and of earlier ones as many as `KEPT` allows."""
+    """Episodes that were unrolled: those of the last cell, and of earlier ones as many as there is room for.
 
-    def __init__(self) -> None:
+    Args:
+        room: steps and questions of episodes that are kept.
+    """
+
+    def __init__(self, room: int) -> None:
         self.kept: dict[str, list[Episode]] = {}
         self.last: tuple[str, list[Episode]] = ("", [])
-        self.room = KEPT
+        self.room = room
 
     def of(self, cell: Cell) -> list[Episode]:
         """Return the episodes of a cell."""
@@ -255,12 +260,17 @@ def _asked(run: Run[PredictConfig], cell: Cell, chunk: int | None = None) -> Ite
         for part in parts:
             yield Asked.all_of(episodes_of(cell.game, part, cell.steps, cell.questions_per_step), run.config.grid)
         return
-    found = run.once("episodes", Episodes).of(cell)
+    found = run.once("episodes", lambda: Episodes(_room(run.config))).of(cell)
     chunks = [found[k : k + size] for k in range(0, len(found), size)]
     if chunk:
         yield from (Asked.all_of(part, run.config.grid) for part in chunks)
     else:
         yield from run.once("shared", Shared).of(cell, chunks, run.config.grid)
+
+
+def _room(config: PredictConfig) -> int:
+    """Return how many steps and questions are kept for other agents; reference agents are asked cell by cell."""
+    return KEPT if any(kind_of(entry) not in REFERENCES for entry in config.agents) else 0
 
 
 def _is_large(cell: Cell) -> bool:
