@@ -1,4 +1,4 @@
-"""The interface of agents, which predict answers to prompts, and the table rows made from their predictions."""
+"""The interface of agents, which predict answers to prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from jaxtyping import Float, Int
 
-from nextstate.envs.game import Distribution, Episode, Question, own_accuracy
+from nextstate.envs.game import Distribution, Episode, Question
 
 WRITTEN = 32  # maximum number of tokens of a generated answer
 
@@ -162,52 +162,15 @@ class Agent(ABC):
         return {"name": self.name, "kind": self.kind}
 
 
+def most_likely(belief: Distribution) -> list[int]:
+    """Return the indices of the most probable choices; probabilities that differ by rounding are equal."""
+    top = max(belief)
+    return [i for i, p in enumerate(belief) if p >= top - 1e-12]
+
+
 def from_belief(belief: Distribution, question: Question, tie: float) -> Prediction:
     """Convert a distribution over the choices into a prediction; `tie` in [0, 1) picks among the most likely ones."""
-    top = max(belief)
-    best = [i for i, p in enumerate(belief) if p >= top - 1e-12]
+    best = most_likely(belief)
     pick = best[int(tie * len(best))]
     logprobs = tuple(math.log(p) if p > 0 else -math.inf for p in belief)
     return Prediction(question.choices[pick].strip(), pick, pick, pick, pick, logprobs)
-
-
-def question_row(prompt: Prompt) -> dict[str, Any]:
-    """Return the table row of a question, without answers; columns: `nextstate.analysis.predict.tables.QUESTIONS`."""
-    question, step, index = prompt.asked, prompt.step, prompt.question
-    ceiling = prompt.episode.ceilings[step][index]
-    return {
-        "episode": prompt.episode.seed,
-        "step": prompt.step + 1,
-        "question": prompt.question,
-        "variable": question.variable,
-        "stem": question.stem,
-        "choices": list(question.choices),
-        "truth": question.answer,
-        "accepted": [question.choices[i].strip() for i in question.accepted],
-        "lookup": own_accuracy(prompt.episode.beliefs("lookup")[step][index], question.accepted),
-        "ceiling": ceiling,
-        "determined": ceiling == 1,
-        "chance": question.chance,
-    }
-
-
-def answer_row(prompt: Prompt, prediction: Prediction) -> dict[str, Any]:
-    """Return the table row of an agent's answer; columns: `nextstate.analysis.predict.tables.ANSWERS`."""
-    question, logprobs = prompt.asked, prediction.logprobs
-    accepted = question.accepted
-    best = max(logprobs[i] for i in accepted)
-    return {
-        "episode": prompt.episode.seed,
-        "step": prompt.step + 1,
-        "question": prompt.question,
-        "greedy": prediction.answer,
-        "greedy_correct": prediction.greedy in accepted,
-        "choice": question.choices[prediction.choice].strip(),
-        "choice_correct": prediction.choice in accepted,
-        "choice_token_correct": prediction.choice_token in accepted,
-        "choice_byte_correct": prediction.choice_byte in accepted,
-        "logprobs": list(logprobs),
-        "p_accepted": min(1.0, sum(math.exp(logprobs[i]) for i in accepted)),
-        "rank": 1 + sum(p > best for p in logprobs),
-        "prompt_tokens": prediction.prompt_tokens,
-    }

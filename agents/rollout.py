@@ -1,26 +1,44 @@
-"""Ask an agent about episodes, in replay (all at once) or live (step by step); each answer becomes a table row."""
+"""Ask an agent about episodes, in replay (all at once) or live (step by step); answers become a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import polars as pl
 
-from nextstate.agents.agent import Agent, ContextError, Prompt, answer_row, question_row
+from nextstate.agents.agent import Agent, ContextError, Predictions, Prompt
+from nextstate.agents.columns import Asked, Grid, answer_frame
 from nextstate.envs.game import Episode, Game, unroll
 from nextstate.envs.vector import PredictionVectorEnv
 
 Mode = Literal["replay", "live"]
-Grid = Literal["episodes", "cells"]
 
 
 class Rollout(NamedTuple):
-    """The rows of an agent, and the reason why questions or episodes were left out ("" if none were)."""
+    """The rows of a player, and the reason why episodes were left out ("" if none were)."""
 
     rows: list[dict[str, Any]]
     left_out: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of an agent, and the reason why questions were left out ("" if none were).
+
+    `frame` has the columns of `nextstate.analysis.predict.tables.ANSWERS` but for the agent.
+    """
+
+    frame: pl.DataFrame
+    left_out: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the table."""
+        return self.frame.rows(named=True)
 
 
 def seeds_for(seed: int, episodes: int, cell: int = 0) -> range:
@@ -31,57 +49,48 @@ def seeds_for(seed: int, episodes: int, cell: int = 0) -> range:
 
 def prompts_of(episode: Episode, grid: Grid = "episodes") -> list[Prompt]:
     """Return the prompts of an episode: of every step, or with `grid="cells"` of the last step only."""
-    first = len(episode.steps) - 1 if grid == "cells" else 0
-    return [
-        Prompt(episode, t, q) for t in range(first, len(episode.steps)) for q in range(len(episode.steps[t].questions))
-    ]
+    return list(Asked.all_of([episode], grid))
 
 
-def questions(episodes: Iterable[Episode], grid: Grid = "episodes") -> Iterator[tuple[Prompt, dict[str, Any]]]:
-    """Yield each question of the episodes with its table row; see `question_row`."""
-    for episode in episodes:
-        for prompt in prompts_of(episode, grid):
-            yield prompt, question_row(prompt)
+def replay(agent: Agent, episodes: Sequence[Episode] | Asked, grid: Grid = "episodes") -> Answers:
+    """Ask all questions in one call; questions with a prompt that is too long for the agent are left out.
 
-
-def replay(agent: Agent, episodes: Sequence[Episode], grid: Grid = "episodes") -> Rollout:
-    """Ask all questions in one call; questions with a prompt that is too long for the agent are left out."""
-    prompts = [p for e in episodes for p in prompts_of(e, grid)]
+    Args:
+        agent: the agent.
+        episodes: the episodes, or all their prompts with columns that several agents share.
+        grid: which steps of episodes are asked about; see `prompts_of`.
+    """
+    asked = episodes if isinstance(episodes, Asked) else Asked.all_of(episodes, grid)
     left_out = ""
     try:
-        predictions = agent.predict(prompts)
+        predictions = agent.predict(asked)
     except ContextError as error:
-        left_out = str(error)
-        gone = set(error.prompts)
-        prompts = [p for i, p in enumerate(prompts) if i not in gone]
-        predictions = agent.predict(prompts) if prompts else []
-    return Rollout([answer_row(p, q) for p, q in zip(prompts, predictions, strict=True)], left_out)
+        left_out, asked = str(error), asked.without(error.prompts)
+        predictions = agent.predict(asked) if len(asked) else []
+    return Answers(answer_frame(asked, Predictions.of(asked, predictions)), left_out)
 
 
-def live(agent: Agent, game: Game, seeds: range, steps: int) -> Rollout:
+def live(agent: Agent, game: Game, seeds: range, steps: int) -> Answers:
     """Step through a vector environment with the agent's greedy answers as actions."""
     # Answers are given as choice indices, so that a greedy answer without an exact match ("C" for " C") stays wrong.
     envs = PredictionVectorEnv(game, num_envs=len(seeds), steps=steps, answer="choice")
     reader = agent.live()
+    frames = []
     try:
         envs.reset(seed=seeds.start)
         episodes = envs.episodes
-        rows = []
         for t in range(steps):
-            prompts = [Prompt(e, t) for e in episodes]
-            predictions = reader.predict(prompts)
-            _, rewards, *_ = envs.step(np.array([p.greedy for p in predictions]))
-            new = [answer_row(p, q) for p, q in zip(prompts, predictions, strict=True)]
-            wrong = [
-                r["episode"] for r, reward in zip(new, rewards, strict=True) if r["greedy_correct"] != bool(reward)
-            ]
+            asked = Asked(Prompt(e, t) for e in episodes)
+            predictions = Predictions.of(asked, reader.predict(asked))
+            _, rewards, *_ = envs.step(predictions.greedy)
+            new = answer_frame(asked, predictions)
+            wrong = asked.seed[new["greedy_correct"].to_numpy() != rewards.astype(np.bool_)].tolist()
             if wrong:
                 raise RuntimeError(f"reward and row disagree on step {t + 1} of {game.name}, episodes {wrong}")
-            rows.extend(new)
+            frames.append(new)
     finally:
         envs.close()
-    order = {seed: i for i, seed in enumerate(seeds)}
-    return Rollout(sorted(rows, key=lambda r: (order[r["episode"]], r["step"])), "")
+    return Answers(pl.concat(frames).sort("episode", "step"), "")
 
 
 def episodes_of(game: Game, seeds: Iterable[int], steps: int, ask: int | Literal["all"] = 1) -> list[Episode]:
@@ -97,8 +106,9 @@ def determined_accuracy(agent: Agent, episodes: Sequence[Episode]) -> float:
     Raises:
         ContextError: a prompt is too long for the agent.
     """
-    asked = list(questions(episodes))
-    answers = agent.predict([prompt for prompt, _ in asked])
-    found = zip(asked, answers, strict=True)
-    hits = [a.greedy in prompt.asked.accepted for (prompt, row), a in found if row["determined"]]
+    asked = Asked.all_of(episodes)
+    greedy = Predictions.of(asked, agent.predict(asked)).greedy.tolist()
+    ceilings = [e.ceilings for e in asked.episodes]
+    found = zip(asked.at.tolist(), asked, greedy, strict=True)
+    hits = [g in p.asked.accepted for i, p, g in found if ceilings[i][p.step][p.question] == 1]
     return float(np.mean(hits)) if hits else math.nan

@@ -31,6 +31,7 @@ from nextstate.analysis.progress import Progress
 from nextstate.analysis.table import (
     Damaged,
     Packed,
+    Table,
     difference,
     pack,
     read_about,
@@ -198,6 +199,11 @@ class Run(Generic[C]):
             self._memory[key] = make()
         found: T = self._memory[key]
         return found
+
+    def forget(self, *keys: Any) -> None:
+        """Free what `once` has kept."""
+        for key in keys:
+            self._memory.pop(key, None)
 
     # --- the record
 
@@ -370,7 +376,7 @@ class Run(Generic[C]):
         return _Summaries(self.record, self.tables("summary/*"))
 
     def pack(
-        self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
+        self, key: str, found: Table | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
     ) -> dict[str, Packed]:
         """Return the files of one or several new tables; nothing is written.
 
@@ -380,7 +386,7 @@ class Run(Generic[C]):
             identity: identity of what made it.
             agent: agent whose description in `run.json` is stored with the table.
         """
-        tables = {key: found} if isinstance(found, pl.DataFrame) else dict(found)
+        tables: dict[str, Table] = dict(found) if isinstance(found, Mapping) else {key: found}
         if key not in tables:
             raise RunError(f"the job {key!r} made {', '.join(map(repr, tables)) or 'nothing'}, but not its own table")
         others, out = sorted(tables.keys() - {key}), {}
@@ -399,7 +405,7 @@ class Run(Generic[C]):
             self.update(mixed=[x for x in self.record["mixed"] if x not in mixed])
 
     def keep(
-        self, key: str, found: pl.DataFrame | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
+        self, key: str, found: Table | Mapping[str, pl.DataFrame], identity: Mapping[str, Any], agent: str = ""
     ) -> None:
         """Write one or several new tables; the arguments are those of `pack`."""
         self.write(self.pack(key, found, identity, agent))

@@ -29,9 +29,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.special import betaincinv, ndtri
-from scipy.stats import rankdata, spearmanr
-from scipy.stats import t as student_t
+from scipy.special import betaincinv, ndtri, stdtrit
 
 LEVEL = 0.95  # confidence level
 DRAWS = 1000  # bootstrap resamples for tables; bands take their number from the config
@@ -90,7 +88,7 @@ def student(values: Float[np.ndarray, " unit"], level: float = LEVEL) -> Float[n
     n = len(values)
     if n < 2:
         return np.full(2, np.nan)
-    half = float(student_t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + level) / 2) * values.std(ddof=1) / math.sqrt(n))
     return np.array([values.mean() - half, values.mean() + half])
 
 
@@ -108,6 +106,8 @@ def spearman(one: Float[np.ndarray, " cell"], two: Float[np.ndarray, " cell"]) -
     """Return Spearman's rank correlation; NaN for fewer than three pairs, or where one side does not vary."""
     if len(one) < 3 or len(np.unique(one)) < 2 or len(np.unique(two)) < 2:
         return math.nan
+    from scipy.stats import spearmanr  # takes longer to import than most runs compute statistics
+
     return float(spearmanr(one, two).statistic)
 
 
@@ -116,6 +116,8 @@ def ratio_spearman(one: Ratio, two: Ratio, rng: np.random.Generator) -> tuple[fl
 
     The interval is the percentile bootstrap over the units of both; noise in the ratios draws it towards 0.
     """
+    from scipy.stats import rankdata
+
     value = spearman(*(top.mean(0) / bottom.mean() for top, bottom in (one, two)))
     drawn = []
     for top, bottom in (one, two):
@@ -263,7 +265,7 @@ def _independent(
 
 def _quantile(episodes: Float[np.ndarray, " group"], level: float) -> Float[np.ndarray, " group"]:
     """Return the quantile of Student's t with one degree of freedom less than there are episodes; NaN for too few."""
-    return np.asarray(np.where(episodes >= FEWEST_EPISODES, student_t.ppf((1 + level) / 2, episodes - 1), np.nan))
+    return np.asarray(np.where(episodes >= FEWEST_EPISODES, stdtrit(episodes - 1, (1 + level) / 2), np.nan))
 
 
 # --- bootstrap over units
@@ -316,7 +318,7 @@ def jackknife(
     if n < 2:
         return np.full((2, *np.shape(whole)), np.nan)
     error = np.sqrt((n - 1) / n * ((without - without.mean(0)) ** 2).sum(0))
-    half = float(student_t.ppf((1 + level) / 2, n - 1)) * error
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * error
     return np.stack([whole - half, whole + half])
 
 
@@ -418,7 +420,7 @@ def _with_interval(
     within: tuple[float, float] = (-math.inf, math.inf),
 ) -> Estimate:  # fmt: skip
     below, above, error = sides
-    half = float(student_t.ppf((1 + LEVEL) / 2, freedom)) * error if freedom > 0 else math.nan
+    half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error if freedom > 0 else math.nan
     ends = np.array([value - np.fmax(below, half), value + np.fmax(above, half)])
     low, high = np.clip(ends, *within).tolist()
     return Estimate(value, low, high, trainings, *span, *sides)

@@ -27,7 +27,7 @@ from nextstate.analysis.lock import locked
 from nextstate.analysis.progress import Progress
 from nextstate.analysis.run import C, ModelFailed, Run, RunConfig, RunError, check_key, now, open_record, read_record
 from nextstate.analysis.studies import GROUP, STUDIES
-from nextstate.analysis.table import DECISIVE, Damaged, Packed, code_digest, difference, read_about, versions
+from nextstate.analysis.table import DECISIVE, Damaged, Packed, Table, code_digest, difference, read_about, versions
 from nextstate.envs import plugins
 from nextstate.envs.files import file_digest
 from nextstate.envs.game import GameError
@@ -96,9 +96,10 @@ class Study(ABC, Generic[C]):
         return ""
 
     @abstractmethod
-    def do(self, job: Job, run: Run[C]) -> pl.DataFrame | Mapping[str, pl.DataFrame]:
+    def do(self, job: Job, run: Run[C]) -> Table | Mapping[str, pl.DataFrame]:
         """Do a job; return its table, or several by key, including `job.key`.
 
+        A table may be lazy (from `nextstate.analysis.table.Spool`), if it is too large for memory.
         It may be called in another process, where `run` has only the tables that `job.needs` names and those made with
         them, and again if that process dies.
 
@@ -107,8 +108,8 @@ class Study(ABC, Generic[C]):
             AgentError: its agent failed.
         """
 
-    def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
-        """Return the numbers to log to W&B when a job is done."""
+    def metrics(self, job: Job, frame: Any) -> dict[str, float | None]:
+        """Return the numbers to log to W&B when a job is done; `frame` is the table that `do` returned for it."""
         return {}
 
     @abstractmethod
@@ -314,7 +315,7 @@ class Worker(Generic[C]):
             found = guarded(
                 lambda: study.do(job, run),
                 lambda error: f"{job.agent or job.title} failed: {one_line(error)}",
-                (AgentError, GameError, RunError, Skip),
+                (AgentError, GameError, RunError, Skip, PathError),
             )
         except Skip as error:
             run.left_out(job.agent, job.title, _line(error))
@@ -552,9 +553,9 @@ def _finished(study: Study[C], run: Run[C], job: Job, identity: dict[str, Any], 
     return False
 
 
-def _own(job: Job, found: pl.DataFrame | Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+def _own(job: Job, found: Table | Mapping[str, pl.DataFrame]) -> Table:
     """Return the job's own table among those that it made."""
-    return found if isinstance(found, pl.DataFrame) else found[job.key]
+    return found[job.key] if isinstance(found, Mapping) else found
 
 
 def _line(error: BaseException) -> str:
@@ -671,7 +672,7 @@ def verify(folder: Path, cells: int = 8, seed: int = 0, tolerance: float = 1e-4,
         try:
             passing = (AgentError, GameError, RunError, Skip)
             found = guarded(lambda job=job: study.do(job, run), passing=passing)  # type: ignore[misc]
-            differs = compare(kept, _own(job, found), tolerance)
+            differs = compare(kept, _own(job, found).lazy().collect(), tolerance)
         except (AgentError, GameError, RunError, Skip) as error:
             differs = f"it cannot be made again: {_line(error)}"
         out.append(Difference(job.key, len(kept), made, differs))

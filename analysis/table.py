@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import io
 import json
 import re
+import tempfile
+import weakref
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -14,13 +17,18 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from nextstate.envs.files import digest, file_digest, write_atomic
+from nextstate.envs.files import digest, file_digest, path_error, write_atomic
 
 PACKAGES = ("nextstate", "torch", "transformers", "nnsight", "gymnasium", "numpy", "polars", "textworld", "wandb")
 DECISIVE = ("numpy", "torch", "transformers", "nnsight", "textworld")  # packages whose version may change a value
 ROOMS = ("envs", "agents", "analysis")
+LEVEL = 3  # of compression; 9 takes three times as long for files that are a tenth smaller
+ROW_GROUP = 65_536  # rows
+SPOOL = 64 << 20  # bytes
+Table = pl.DataFrame | pl.LazyFrame
 _KEY = "nextstate"  # of a table's metadata
 _NO_DIGEST = "0" * 64  # placeholder for the digest while it is computed
+_NO_CONTENT = "1" * 64  # placeholder for the digest of the rows
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -59,6 +67,50 @@ def weights_digest(model: Any) -> str:
     return found.hexdigest()
 
 
+class Spool:
+    """Rows of a table that is made in chunks; beyond `SPOOL` bytes they wait in temporary files, not in memory.
+
+    Args:
+        schema: the columns of the table.
+    """
+
+    def __init__(self, schema: Mapping[str, Any]) -> None:
+        self._frames = [pl.DataFrame(schema=schema)]
+        self._size, self._files = 0, list[Path]()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def add(self, frame: pl.DataFrame) -> None:
+        """Add rows.
+
+        Raises:
+            PathError: a temporary file cannot be written.
+        """
+        self._frames.append(frame)
+        self._size += int(frame.estimated_size())
+        if self._size > SPOOL:
+            self._spill()
+
+    def table(self) -> Table:
+        """Return all rows: a lazy table of the temporary files if there are any, which live as long as it."""
+        if self._folder is None:
+            return pl.concat(self._frames)
+        self._spill()
+        found = pl.scan_parquet(self._files)
+        weakref.finalize(found, self._folder.cleanup)
+        return found
+
+    def _spill(self) -> None:
+        try:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="nextstate-")
+            self._files.append(Path(self._folder.name) / f"{len(self._files)}.parquet")
+            pl.concat(self._frames).write_parquet(self._files[-1], compression="lz4", statistics=False)
+        except OSError as error:
+            raise path_error(error) from error
+        except pl.exceptions.ComputeError as error:  # raised by Polars if the disk is full
+            raise path_error(OSError(errno.ENOSPC, str(error)), self._files[-1]) from error
+        self._frames, self._size = [self._frames[0].clear()], 0
+
+
 class Packed(NamedTuple):
     """A table as the bytes of its file, and the metadata in it: `digest` (of the file), `content`, `identity`, `notes`.
 
@@ -69,31 +121,46 @@ class Packed(NamedTuple):
     about: dict[str, Any]
 
 
-def pack(frame: pl.DataFrame, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> Packed:
+def pack(frame: Table, identity: Mapping[str, Any], notes: Mapping[str, Any]) -> Packed:
     """Return the file of a table, which `write_packed` writes.
 
     Args:
-        frame: the table.
+        frame: the table; of a lazy one, only a part is in memory at a time.
         identity: identity of what made it, as JSON.
         notes: further JSON to store, such as the description of the model.
     """
-    rows, file = io.BytesIO(), io.BytesIO()
-    frame.write_parquet(rows, compression="uncompressed")
+    file = io.BytesIO()
     about: dict[str, Any] = {
-        "digest": _NO_DIGEST, "content": digest(rows.getvalue()), "identity": dict(identity), "notes": dict(notes),
+        "digest": _NO_DIGEST, "content": _NO_CONTENT, "identity": dict(identity), "notes": dict(notes),
     }  # fmt: skip
-    del rows  # as large as the table
-    frame.write_parquet(file, compression_level=9, statistics=False, metadata={_KEY: json.dumps(about, sort_keys=True)})
+    metadata = {_KEY: json.dumps(about, sort_keys=True)}
+    how: dict[str, Any] = {"compression_level": LEVEL, "statistics": False, "row_group_size": ROW_GROUP}
+    if isinstance(frame, pl.LazyFrame):
+        frame.sink_parquet(file, metadata=metadata, engine="streaming", **how)
+    else:
+        frame.write_parquet(file, metadata=metadata, **how)
     data = file.getvalue()
+    about["content"] = digest(str(frame.collect_schema()).encode() + data[: _footer(data)])
+    data = _replaced(data, _NO_CONTENT, about["content"])
     about["digest"] = digest(data)
-    at = data.rindex(_NO_DIGEST.encode())
-    return Packed(data[:at] + about["digest"].encode() + data[at + len(_NO_DIGEST) :], about)
+    return Packed(_replaced(data, _NO_DIGEST, about["digest"]), about)
 
 
 def write_packed(path: Path, packed: Packed) -> dict[str, Any]:
     """Write the file of a table, atomically; return its metadata."""
     write_atomic(path, lambda partial: partial.write_bytes(packed.data))
     return packed.about
+
+
+def _footer(data: bytes) -> int:
+    """Return where the footer of a Parquet file begins, which holds the metadata; the rows come before it."""
+    return len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+
+
+def _replaced(data: bytes, old: str, new: str) -> bytes:
+    """Return a file with a digest in its metadata replaced by another of the same length."""
+    at = data.rindex(old.encode())
+    return data[:at] + new.encode() + data[at + len(old) :]
 
 
 class Damaged(Exception):
@@ -109,14 +176,15 @@ def read_about(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
         about: dict[str, Any] = json.loads(pl.read_parquet_metadata(data)[_KEY])
-        found, at = about["digest"], data.rindex(about["digest"].encode())
+        found = about["digest"]
+        blank = _replaced(data, found, _NO_DIGEST)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise Damaged("it cannot be read as a table of a run") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what Polars raises on some damaged files
             raise
         raise Damaged("it cannot be read as a table of a run") from error
-    if len(found) != len(_NO_DIGEST) or digest(data[:at] + _NO_DIGEST.encode() + data[at + len(found) :]) != found:
+    if len(found) != len(_NO_DIGEST) or digest(blank) != found:
         raise Damaged("its content does not fit its digest")
     return about
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
-from nextstate.envs.rules import Distribution, Question, Reader, Rules, State, Step, require_whole, uniform
-
-T = TypeVar("T")
+from nextstate.envs.rules import Distribution, Rules, State, Step, require_whole, uniform
 
 
 @dataclass(frozen=True)
@@ -53,44 +51,83 @@ class Episode:
             head += "".join(q.stem + q.choices[q.truth] + q.closing for q in asked[:-1])
         return head + asked[-1].stem
 
+    def prompts(self) -> list[list[str]]:
+        """Return `prompt` of every question, by step and question, in time linear in the length of the texts."""
+        inline = self.game.feedback == "inline"
+        out = []
+        for head, (_, _, _, narration, asked, _) in zip(self.transcripts, self.steps, strict=False):
+            head += narration
+            row = []
+            for _, stem, choices, truth, _, closing in asked:
+                row.append(head + stem)
+                if inline:
+                    head = f"{head}{stem}{choices[truth]}{closing}"
+            out.append(row)
+        return out
+
     def beliefs(self, name: str) -> list[list[Distribution]]:
         """Return the distributions of `name` ("ideal", "lookup", "chance" or a shortcut), by step and question.
 
         The results are cached for each name.
         """
         if name not in self._beliefs:
-            self._beliefs[name] = self._read(name)
+            self.read([name])
         return self._beliefs[name]
 
     @property
     def ceilings(self) -> list[list[float]]:
         """The accuracy that the ideal reader expects of its answers, given the text; by step and question."""
         if not self._ceilings:
-            self._ceilings.extend(self._ask(lambda reader, q: reader.ceiling(q)))
+            self.read(ceilings=True)
         return self._ceilings
 
-    def _read(self, name: str) -> list[list[Distribution]]:
-        if name == "chance":
-            return [[uniform(len(q.choices)) for q in step.questions] for step in self.steps]
-        return self._ask((lambda r, q: r.lookup(q)) if name == "lookup" else (lambda r, q: r.guess(name, q)))
+    def read(self, names: Iterable[str] = (), ceilings: bool = False) -> None:
+        """Read the transcript once for several `beliefs`, and for `ceilings`; later calls of these return the results.
 
-    def _ask(self, ask: Callable[[Reader, Question], T]) -> list[list[T]]:
-        """Return what a reader of the transcript says about each question."""
+        Args:
+            names: whose beliefs.
+            ceilings: also compute the ceilings.
+        """
+        wanted = [name for name in names if name not in self._beliefs]
+        if "chance" in wanted:
+            wanted.remove("chance")
+            self._beliefs["chance"] = [[uniform(len(q.choices)) for q in step.questions] for step in self.steps]
+        found: dict[str, list[list[Distribution]]] = {name: [] for name in wanted}
+        ceiling = ceilings and not self._ceilings
+        if not found and not ceiling:
+            return
         reader = self.game.reader(self.start)
-        observe, observe_answer = reader.observe, reader.observe_answer
+        observe, observe_answer, guess, lookup = reader.observe, reader.observe_answer, reader.guess, reader.lookup
         inline = self.game.feedback == "inline"
-        out: list[list[T]] = []
+        guessed = [(name, out.append) for name, out in found.items() if name != "lookup"]
+        looked_up = found.get("lookup")
         for _, action, _, _, asked, _ in self.steps:
             observe(action)
-            if not inline:
-                out.append([ask(reader, question) for question in asked])
+            if len(asked) == 1:  # most episodes: written out, since this loop runs for each question of each experiment
+                question = asked[0]
+                for name, add in guessed:
+                    add([guess(name, question)])
+                if looked_up is not None:
+                    looked_up.append([lookup(question)])
+                if ceiling:
+                    self._ceilings.append([reader.ceiling(question)])
+                if inline:
+                    observe_answer(question.truth)
                 continue
-            row: list[T] = []
+            rows: dict[str, list[Distribution]] = {name: [] for name in found}
+            tops: list[float] = []
             for question in asked:
-                row.append(ask(reader, question))
-                observe_answer(question.truth)
-            out.append(row)
-        return out
+                for name, row in rows.items():
+                    row.append(lookup(question) if name == "lookup" else guess(name, question))
+                if ceiling:
+                    tops.append(reader.ceiling(question))
+                if inline:
+                    observe_answer(question.truth)
+            for name, row in rows.items():
+                found[name].append(row)
+            if ceiling:
+                self._ceilings.append(tops)
+        self._beliefs.update(found)
 
 
 def check_steps(game: Rules, steps: int) -> None:

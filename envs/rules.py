@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -59,6 +59,29 @@ def uniform(n: int, support: tuple[int, ...] | None = None) -> Distribution:
     """Return the uniform distribution over `support` (all `n` choices by default)."""
     chosen = range(n) if support is None else support
     return tuple(1 / len(chosen) if i in chosen else 0.0 for i in range(n))
+
+
+class Frequencies:
+    """How often things were named, with the most frequent ones at hand."""
+
+    def __init__(self, named: Iterable[int]) -> None:
+        self._counts: dict[int, int] = {}
+        self._top, self._most = 0, list[int]()
+        for one in named:
+            self.add(one)
+
+    def add(self, one: int) -> None:
+        """Count another mention."""
+        count = self._counts[one] = self._counts.get(one, 0) + 1
+        if count > self._top:
+            self._top, self._most = count, [one]
+        elif count == self._top:
+            self._most.append(one)
+
+    def belief(self, n: int) -> Distribution:
+        """Return the uniform distribution over the most frequent of `n` things."""
+        most = self._most
+        return one_hot(n, most[0]) if len(most) == 1 else uniform(n, tuple(sorted(most)))
 
 
 class Question(NamedTuple):

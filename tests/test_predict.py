@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -24,9 +25,8 @@ from nextstate.analysis.predict.config import PredictConfig, asked_cells
 from nextstate.analysis.predict.study import Predict
 from nextstate.analysis.run import ModelFailed, RunError, with_certificates
 from nextstate.analysis.studies import STUDIES
-from nextstate.analysis.study import find_study, identity_of
-from nextstate.envs.episode import Episode
-from nextstate.envs.files import slug
+from nextstate.analysis.study import find_study, identity_of, verify
+from nextstate.envs.files import PathError, slug
 from nextstate.envs.game import GameError, unroll
 from nextstate.envs.games.box import Box
 from tests.outside import GAME, NGRAM
@@ -70,24 +70,22 @@ def test_a_run_is_a_folder_with_every_question_and_every_answer_as_a_row(tmp_pat
 def test_every_episode_is_unrolled_and_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "counted_ngram.py").write_text(NGRAM)
     monkeypatch.syspath_prepend(tmp_path)
-    begun, read = Counter[int](), Counter[tuple[int, str]]()
-    initial, reader = Box.initial, Episode._read
+    begun, read = Counter[int](), Counter[int]()
+    initial, reader = Box.initial, Box.reader
 
     def counted(self: Box, rng: Any) -> Any:
         begun[self.boxes] += 1
         return initial(self, rng)
 
-    def counted_read(self: Episode, name: str) -> Any:
-        read[self.seed, name] += 1
-        return reader(self, name)
+    def counted_reader(self: Box, state: Any) -> Any:
+        read[self.boxes] += 1
+        return reader(self, state)
 
     monkeypatch.setattr(Box, "initial", counted)
-    monkeypatch.setattr(Episode, "_read", counted_read)
+    monkeypatch.setattr(Box, "reader", counted_reader)
     agents = ["counted_ngram:NGram", {"kind": "counted_ngram:NGram", "n": 3}, "ideal", "chance", "shortcuts"]
     make(SMALL | {"agents": agents, "games": SMALL["games"][:1]}, tmp_path / "run")
-    assert begun == {2: 70, 3: 70}
-    names = {"ideal", "lookup", "chance", *Box.shortcuts}
-    assert read == {(seed, name): 2 for seed in range(70) for name in names}  # one of each of the two cells
+    assert begun == read == {2: 70, 3: 70}  # one reader for all beliefs and ceilings of an episode
 
 
 def test_beyond_the_bound_episodes_are_unrolled_again_and_the_answers_stay_the_same(
@@ -99,6 +97,62 @@ def test_beyond_the_bound_episodes_are_unrolled_again_and_the_answers_stay_the_s
         monkeypatch.setattr("nextstate.analysis.predict.study.KEPT", bound)
         make(config, tmp_path / str(bound))
         assert_frame_equal(frame(tmp_path / str(bound)), frame(tmp_path / "kept"))
+
+
+def test_rows_beyond_the_memory_wait_in_files_and_make_the_same_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(SMALL, tmp_path / "kept")
+    waiting = tmp_path / "waiting"
+    waiting.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(waiting))
+    monkeypatch.setattr("nextstate.analysis.table.SPOOL", 4000)
+    monkeypatch.setattr("nextstate.analysis.predict.study.MANY", 20)
+    made = list[Path]()
+    scan = pl.scan_parquet
+
+    def watched(source: Any, **how: Any) -> pl.LazyFrame:
+        made.extend(p for p in (source if isinstance(source, list) else ()) if p.is_relative_to(waiting))
+        return scan(source, **how)
+
+    monkeypatch.setattr(pl, "scan_parquet", watched)
+    run = make(SMALL, tmp_path / "spooled")
+    assert len(made) > 10
+    assert not list(waiting.iterdir())
+    assert_frame_equal(frame(tmp_path / "spooled"), frame(tmp_path / "kept"))
+    for name, table in opened(tmp_path / "kept").summaries().items():
+        assert_frame_equal(table, run.summary(name))
+    assert [x.found for x in verify(tmp_path / "spooled", 4)] == [""] * 4
+
+
+def test_a_full_disk_while_rows_wait_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    monkeypatch.setattr(tempfile, "tempdir", str(gone))  # there is no such folder
+    monkeypatch.setattr("nextstate.analysis.table.SPOOL", 100)
+    with pytest.raises(PathError, match="gone"):
+        make(SMALL, tmp_path / "run")
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    """Ten times the episodes of one cell take less than 200 bytes more for each further row of a table."""
+    script = f"""
+import json, resource, sys
+from pathlib import Path
+from nextstate.analysis import table
+from nextstate.analysis.predict import study
+from nextstate.analysis.predict.config import PredictConfig
+from nextstate.analysis.study import go
+table.SPOOL, study.MANY, study.KEPT = 1 << 20, 2000, 2000
+game = {{"game": "Box", "grid": {{"boxes": [4]}}, "steps": 10, "episodes": int(sys.argv[1])}}
+config = {{**json.loads({json.dumps(json.dumps(SMALL))}), "agents": ["ideal", "chance"], "games": [game]}}
+go(study.Predict(), PredictConfig.model_validate(config), Path(sys.argv[2]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    peaks = []
+    for episodes in (500, 5000):
+        command = [sys.executable, "-c", script, str(episodes), f"run{episodes}"]
+        peaks.append(int(subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] - peaks[0] < 200 * 45_000 * 3  # three tables
 
 
 def tables_of(folder: Path) -> dict[Path, int]:
@@ -115,8 +169,9 @@ from pathlib import Path
 from nextstate.analysis.predict.config import PredictConfig
 from nextstate.analysis.predict.study import Predict
 from nextstate.analysis.study import go
+import polars
+polars.read_parquet = polars.scan_parquet = None  # no rows are read
 run = go(Predict(), PredictConfig.model_validate(json.loads({json.dumps(json.dumps(SMALL))})), Path("run"))
-assert len(Predict().headline(run)) > 3
 assert not {{"torch", "plotly", "scipy", "matplotlib"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)

@@ -181,7 +181,11 @@ def environment() -> jinja2.Environment:
 
 def pack(value: Any) -> str:
     """Return `value` as JSON, compressed with gzip and written in base64; NaN and infinities become null."""
-    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    form: dict[str, Any] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+    try:
+        text = json.dumps(value, **form)
+    except ValueError:
+        text = json.dumps(_finite(value), **form)
     return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 

@@ -9,10 +9,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from nextstate.agents.columns import Grid
 from nextstate.agents.config import AgentEntry, InterveneConfig, KindConfig
 from nextstate.agents.intervention import Intervention
 from nextstate.agents.registry import PLAYERS, REFERENCES, Spec, kind_of, spec_of, specs_of
-from nextstate.agents.rollout import Grid, Mode, seeds_for
+from nextstate.agents.rollout import Mode, seeds_for
 from nextstate.analysis.grid import Cell, GridConfig, games_of
 from nextstate.analysis.play.config import PlayCell, PlayConfig
 from nextstate.analysis.run import RunConfig, RunError

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from nextstate.analysis import stats
-from nextstate.analysis.predict import statistics
+from nextstate.analysis.predict.sums import Answers, Pile, Sums, all_steps, by_step, put
 from nextstate.analysis.predict.tables import QUESTION
 
 PER_DECADE = 2  # bins of |Q| per decade
@@ -28,26 +30,40 @@ _OF_KIND = (("by_fact", "right"), ("ceiling", "ceiling"), ("chance", "chance"))
 _SUMS = (("right", "greedy_correct"), ("asked", "one"), ("ceiling", "ceiling"), ("chance", "chance"))
 
 
-def curves(answers: pl.DataFrame) -> pl.DataFrame:
-    """Return accuracy against |Q|, in bins of half a decade, for games whose size is not |Q|.
+class Bins:
+    """Collects accuracy against |Q|, in bins of half a decade, for settings whose size is not |Q|."""
 
-    Columns as in `statistics.curves`, with axis "states"; `at` is the geometric mean of the episodes' |Q| in a bin.
-    Empty if there is no such game.
-    """
-    known = answers.select(*_KEY, "size", "states").drop_nulls().unique()
-    other = known.filter(pl.col("states") != pl.col("size")).select("setting").unique()
-    known = known.join(other, on="setting", how="semi").with_columns(
-        bin=(pl.col("states").log10() * PER_DECADE).floor().cast(pl.Int64)
-    )
-    joined = answers.join(known.select(*_KEY, "bin"), on=_KEY)
-    if joined.is_empty():
-        return pl.DataFrame()
-    at = joined.group_by("game", "bin").agg(at=pl.col("states").log().mean().exp().round().cast(pl.Int64))
-    table = statistics.pooled(joined.join(at, on=["game", "bin"]), ("agent", "game", "variant", "at"))
-    return table.with_columns(axis=pl.lit("states"))
+    def __init__(self) -> None:
+        self._sums: Pile = {}
+        self._logs: dict[tuple[str, int], Any] = {}  # by game and bin: sum of log |Q| over answers, and their number
+
+    def add(self, agent: str, answers: Answers, every: Sums) -> None:
+        """Add an agent's answers in a cell; `every` are the sums of all of them."""
+        asked = answers.asked
+        known = asked.states[~np.isnan(asked.states)]
+        if not (known != asked.cell["size"]).any():
+            return
+        logs = np.log(asked.states[answers.row])
+        bins = np.floor(np.log10(asked.states[answers.row]) * PER_DECADE)
+        found = np.unique(bins[~np.isnan(bins)]).tolist()
+        for one in found:
+            inside = bins == one
+            sums = every if inside.all() else all_steps(by_step(answers, inside))
+            game = asked.cell["game"]
+            put(self._sums, (agent, game, asked.cell["variant"], int(one)), sums)
+            counted = np.array([logs[inside].sum(), inside.sum()])
+            self._logs[game, int(one)] = self._logs.get((game, int(one)), 0) + counted
+
+    def pile(self) -> Pile:
+        """Return the sums by agent, game, variant and |Q|, the geometric mean over the answers of a bin."""
+        at = {key: round(math.exp(logs / n)) for key, (logs, n) in self._logs.items()}
+        out = Pile()
+        for (agent, game, variant, one), sums in self._sums.items():
+            put(out, (agent, game, variant, at[game, one]), sums)
+        return out
 
 
-def whole(answers: pl.LazyFrame) -> pl.DataFrame:
+def whole(answers: Iterable[pl.LazyFrame]) -> pl.DataFrame:
     """Combine the answers of each step to a full state, and to the changes since the previous step.
 
     The first step of an episode is not counted. An agent's predicted state consists of its greedy answers; its
@@ -55,8 +71,8 @@ def whole(answers: pl.LazyFrame) -> pl.DataFrame:
     became false, another true).
 
     Args:
-        answers: from `tables.rows`, of cells in which all variables are asked after every step. Cells with one question
-            per step, or with several about one variable, are omitted.
+        answers: from `tables.rows`, of each cell in which all variables are asked after every step. Cells with one
+            question per step, or with several about one variable, are omitted.
 
     Returns:
         One row for each agent, game, variant and form, with these columns:
@@ -68,13 +84,25 @@ def whole(answers: pl.LazyFrame) -> pl.DataFrame:
         - n steps, episodes, few (whether there are fewer than `stats.FEW_EPISODES`), and 95 % intervals `*_low`,
           `*_high` over episodes, from `stats.accuracy`.
     """
+    parts = [part for part in map(_sums, answers) if part is not None]
+    if not parts:
+        return pl.DataFrame(schema=WHOLE)
+    sums = pl.concat(parts).sort("agent", "game", "variant", *_KEY)
+    out = [
+        {"agent": agent, "game": game, "variant": variant, "form": form, **_row(part, form)}
+        for (agent, game, variant), part in sums.group_by("agent", "game", "variant", maintain_order=True)
+        for form in FORMS
+    ]
+    return pl.DataFrame(out, schema=WHOLE).fill_nan(None)
+
+
+def _sums(answers: pl.LazyFrame) -> pl.DataFrame | None:
+    """Return sums for each agent and episode of a cell; None if its answers do not combine to states."""
     wanted = ["agent", "game", "variant", *QUESTION, "variable", "truth", "greedy", "greedy_correct"]
     rows = answers.select(*wanted, "ceiling", "chance").collect()
     asked = rows.group_by(*_KEY, "agent", "step").agg(n=pl.len(), kinds=pl.col("variable").n_unique())
-    complete = asked.group_by("setting").agg(
-        least=pl.col("n").min(), most=pl.col("n").max(), same=(pl.col("n") == pl.col("kinds")).all()
-    )
-    rows = rows.join(complete.filter((pl.col("least") > 1) & pl.col("same")), on="setting", how="semi")
+    if not len(rows) or asked["n"].min() == 1 or (asked["n"] != asked["kinds"]).any():
+        return None
     order = ["agent", "setting", "episode", "variable", "step"]
     before = [pl.col(c).shift(1).over(order[:-1]).alias(f"old_{c}") for c in ("truth", "greedy", "step")]
     rows = rows.sort(order).with_columns(before).filter(pl.col("old_step") == pl.col("step") - 1)
@@ -95,18 +123,12 @@ def whole(answers: pl.LazyFrame) -> pl.DataFrame:
         difference=pl.col("same").all(), hit=pl.col("hit").sum(), facts=(pl.col("true") + pl.col("predicted")).sum(),
         **{f"{name}_{form}": pl.col(of).filter(which).sum() for form, which in kinds.items() for name, of in _SUMS},
     )  # fmt: skip
-    sums = steps.group_by("agent", "game", "variant", *_KEY, maintain_order=True).agg(
+    return steps.group_by("agent", "game", "variant", *_KEY, maintain_order=True).agg(
         n=pl.len(), state=pl.col("state").sum(), right=pl.col("right").sum(), asked=pl.col("asked").sum(),
         ceiling=pl.col("ceiling").sum(), chance=pl.col("chance").sum(), difference=pl.col("difference").sum(),
         hit=2 * pl.col("hit").sum(), facts=pl.col("facts").sum(),
         **{f"{name}_{form}": pl.col(f"{name}_{form}").sum() for form in kinds for name, _ in _SUMS},
-    ).sort("agent", "game", "variant", *_KEY)  # fmt: skip
-    out = [
-        {"agent": agent, "game": game, "variant": variant, "form": form, **_row(part, form)}
-        for (agent, game, variant), part in sums.group_by("agent", "game", "variant", maintain_order=True)
-        for form in FORMS
-    ]
-    return pl.DataFrame(out, schema=WHOLE).fill_nan(None)
+    )  # fmt: skip
 
 
 def _row(part: pl.DataFrame, form: str) -> dict[str, Any]:

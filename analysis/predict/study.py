@@ -6,23 +6,28 @@ Tables: `questions/CELL` with one row for each question, `answers/AGENT/CELL` wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import polars as pl
 
 from nextstate.agents.agent import Agent, AgentError
+from nextstate.agents.columns import Asked, Grid, question_frame
 from nextstate.agents.config import AgentConfig
 from nextstate.agents.play import Player
-from nextstate.agents.registry import BUILT_IN
-from nextstate.agents.rollout import episodes_of, live, questions, replay
+from nextstate.agents.reference import Reference
+from nextstate.agents.registry import BUILT_IN, REFERENCES, kind_of
+from nextstate.agents.rollout import episodes_of, live, replay
 from nextstate.analysis.grid import Cell, game_identity
 from nextstate.analysis.play.config import PlayCell, play_cells
 from nextstate.analysis.play.tables import play_cell
 from nextstate.analysis.predict.config import Participant, PredictConfig, asked_cells, participants
-from nextstate.analysis.predict.tables import ANSWERS, frame_of, question_frame
+from nextstate.analysis.predict.tables import ANSWERS, QUESTIONS
 from nextstate.analysis.run import Run
 from nextstate.analysis.study import Job, Study
+from nextstate.analysis.table import Spool, Table
 from nextstate.envs.files import slug
 from nextstate.envs.game import Episode
 from nextstate.envs.plugins import source_digest
@@ -31,15 +36,20 @@ if TYPE_CHECKING:
     from nextstate.analysis.page.page import Page
 
 CHUNK = 64  # episodes that an agent is asked about at a time; fixed, so that no row depends on the batch size
+MANY = 20_000  # steps of episodes that reference agents are asked about at a time
 KEPT = 200_000  # steps and questions of episodes that stay in memory
 
 
 class Given(NamedTuple):
-    """What a job is about: a cell, and who is asked or plays (None where the questions are made)."""
+    """What a job is about: a cell, and who is asked or plays (None where the questions are made).
+
+    `read` names the beliefs of the cell's reference agents, which are read together with the questions.
+    """
 
     cell: Cell
     who: Participant | None = None
     play: PlayCell | None = None
+    read: tuple[str, ...] = ()
 
 
 class Predict(Study[PredictConfig]):
@@ -54,8 +64,10 @@ class Predict(Study[PredictConfig]):
         jobs = []
         for cell in cells:  # references answer while the episodes of their cell are in memory
             cost = _planned(cell, config)
-            jobs.append(Job(f"questions/{cell.slug}", f"questions of {cell.slug}", cost, Given(cell)))
-            jobs += [_answers(p, cell, cost) for p in who if p.reference and p.spec.answers(cell.game)]
+            references = [p for p in who if p.reference and p.spec.answers(cell.game)]
+            given = Given(cell, read=tuple(p.name.removeprefix("shortcut:") for p in references))
+            jobs.append(Job(f"questions/{cell.slug}", f"questions of {cell.slug}", cost, given))
+            jobs += [_answers(p, cell, cost) for p in references]
         for p in who:  # one after the other, so that each is loaded once
             if not p.reference:
                 jobs += [_answers(p, cell, _planned(cell, config)) for cell in cells if p.spec.answers(cell.game)]
@@ -66,15 +78,21 @@ class Predict(Study[PredictConfig]):
         given: Given = job.given
         return game_identity(given.cell.game) | ({} if given.who is None else _agent_identity(given.who, run))
 
-    def do(self, job: Job, run: Run[PredictConfig]) -> pl.DataFrame:
-        cell, who, where = job.given
+    def do(self, job: Job, run: Run[PredictConfig]) -> Table:
+        cell, who, where, read = job.given
         if who is None:
-            return question_frame(q for chunk in _episodes(run, cell) for q in questions(chunk, run.config.grid))
+            spool = Spool(QUESTIONS)
+            with _uncollected():
+                for asked in _asked(run, cell):
+                    spool.add(question_frame(asked, () if _is_large(cell) else read))
+            return spool.table()
         run.progress.on(f"{who.name} on {job.title}")
         agent = _made(run, who)
         if isinstance(agent, Agent):
             run.describe(agent.describe())
-        frame, reason = play_cell(where, run.advance, agent) if where else _ask(run, agent, cell)
+        frame: Table
+        with _uncollected() if who.reference else nullcontext():
+            frame, reason = play_cell(where, run.advance, agent) if where else _ask(run, agent, cell)
         if isinstance(agent, Agent):
             run.describe(agent.describe())  # with what was proved of a model while it answered
         if reason:
@@ -82,23 +100,25 @@ class Predict(Study[PredictConfig]):
             run.left_out(who.name, job.title, reason)
         return frame
 
-    def metrics(self, job: Job, frame: pl.DataFrame) -> dict[str, float | None]:
-        cell, who, where = job.given
+    def metrics(self, job: Job, frame: Table) -> dict[str, float | None]:
+        cell, who, where, _ = job.given
         head = [cell.game.name, f"{cell.game.size}={cell.size}", cell.variant, "" if who is None else who.name]
         if where:
             from nextstate.analysis.play.statistics import table
 
-            (row,) = table(frame).to_dicts()
+            (row,) = table(frame.lazy().collect()).to_dicts()
             names = {"success": "success", "score": "score", "over": "steps_over", "illegal": "illegal"}
             return {named("play", *head, name): row[key] for key, name in names.items()}
         columns = {"lookup": "lookup", "ceiling": "ceiling", "chance": "chance", "determined": "determined"}
         if who is not None:
             columns = {"accuracy": "greedy_correct", "choice_accuracy": "choice_correct", "p_accepted": "p_accepted"}
-        return {named(*head, name): frame[column].cast(pl.Float64).mean() for name, column in columns.items()}  # type: ignore[misc]
+        means = frame.lazy().select(pl.col(c).cast(pl.Float64).mean().alias(name) for name, c in columns.items())
+        return {named(*head, name): value for name, value in means.collect().row(0, named=True).items()}
 
     def summarise(self, run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
         from nextstate.analysis.predict.summary import summaries
 
+        run.forget("episodes", "shared")
         return summaries(run)
 
     def headline(self, run: Run[PredictConfig]) -> pl.DataFrame:
@@ -178,12 +198,16 @@ def _made(run: Run[PredictConfig], who: Participant) -> Agent | Player:
 
 
 class Episodes:
-    """Episodes that were unrolled: those of the last cell, and of earlier ones as many as `KEPT` allows."""
+    """Episodes that were unrolled: those of the last cell, and of earlier ones as many as there is room for.
 
-    def __init__(self) -> None:
+    Args:
+        room: steps and questions of episodes that are kept.
+    """
+
+    def __init__(self, room: int) -> None:
         self.kept: dict[str, list[Episode]] = {}
         self.last: tuple[str, list[Episode]] = ("", [])
-        self.room = KEPT
+        self.room = room
 
     def of(self, cell: Cell) -> list[Episode]:
         """Return the episodes of a cell."""
@@ -199,32 +223,77 @@ class Episodes:
         return self.last[1]
 
 
-def _episodes(run: Run[PredictConfig], cell: Cell) -> Iterator[list[Episode]]:
-    """Yield the episodes of a cell in chunks; those of a very large cell are unrolled chunk by chunk, and not kept."""
-    parts = [cell.seeds[k : k + CHUNK] for k in range(0, len(cell.seeds), CHUNK)]
-    if len(cell.seeds) * cell.steps > KEPT:
-        yield from (episodes_of(cell.game, part, cell.steps, cell.questions_per_step) for part in parts)
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Switch off the search for reference cycles: episodes have none, and it takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Shared:
+    """The questions of the last cell in columns, which its reference agents share."""
+
+    def __init__(self) -> None:
+        self.slug, self.asked = "", list[Asked]()
+
+    def of(self, cell: Cell, chunks: Sequence[Sequence[Episode]], grid: Grid) -> list[Asked]:
+        """Return the questions of a cell, from its episodes in chunks."""
+        if self.slug != cell.slug:
+            self.asked = []  # frees the memory
+            self.slug, self.asked = cell.slug, [Asked.all_of(part, grid) for part in chunks]
+        return self.asked
+
+
+def _asked(run: Run[PredictConfig], cell: Cell, chunk: int | None = None) -> Iterator[Asked]:
+    """Yield the questions of a cell in chunks of episodes; by default in those that reference agents share.
+
+    The episodes of a very large cell are unrolled chunk by chunk, and not kept.
+    """
+    size = chunk or max(CHUNK, MANY // cell.steps)
+    parts = [cell.seeds[k : k + size] for k in range(0, len(cell.seeds), size)]
+    if _is_large(cell):
+        for part in parts:
+            yield Asked.all_of(episodes_of(cell.game, part, cell.steps, cell.questions_per_step), run.config.grid)
+        return
+    found = run.once("episodes", lambda: Episodes(_room(run.config))).of(cell)
+    chunks = [found[k : k + size] for k in range(0, len(found), size)]
+    if chunk:
+        yield from (Asked.all_of(part, run.config.grid) for part in chunks)
     else:
-        found = run.once("episodes", Episodes).of(cell)
-        yield from (found[k : k + CHUNK] for k in range(0, len(found), CHUNK))
+        yield from run.once("shared", Shared).of(cell, chunks, run.config.grid)
 
 
-def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[pl.DataFrame, str]:
+def _room(config: PredictConfig) -> int:
+    """Return how many steps and questions are kept for other agents; reference agents are asked cell by cell."""
+    return KEPT if any(kind_of(entry) not in REFERENCES for entry in config.agents) else 0
+
+
+def _is_large(cell: Cell) -> bool:
+    return len(cell.seeds) * cell.steps > KEPT
+
+
+def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[Table, str]:
     """Ask an agent all questions of a cell; return its answers, and why some are missing ("" if none are)."""
     assert isinstance(agent, Agent)
-    rows: list[dict[str, Any]] = []
-    reasons: list[str] = []
+    constant = {"agent": agent.name, "incomplete": bool(agent.incomplete)}
+    spool, reasons = Spool(ANSWERS), list[str]()
     planned = _planned(cell, run.config) / len(cell.seeds)
-    for k, episodes in enumerate(_episodes(run, cell)):
-        if k == 0:
+    done = 0
+    for asked in _asked(run, cell, None if isinstance(agent, Reference) else CHUNK):
+        episodes = asked.episodes
+        if not done:
             run.warn(agent.episode_warnings(episodes[0]))
         if run.config.mode == "live":
-            part = cell.seeds[k * CHUNK : (k + 1) * CHUNK]
-            result = live(agent, cell.game, part, cell.steps)
+            result = live(agent, cell.game, cell.seeds[done : done + len(episodes)], cell.steps)
         else:
-            result = replay(agent, episodes, run.config.grid)
-        rows.extend(result.rows)
+            result = replay(agent, asked)
+        done += len(episodes)
+        spool.add(result.frame.select(*(pl.lit(constant[c]).alias(c) if c in constant else c for c in ANSWERS)))
         reasons.extend(filter(None, [result.left_out]))
         run.advance(round(planned * len(episodes)))
-    frame = frame_of(rows, ANSWERS, agent=agent.name, incomplete=bool(agent.incomplete))
-    return frame, next(iter(reasons), "")
+    return spool.table(), next(iter(reasons), "")

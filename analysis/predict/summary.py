@@ -13,7 +13,8 @@ from nextstate.analysis.play.config import play_cells
 from nextstate.analysis.play.tables import load
 from nextstate.analysis.predict import states, viewer
 from nextstate.analysis.predict.config import Participant, PredictConfig, asked_cells, participants
-from nextstate.analysis.predict.statistics import cells, curves, narrow, on_hard, paired, pooled
+from nextstate.analysis.predict.statistics import paired, summed
+from nextstate.analysis.predict.sums import blocks_of
 from nextstate.analysis.predict.tables import rows
 from nextstate.analysis.run import ModelFailed, Run
 from nextstate.envs.files import slug
@@ -46,22 +47,23 @@ def trained(run: Run[PredictConfig]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schema, orient="row").sort("agent", "game", "size")
 
 
-def alike(answers: pl.DataFrame, asked: Sequence[Cell]) -> pl.DataFrame:
-    """Return the answers in cells whose size is the same setting as in the game's first cell: comparable sizes."""
+def alike(asked: Sequence[Cell]) -> list[str]:
+    """Return the cells whose size is the same setting as in the game's first cell: comparable sizes."""
     first: dict[str, str] = {}
     for cell in asked:
         first.setdefault(cell.game.name, cell.game.size)
-    return answers.filter(pl.col("setting").is_in([c.slug for c in asked if c.game.size == first[c.game.name]]))
+    return [cell.slug for cell in asked if cell.game.size == first[cell.game.name]]
 
 
-def without(answers: pl.DataFrame, agents: pl.DataFrame) -> pl.DataFrame:
+def without(run: Run[PredictConfig], asked: Sequence[Cell], agents: pl.DataFrame) -> pl.DataFrame:
     """Return how the answers of each model change without some of its heads, by game; subsets all and determined.
 
     Columns as in `paired`: `accuracy` is without the heads, `theirs` that of the whole model `of`.
     """
     pairs = agents.drop_nulls("of").select("agent", "of").rows() or [("", "")]
     found = [
-        paired(answers, agent, of, by=("game",)).with_columns(agent=pl.lit(agent), of=pl.lit(of)) for agent, of in pairs
+        paired(rows(run, asked, (agent, of)), agent, of, by=("game",)).with_columns(agent=pl.lit(agent), of=pl.lit(of))
+        for agent, of in pairs
     ]
     parts = [f.filter(pl.col("subset").is_in(["all", "determined"])) for f in found]
     return pl.concat([p.sort("subset", "game", descending=[True, False]) for p in parts])
@@ -75,21 +77,16 @@ def summaries(run: Run[PredictConfig]) -> dict[str, pl.DataFrame]:
     """
     asked, plays = asked_cells(run.config), play_cells(run.config.play, run.config.seed)
     agents = agents_of(run, participants(run.config, [c.game for c in asked], plays))
-    answers, played = narrow(rows(run, asked)), load(run)
-    if answers.is_empty() and played.is_empty():
+    answers, played = summed(blocks_of(run, asked), alike(asked)), load(run)
+    if answers["totals"].is_empty() and played.is_empty():
         raise ModelFailed("; ".join(dict.fromkeys(x["reason"] for x in run.record["left_out"])) or "nothing was asked")
     return {
         "agents": agents,
         "trained": trained(run),
         "grid": grid_table(asked, [p.cell for p in plays]),
-        "cells": cells(answers),
-        "totals": pooled(answers, ("agent", "game", "variant")),
-        "by_game": pooled(answers, ("agent", "game")),
-        "by_size": pooled(alike(answers, asked), ("agent", "game", "size")),
-        "curves": pl.concat([curves(answers), *filter(len, [states.curves(answers)])]),
-        "hard": on_hard(answers),
-        "without": without(answers, agents),
-        "whole": states.whole(rows(run, [c for c in asked if c.questions_per_step == "all"])),
+        **answers,
+        "without": without(run, asked, agents),
+        "whole": states.whole([rows(run, [c]) for c in asked if c.questions_per_step == "all"]),
         **viewer.sample(run, asked),
         **play.summaries(played, plays, agents),
     }

@@ -37,17 +37,16 @@ def sample(run: Run[PredictConfig], cells: Sequence[Cell]) -> dict[str, pl.DataF
     `shown_questions` has a row for each question, `shown_answers` one for each answer. In the former, `opening` is the
     text before an episode's first step (only in its first row), and `added` the text that a step adds.
     """
-    rows = tables.rows(run, list(_spread(cells)))
+    parts = [pl.LazyFrame(schema=tables.ROWS), *(_first_episodes(run, cell) for cell in _spread(cells))]
     rank = pl.col("step").rank("dense").over("agent", "setting", "episode")
-    few = rows.select(*tables.QUESTION, "agent").collect().filter(rank <= STEPS)
-    counts = few.group_by("setting", "episode").len().sort("setting", "episode")
+    rows = pl.concat(parts).collect().filter(rank <= STEPS)
+    counts = rows.group_by("setting", "episode").len().sort("setting", "episode")
     per_round = max(1, int(counts.group_by("setting").agg(pl.col("len").mean())["len"].sum()))
     keep = counts.group_by("setting", maintain_order=True).head(max(1, min(EPISODES, ANSWERS // per_round)))
-    kept = few.join(keep, on=["setting", "episode"], how="semi").lazy()
-    rows = rows.join(kept, on=[*tables.QUESTION, "agent"], how="semi")
-    given = rows.select(*(c for c in ANSWERED if c in tables.ROWS), "choices", "logprobs").collect()
+    rows = rows.join(keep, on=["setting", "episode"], how="semi")
+    given = rows.select(*(c for c in ANSWERED if c in tables.ROWS), "choices", "logprobs")
     wanted = ("choices", "prompt", "narration", "closing", "outcome")
-    asked = rows.select(*tables.QUESTION, *_OF_QUESTION, *wanted).unique(tables.QUESTION).collect()
+    asked = rows.select(*tables.QUESTION, *_OF_QUESTION, *wanted).unique(tables.QUESTION)
     inline = {cell.slug for cell in cells if cell.game.feedback == "inline"}
     texts = [
         row
@@ -59,6 +58,15 @@ def sample(run: Run[PredictConfig], cells: Sequence[Cell]) -> dict[str, pl.DataF
         "shown_questions": pl.DataFrame(texts, schema=QUESTIONS),
         "shown_answers": pl.DataFrame([row | _likeliest(row) for row in order], schema=ANSWERED),
     }
+
+
+def _first_episodes(run: Run[PredictConfig], cell: Cell) -> pl.LazyFrame:
+    """Return the answers about the first episodes of a cell that have any; no others are read."""
+    files = [pl.scan_parquet(run.file(key)).select("episode") for key in run.keys(f"answers/*/{cell.slug}")]
+    if not files:
+        return pl.LazyFrame(schema=tables.ROWS)
+    first = pl.concat(files).unique().bottom_k(EPISODES, by="episode").collect()["episode"].to_list()
+    return tables.rows(run, [cell]).filter(pl.col("episode").is_in(first))
 
 
 def _spread(cells: Iterable[Cell]) -> Iterable[Cell]:

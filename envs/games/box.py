@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from nextstate.envs.game import (
     Distribution,
     Episode,
     Feedback,
+    Frequencies,
     Game,
     Question,
     Reader,
@@ -27,7 +27,6 @@ from nextstate.envs.game import (
     one_hot,
     require_whole,
     split_uniform,
-    uniform,
 )
 
 OBJECTS = ("hat", "glove", "ball", "key", "pen", "book", "coin", "card", "ring", "watch")
@@ -211,26 +210,26 @@ class BoxReader(Reader):
     """Knows the state: the opening gives the box of every object, and each narration the new one."""
 
     def __init__(self, game: Box, start: Places) -> None:
-        self.start, self.places, self.named = start, list(start), list(start)  # every object's fact named its box
+        self.start, self.places = start, list(start)
+        self.last, self.frequencies = start[-1], Frequencies(start)  # every object's fact named its box
         self.n, self.index = game.boxes, {noun: o for o, noun in enumerate(game._nouns)}
 
     def observe(self, action: Action) -> None:
         assert isinstance(action, tuple)
         self.places[action[0]] = action[1]
-        self.named.append(action[1])
+        self.last = action[1]
+        self.frequencies.add(action[1])
 
     def guess(self, name: str, question: Question) -> Distribution:
         at = self.index[question.variable]
         if name in ("ideal", "last_mention"):  # the last sentence about an object names its box
             return one_hot(self.n, self.places[at])
         if name == "action_only":
-            return one_hot(self.n, self.named[-1])
+            return one_hot(self.n, self.last)
         if name == "stay":
             return one_hot(self.n, self.start[at])
         if name == "most_frequent":
-            counts = Counter(self.named)
-            top = max(counts.values())
-            return uniform(self.n, tuple(sorted(b for b, k in counts.items() if k == top)))
+            return self.frequencies.belief(self.n)
         raise KeyError(name)
 
 

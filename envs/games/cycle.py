@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import string
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, final
@@ -15,6 +14,7 @@ from nextstate.envs.game import (
     Action,
     Distribution,
     Feedback,
+    Frequencies,
     Game,
     Question,
     Reader,
@@ -155,12 +155,14 @@ class CycleReader(Reader):
 
     def __init__(self, period: int, first: int) -> None:
         self.period, self.shown = period, [first]
+        self.frequencies = Frequencies(self.shown)
 
     def observe(self, action: Action) -> None:
         pass
 
     def observe_answer(self, answer: int) -> None:
         self.shown.append(answer)
+        self.frequencies.add(answer)
 
     def lookup(self, question: Question) -> Distribution:
         n, (*before, now) = len(question.choices), self.shown
@@ -173,15 +175,13 @@ class CycleReader(Reader):
         if name == "ideal":
             if len(self.shown) >= self.period:
                 return one_hot(n, self.shown[-self.period])
-            return uniform(n, tuple(i for i in range(n) if i not in self.shown))
+            return uniform(n, tuple([i for i in range(n) if i not in self.shown]))
         if name == "stay":
             return one_hot(n, self.shown[-1])
         if name == "last_mention":  # the most recent letter that is not the current one
             return one_hot(n, self.shown[-2]) if len(self.shown) > 1 else uniform(n)
         if name == "most_frequent":
-            counts = Counter(self.shown)
-            top = max(counts.values())
-            return uniform(n, tuple(sorted(i for i, k in counts.items() if k == top)))
+            return self.frequencies.belief(n)
         raise KeyError(name)
 
 

@@ -15,6 +15,7 @@ from nextstate.envs.game import (
     Action,
     Distribution,
     Feedback,
+    Frequencies,
     Question,
     Reader,
     Sample,
@@ -211,8 +212,12 @@ class DFAReader(Reader):
         self.by_action: dict[int, int] = {}
         self.by_state: dict[int, int] = {}
         self.named = [start]
+        self.frequencies = Frequencies(self.named)
+        self._right: Posterior | None = None
+        self._known = False  # whether `_right` is that of the next question
 
     def observe(self, action: Action) -> None:
+        self._known = False
         if self.shown:
             assert isinstance(action, int)
             self.action = action
@@ -223,6 +228,8 @@ class DFAReader(Reader):
         self.pairs.setdefault(answer, {})
         self.visits[at] += 1
         self.named.append(answer)
+        self.frequencies.add(answer)
+        self._known = False
 
     def lookup(self, question: Question) -> Distribution:
         n, known = len(question.choices), self.pairs[self.at]
@@ -238,6 +245,11 @@ class DFAReader(Reader):
 
     def _posterior(self) -> Posterior | None:
         """Return the probability of each state to be right; None if lookup says it, or in its stead."""
+        if not self._known:
+            self._right, self._known = self._compute(), True
+        return self._right
+
+    def _compute(self) -> Posterior | None:
         known = self.pairs[self.at]
         if self.game.ideal == "lookup" or (self.action in known if self.shown else known):
             return None
@@ -269,9 +281,7 @@ class DFAReader(Reader):
         if name == "state_only":
             return one_hot(n, self.by_state[self.at]) if self.at in self.by_state else uniform(n)
         if name == "most_frequent":
-            counts = Counter(self.named)
-            top = max(counts.values())
-            return uniform(n, tuple(sorted(s for s, k in counts.items() if k == top)))
+            return self.frequencies.belief(n)
         raise KeyError(name)
 
 

@@ -90,27 +90,33 @@ class _Weights(NamedTuple):
 
 
 def _weights(n: int, edges: int, rows: tuple[Shown, ...], at: int, shown: bool) -> _Weights:
-    degrees = np.array([*degrees_of(n, edges), 1])
-    fewest = int(degrees[:-1].min())
+    fewest = min(degrees_of(n, edges))
     asked = Shown(rows[at].visits + shown, rows[at].targets)
     weighed = [asked if s == at else row for s, row in enumerate(rows)][1:]
     wide = max(len(row.targets) for row in weighed) + 2
-
-    def weigh(row: Shown, more: int = 0) -> Array:
-        table = np.zeros((wide, n))
-        some = _likelihoods(n, edges, len(row.targets) + more)
-        table[: len(some)] = some * (fewest / degrees) ** float(row.visits)
-        return table
 
     # The last state has one edge, to the start: of a state that was often left, this is by far the likeliest place.
     logs = {s: row.visits * log(fewest) for s, row in enumerate(weighed) if row.targets in ((), (0,))}
     if shown and asked.targets:
         logs.pop(at - 1, None)  # its next edge is another one
     top = max([0.0, *logs.values()])
-    table, more = np.array([weigh(row) for row in weighed]), weigh(asked, 1)
+    table = np.array([_weighed(n, edges, wide, len(row.targets), row.visits) for row in weighed])
+    more = _weighed(n, edges, wide, len(asked.targets) + 1, asked.visits)
     for s, value in logs.items():
         table[s, :, -1] = exp(value - top)
     return _Weights(table, more, np.roll(more, -1, axis=0), exp(-top))
+
+
+@lru_cache(maxsize=4096)
+def _weighed(n: int, edges: int, wide: int, k: int, visits: int) -> Array:
+    """Return the likelihoods of k targets and of visits, by the number of earlier targets (below `wide`) and by place.
+
+    The array is shared: it must not be changed.
+    """
+    degrees = np.array([*degrees_of(n, edges), 1])
+    table, some = np.zeros((wide, n)), _likelihoods(n, edges, k)
+    table[: len(some)] = some * (degrees[:-1].min() / degrees) ** float(visits)
+    return table
 
 
 @lru_cache(maxsize=4096)
@@ -135,38 +141,35 @@ def _sum_over_orders(weights: _Weights, n: int, rows: tuple[Shown, ...], at: int
     """
     rest = [s for s in range(1, len(rows)) if s != at]
     others, count, wide = n - len(rows), len(rest), weights.rows.shape[1]
-    targets = np.array([sum(1 << i for i, t in enumerate(rest) if t in rows[s].targets) for s in rest], dtype=np.uint64)
+    targets = np.array([sum(1 << i for i, t in enumerate(rest) if t in rows[s].targets) for s in rest], dtype=np.int64)
     home = np.array([0 in rows[s].targets for s in rest], dtype=np.int64)
     home += wide * np.arange(count)  # flat indices of tables
     back = home + np.array([at in rows[s].targets for s in rest], dtype=np.int64)
     tables = weights.rows[[s - 1 for s in rest]].reshape(count * wide, n)
-    single = np.left_shift(np.uint64(1), np.arange(count, dtype=np.uint64))
     layers = _subsets(count)
     forward = np.empty((1 << count, others + 1))
     backward = np.empty_like(forward)
     forward[0] = 1.0
     for c in range(1, count + 1):
-        sets, members, _ = layers[c]
-        fewer = sets[:, None] ^ single[members]
+        sets, members, fewer, _, _ = layers[c]
         index = np.bitwise_count(fewer & targets[members]) + home[members]
         arrived = (forward[fewer] * tables[:, c : c + 1 + others][index]).sum(axis=1)
         forward[sets] = arrived.cumsum(axis=1)  # unvisited states follow
     backward[-1] = weights.unvisited
     backward[-1, -1] = 1.0
     for c in range(count - 1, -1, -1):
-        sets, _, members = layers[c]
+        sets, _, _, members, more = layers[c]
         index = np.bitwise_count(sets[:, None] & targets[members]) + back[members]
-        ahead = (backward[sets[:, None] | single[members]] * tables[:, c + 2 : c + 3 + others][index]).sum(axis=1)
+        ahead = (backward[more] * tables[:, c + 2 : c + 3 + others][index]).sum(axis=1)
         backward[sets] = ahead[:, ::-1].cumsum(axis=1)[:, ::-1]
-    every = np.arange(1 << count, dtype=np.uint64)
+    every, sizes, placed = _sets(count)
     asked = np.uint64(sum(1 << i for i, s in enumerate(rest) if s in rows[at].targets))
     earlier = np.bitwise_count(every & asked).astype(np.int64) + (0 in rows[at].targets)
-    places = np.bitwise_count(every).astype(np.int64)[:, None] + 1 + np.arange(others + 1)
+    places = sizes[:, None] + 1 + np.arange(others + 1)
     flow = forward * backward
     late, early = (flow * table[earlier[:, None], places] for table in (weights.late, weights.early))
     own = flow * weights.rows[at - 1][earlier[:, None], places]
     last = float(own[-1, -1])
-    placed = (every[:, None] & single) != 0
     right = np.zeros(len(rows) + (others > 0))
     right[rest] = early.sum(axis=1) @ placed + late.sum(axis=1) @ ~placed
     right[0] = early.sum() + last
@@ -177,17 +180,29 @@ def _sum_over_orders(weights: _Weights, n: int, rows: tuple[Shown, ...], at: int
 
 
 @cache
-def _subsets(count: int) -> list[tuple[Array, Array, Array]]:
-    """Return for each size the subsets of `count` things as bit masks, with the members of each and the others."""
+def _sets(count: int) -> tuple[Array, Array, Array]:
+    """Return all subsets of `count` things as bit masks, their sizes, and whether each thing is in each of them."""
     every = np.arange(1 << count, dtype=np.uint64)
-    sizes = np.bitwise_count(every)
+    inside = (every[:, None] >> np.arange(count, dtype=np.uint64) & np.uint64(1)).astype(np.bool_)
+    return every, inside.sum(axis=1), inside
+
+
+@cache
+def _subsets(count: int) -> list[tuple[Array, Array, Array, Array, Array]]:
+    """Return for each size the subsets of `count` things, as bit masks.
+
+    After the subsets follow the members of each and the subsets without one of them, then the others and the subsets
+    with one of these.
+    """
+    every, sizes, placed = _sets(count)
+    single = np.left_shift(np.uint64(1), np.arange(count, dtype=np.uint64))
     out = []
     for size in range(count + 1):
-        sets = every[sizes == size]
-        inside = (sets[:, None] >> np.arange(count, dtype=np.uint64) & np.uint64(1)).astype(np.bool_)
+        sets, inside = every[sizes == size], placed[sizes == size]
         members = inside.nonzero()[1].astype(np.uint8).reshape(len(sets), size)
         absent = (~inside).nonzero()[1].astype(np.uint8).reshape(len(sets), count - size)
-        out.append((sets, members, absent))
+        fewer, more = sets[:, None] ^ single[members], sets[:, None] | single[absent]
+        out.append((sets.astype(np.int64), members, fewer.astype(np.int64), absent, more.astype(np.int64)))
     return out
 
 

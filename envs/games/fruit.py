@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, NamedTuple, final
 
 import numpy as np
@@ -15,11 +15,13 @@ from nextstate.envs.game import (
     Distribution,
     Episode,
     Feedback,
+    Frequencies,
     Game,
     Question,
     Reader,
     Sample,
     State,
+    Step,
     one_hot,
     require,
     require_whole,
@@ -69,7 +71,8 @@ class Store(NamedTuple):
     @property
     def free(self) -> list[int]:
         """The places of the fruits that nobody has."""
-        return [f for f in range(len(self.fruits)) if f not in self.has]
+        taken = set(self.has)
+        return [f for f in range(len(self.fruits)) if f not in taken]
 
 
 @final
@@ -189,7 +192,18 @@ class FruitStore(Game):
         return f"{names[store.people[clue.giver]]} gives {name} the {fruit}"
 
     def questions(self, state: State, action: Action, next_state: State) -> tuple[Question, ...]:
-        store = _store(next_state)
+        return self._questions(_store(next_state), _store(next_state).waiting)
+
+    def step(self, state: State, u: float, v: float, ask: int) -> Step:
+        if ask > 1:
+            return super().step(state, u, v, ask)
+        action = self.policy(state, u)
+        after = self.transition(state, action)
+        waiting = after.waiting
+        asked = self._questions(after, [waiting[int(v * len(waiting))]])  # only the question that is asked is made
+        return tuple.__new__(Step, (state, action, after, self.narrate(state, action, after), asked, ""))
+
+    def _questions(self, store: Store, people: Sequence[int]) -> tuple[Question, ...]:
         names, _ = WORDS[self.generator]
         choices, at = self._choices(store)
         accepted = tuple(sorted({at[f] for f in store.free}))
@@ -202,16 +216,13 @@ class FruitStore(Game):
                     at[p] if self.generator == "paper" else accepted[0],
                     accepted,
                 )
-                for p in store.waiting
+                for p in people
             ]
         )
 
     def _choices(self, store: Store) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """Return the different fruits as choices, and for each place of the list the index of its choice."""
-        _, fruits = WORDS[self.generator]
-        listed = [f" {fruits[f]}" for f in store.fruits]
-        choices = tuple(dict.fromkeys(listed))
-        return choices, tuple([choices.index(fruit) for fruit in listed])
+        return _listed(self.generator, store.fruits)
 
     def command(self, state: State, action: Action) -> str:
         return self._sentence(_store(state), _clue(action))
@@ -281,13 +292,16 @@ class FruitReader(Reader):
 
     def __init__(self, choices: tuple[int, ...], own: Mapping[str, int]) -> None:
         self.choices, self.gone = choices, list[int]()  # for each place of the list its choice; the places taken
+        self.frequencies = Frequencies(choices)
         self.own = own  # for each person the choice that is their own fruit, if the lists say it
 
     def observe(self, action: Action) -> None:
         self.gone.append(_clue(action).fruit)
+        self.frequencies.add(self.choices[self.gone[-1]])
 
     def lookup(self, question: Question) -> Distribution:
-        free = {c for f, c in enumerate(self.choices) if f not in self.gone}
+        gone = set(self.gone)
+        free = {c for f, c in enumerate(self.choices) if f not in gone}
         return uniform(len(question.choices), tuple(sorted(free)))
 
     def guess(self, name: str, question: Question) -> Distribution:
@@ -298,12 +312,18 @@ class FruitReader(Reader):
         if name == "last_mention":
             return one_hot(n, self.choices[self.gone[-1]])
         if name == "most_frequent":
-            counts = Counter([*self.choices, *(self.choices[f] for f in self.gone)])
-            top = max(counts.values())
-            return uniform(n, tuple(sorted(c for c, k in counts.items() if k == top)))
+            return self.frequencies.belief(n)
         if name == "first_listed":
             return one_hot(n, 0)
         raise KeyError(name)
+
+
+@lru_cache(maxsize=256)
+def _listed(generator: str, places: tuple[int, ...]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    _, fruits = WORDS[generator]
+    listed = [f" {fruits[f]}" for f in places]
+    choices = tuple(dict.fromkeys(listed))
+    return choices, tuple([choices.index(fruit) for fruit in listed])
 
 
 def _giver(rng: np.random.Generator, person: int, n: int) -> int | None:

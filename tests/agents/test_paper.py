@@ -25,9 +25,10 @@ from transformers import (
 )
 
 from nextstate.agents.agent import Prompt
+from nextstate.agents.columns import Grid
 from nextstate.agents.config import read_config
 from nextstate.agents.language import LanguageModel
-from nextstate.agents.rollout import Grid, episodes_of, prompts_of, replay
+from nextstate.agents.rollout import episodes_of, prompts_of, replay
 from nextstate.analysis.grid import Cell
 from nextstate.analysis.heads.pairs import TokenPair
 from nextstate.analysis.heads.patch import sweep

@@ -10,9 +10,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from nextstate.analysis.predict import states
+from nextstate.analysis.predict import states, statistics
 from nextstate.analysis.predict.config import asked_cells
-from nextstate.analysis.predict.statistics import narrow
 from nextstate.analysis.predict.tables import rows
 from nextstate.envs import make_game
 from tests.runs import frame, make, opened
@@ -56,10 +55,9 @@ def steps_of(path: Path) -> Iterator[tuple[str, str, Answers, Answers]]:
 
 def whole(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     run = opened(path)
-    asked = rows(run, [cell for cell in asked_cells(run.config) if cell.questions_per_step == "all"])
-    found = states.whole(asked)
+    found = states.whole([rows(run, [c]) for c in asked_cells(run.config) if c.questions_per_step == "all"])
     assert found.equals(run.summary("whole"))
-    assert found.equals(states.whole(rows(run).filter(pl.col("setting") != "Box-boxes=3")))
+    assert found.equals(states.whole([rows(run, [c]) for c in asked_cells(run.config)]))  # with Box of 3 boxes
     return {(r["agent"], r["game"], r["form"]): r for r in found.iter_rows(named=True)}
 
 
@@ -121,7 +119,7 @@ def test_sizes_are_those_of_the_games_played(path: Path) -> None:
     mine = run.table("questions/TextWorld-games=3-objects=3")["states"].to_list()
     assert set(mine) <= {w.n_states for w in game.worlds}  # type: ignore[attr-defined]
     assert set(run.table("questions/Box-boxes=5")["states"]) == {5**5}
-    curves = states.curves(narrow(rows(run)))
+    curves = statistics.curves(rows(run)).filter(axis="states")
     assert set(curves["game"]) == {"TextWorld", "Box"}  # the size of an automaton is its number of states
     asked = curves.filter((pl.col("agent") == "ideal") & (pl.col("subset") == "all") & (pl.col("game") == "Box"))
     assert sorted(asked["at"].unique()) == [4, 27, 3125]

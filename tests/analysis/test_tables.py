@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from nextstate.analysis import stats
 from nextstate.analysis.predict import statistics
+from nextstate.analysis.predict.config import asked_cells
+from nextstate.analysis.predict.sums import blocks_of
 from nextstate.analysis.predict.tables import CELL, QUESTION, ROWS, rows
 from tests.analysis.conftest import MODEL
-from tests.runs import frame, opened
+from tests.runs import frame, make, opened
 
 
 @pytest.mark.parametrize("which", ["run_path", "many_path"])
@@ -218,3 +222,86 @@ def test_agents_are_in_a_readers_order(run_path: Path) -> None:
     assert agents[:3] == [MODEL, "ideal", "chance"]
     assert all(a.startswith("shortcut:") for a in agents[3:])
     assert math.isclose(float(frame(run_path)["ceiling"].max()), 1)  # type: ignore[arg-type]
+
+
+def brute(rows: pl.DataFrame, by: tuple[str, ...]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the averages of each group and subset, from a dictionary for each row."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows.iter_rows(named=True):
+        for subset in ("all", "determined" if row["determined"] else "undetermined"):
+            groups[(*(row[k] for k in by), subset)].append(row)
+    out = {}
+    for key, mine in groups.items():
+        each: dict[int, list[float]] = defaultdict(lambda: [0.0] * 5)
+        for r in mine:
+            values = (1, r["greedy_correct"], r["choice_correct"], r["ceiling"], r["ceiling"] ** 2)
+            each[r["episode"]] = [a + b for a, b in zip(each[r["episode"]], values, strict=True)]
+        trials, greedy, choice, ceilings, squares = np.array([*each.values()]).T[:, :, None]
+        row = {"n": len(mine), "episodes": len(each), "few": len(each) < 10}
+        row |= {name: sum(r[column] for r in mine) / len(mine) for column, name in statistics.MEANS.items()}
+        row["over_ceiling"] = sum(r["greedy_correct"] for r in mine) / sum(r["ceiling"] for r in mine)
+        ends = {
+            "accuracy": stats.accuracy(greedy, trials)[1], "choice": stats.accuracy(choice, trials)[1],
+            "over_ceiling": stats.over_ceiling(greedy, trials, ceilings, squares)[1],
+        }  # fmt: skip
+        for name, (low, high) in ends.items():
+            row |= {f"{name}_low": low[0], f"{name}_high": high[0]} if len(each) >= 5 else {}
+        out[key] = row
+    return out
+
+
+def agrees(found: pl.DataFrame, by: tuple[str, ...], rows: pl.DataFrame) -> None:
+    expected = brute(rows, by)
+    assert len(found) == len(expected) > 0
+    assert found.sort(*by, "subset").equals(found)
+    for row in found.iter_rows(named=True):
+        mine = expected[tuple(row[k] for k in (*by, "subset"))]
+        for name in set(row) - {*by, "subset"}:
+            assert row[name] == (pytest.approx(mine[name], rel=1e-9) if name in mine else None), (row, name)
+
+
+PLACE = ("agent", "game", "variant")
+
+
+def agree(found: dict[str, pl.DataFrame], rows: pl.DataFrame) -> None:
+    agrees(found["cells"], (*PLACE, "size", "step"), rows)
+    agrees(found["totals"], PLACE, rows)
+    agrees(found["by_game"], PLACE[:2], rows)
+    agrees(found["by_size"], (*PLACE[:2], "size"), rows)
+    for axis in ("size", "step"):
+        curve = found["curves"].filter(axis=axis).drop("axis").rename({"at": axis})
+        agrees(curve, (*PLACE, axis), rows)
+
+
+@pytest.mark.parametrize("grid", ["episodes", "cells"])
+def test_the_summary_agrees_with_plain_python(grid: str, tmp_path: Path) -> None:
+    """Settings share their seeds (episodes) or not (cells); an agent does not answer every question."""
+    steps = {"episodes": (4, 5), "cells": ([1, 4], [2, 5])}[grid]
+    games = [
+        {"game": "Box", "grid": {"boxes": [2, 4]}, "steps": steps[0], "episodes": 6},
+        {"game": "DFA", "grid": {"density": ["min", "max"], "states": [3, 5]}, "steps": steps[1], "episodes": 12},
+    ]
+    config = {"name": "x", "agents": [MODEL, "ideal", "shortcuts"], "games": games, "grid": grid, "wandb": "disabled"}
+    run = make(config, tmp_path / "run")
+    agree(run.summaries(), frame(tmp_path / "run"))
+    some = frame(tmp_path / "run").filter((pl.col("agent") != MODEL) | (pl.col("episode") % 3 > 0))
+    part = statistics.summed(statistics.in_memory(some))
+    agree(part, some)
+    assert part["hard"].filter(agent=MODEL)["n"].sum() < run.summary("hard").filter(agent=MODEL)["n"].sum()
+
+
+def test_answers_in_files_are_summed_as_those_in_memory(many_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(many_path, tmp_path / "run")
+    run = opened(tmp_path / "run")
+    from_files = statistics.summed(blocks_of(run, asked_cells(run.config)))
+    in_memory = statistics.summed(statistics.in_memory(frame(many_path)))
+    for name, table in in_memory.items():
+        assert_frame_equal(table, from_files[name], rel_tol=1e-12)
+    key = next(key for key in run.keys("answers/*") if "ideal" in key)
+    answers = run.table(key).sort("step", "question", descending=True).filter(pl.col("episode") % 2 == 0)
+    run.keep(key, answers, {})  # in another order, and with gaps
+    less = statistics.summed(blocks_of(run, asked_cells(run.config)))
+    run.keep(key, answers.sort("episode", "step", "question"), {})
+    for name, table in statistics.summed(blocks_of(run, asked_cells(run.config))).items():
+        assert_frame_equal(table, less[name], rel_tol=1e-12)
+    assert less["totals"]["n"].sum() == in_memory["totals"]["n"].sum() - 2 * len(answers)
