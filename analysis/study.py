@@ -29,7 +29,7 @@ from nextstate.analysis.run import C, ModelFailed, Run, RunConfig, RunError, che
 from nextstate.analysis.studies import GROUP, STUDIES
 from nextstate.analysis.table import DECISIVE, Damaged, Packed, Table, code_digest, difference, read_about, versions
 from nextstate.envs import plugins
-from nextstate.envs.files import file_digest
+from nextstate.envs.files import PathError, file_digest
 from nextstate.envs.game import GameError
 
 if TYPE_CHECKING:
