@@ -56,8 +56,7 @@ def block_mask(
         mask_function: the model's mask, by row, head and two positions, as transformers passes it.
         batch_size: rows of the pass, where all have the same mask.
     """
-    # 32 bits, since kernels load these for every pair.
-    enter, leave, depths = (x.int().expand(batch_size or len(x), -1) for x in (enter, leave, depths))
+    enter, leave, depths = (x.expand(batch_size or len(x), -1) for x in (enter, leave, depths))
     length = enter.shape[1]
     plain = mask_function is causal_mask_function  # what is seen is never later
 
