@@ -436,7 +436,7 @@ def _fitting(model: LanguageModel, group: Group, max_bytes: int | None) -> Itera
     scores = ATTENTIONS.get(model.model.config._attn_implementation, 3) * sites.heads * 2 * length
     token = size * (24 * wide + 4 * mlp) + 4 * scores
     copy = int(config.vocab_size) * (2 * size + 8)
-    rows = min(max_bytes // (held + 3 * (span * token + copy)), tokens // (16 * span), len(group.pairs))
+    rows = min(max_bytes // (held + 3 * (length * token + copy)), tokens // (16 * span), len(group.pairs))
     rows = max(1, rows)
     room = Room(max_bytes - rows * held, tokens, token, copy)
     for k in range(0, len(group.pairs), rows):
@@ -451,7 +451,7 @@ def _halving(model: LanguageModel, work: Callable[[Group, Room], None], group: G
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         if not out_of_memory(error):
             raise
-        single = not room.fits(4 * group.length, 4, 1)  # not even two copies fit, beside the controls
+        single = not room.fits(4, 4, 1)  # not even two copies of a token, beside the controls
         if single and len(group.pairs) == 1:
             raise PatchError(
                 f"{model.name} runs out of memory on one copy of a pair of {group.length:,} tokens on {model.device}"

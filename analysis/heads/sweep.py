@@ -295,13 +295,14 @@ def run_copies(
     Raises:
         PatchError: the error of a control exceeds `TOLERANCE` times the range of the logits.
     """
+    expected = list(model.sites.layers_with(site))
     if runs.resumable is None:
-        logits = _copies_in_rows(model, runs, site, copies, values, whole, only)
+        logits, reached = _copies_in_rows(model, runs, site, copies, values, whole, only)
     else:
         logits, reached = runs.resumable.run(site, copies, values, runs.taken, whole, overwrite, only)
-        expected = [layer for layer in model.sites.layers_with(site) if layer >= copies[0].layer]
-        if reached != expected:
-            raise PatchError(f"control failed: layers {reached} were patched, expected {expected}")
+        expected = [layer for layer in expected if layer >= copies[0].layer]
+    if reached != expected:
+        raise PatchError(f"control failed: layers {reached} were patched, expected {expected}")
     error = max(
         _control(model, "nothing", "base", logits[:, 0], runs.base_logits, only),
         _control(model, "everything", "source", logits[:, 1], runs.source_logits, only),
@@ -317,8 +318,11 @@ def _copies_in_rows(
     values: Values,
     whole: bool,
     only: Int[Tensor, "pair token"] | None,
-) -> Float[Tensor, "pair copy vocab"]:
-    """Run every copy as a row of its own: from a copied state at its start ("fork"), or from the beginning."""
+) -> tuple[Float[Tensor, "pair copy vocab"], list[int]]:
+    """Run every copy as a row of its own: from a copied state at its start ("fork"), or from the beginning.
+
+    Returns the logits, and the layers in which `site` was reached.
+    """
     sites, (pairs, length), n, start = model.sites, runs.tokens.shape, 2 + len(copies), copies[0].start
     rows = runs.tokens[:, None].repeat(1, n, 1)
     rows[:, 1] = runs.source_tokens
@@ -333,7 +337,7 @@ def _copies_in_rows(
         pair[:, 1] += pairs
         state = model.forward.state(before, pair.flatten())
 
-    layers, here = [copy.layer for copy in copies], start - begin
+    layers, here, reached = [copy.layer for copy in copies], start - begin, list[int]()
     heads = torch.tensor([copy.head for copy in copies], device=model.device)
 
     def edit(layer: int) -> Any:
@@ -341,6 +345,7 @@ def _copies_in_rows(
         every = torch.arange(sites.shape(site, layer)[0], device=model.device)
 
         def patch(x: Activation) -> Activation:
+            reached.append(layer)
             x = x.reshape(pairs, n, *x.shape[1:]).clone()
             x[:, 1, here:] *= -1  # makes the second control fail wherever it is not patched
             overwrite(x[:, 1:2, here:], torch.ones_like(every, dtype=torch.bool)[None], runs.taken[layer][:, late:])
@@ -359,7 +364,7 @@ def _copies_in_rows(
             logits = model.forward.plain(rows, [length - 1], wanted)
         else:
             logits = model.forward.resumed(rows[:, start:], state, start, [length - 1 - start], wanted)
-    return logits.reshape(pairs, n, -1)
+    return logits.reshape(pairs, n, -1), reached
 
 
 def overwrite(

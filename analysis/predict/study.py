@@ -35,7 +35,7 @@ from nextstate.envs.plugins import source_digest
 if TYPE_CHECKING:
     from nextstate.analysis.page.page import Page
 
-CHUNK = 64  # episodes that an agent is asked about at a time; fixed, so that no row depends on the batch size
+CHUNK = 64  # episodes that an agent is asked about at a time, at least; a GPU's batches are larger
 MANY = 20_000  # steps of episodes that reference agents are asked about at a time
 KEPT = 200_000  # steps and questions of episodes that stay in memory
 
@@ -284,7 +284,7 @@ def _ask(run: Run[PredictConfig], agent: Agent | Player, cell: Cell) -> tuple[Ta
     spool, reasons = Spool(ANSWERS), list[str]()
     planned = _planned(cell, run.config) / len(cell.seeds)
     done = 0
-    for asked in _asked(run, cell, None if isinstance(agent, Reference) else CHUNK):
+    for asked in _asked(run, cell, None if isinstance(agent, Reference) else max(CHUNK, agent.batch_size)):
         episodes = asked.episodes
         if not done:
             run.warn(agent.episode_warnings(episodes[0]))

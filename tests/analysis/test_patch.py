@@ -34,6 +34,7 @@ from nextstate.analysis.heads.patch import (
 )
 from nextstate.analysis.heads.recovery import table
 from nextstate.envs.games import make_game
+from tests import zoo
 
 EXACT = 1e-4  # of a logit, in float32
 # How each architecture calls its modules, written down a second time, as paths from the model.
@@ -452,25 +453,64 @@ def test_a_broken_patch_is_caught_by_a_control(model: LanguageModel, monkeypatch
     if model.model.config.model_type == "nextstate_distances":
         return  # computes attention on its own
 
-    attend = copying.attention
+    attend = copying._partial
 
-    def ahead(q: Any, shared: Any, own: Any, scale: Any, cap: Any, hidden: Any, _: Any) -> Any:
-        seen = torch.zeros(q.shape[3], own[0].shape[3], dtype=torch.bool)
-        return attend(q, shared, own, scale, cap, hidden, seen)
+    def alone(q: Any, k: Any, v: Any, hide: Any, causal: bool, *rest: Any) -> Any:
+        out, total = attend(q, k, v, hide, causal, *rest)
+        return out, total - 9 if len(q) == 2 else total  # tokens before the copies count for less
 
-    def alone(q: Any, shared: Any, *rest: Any) -> Any:
-        return attend(q, tuple(x[:, :, 1:] for x in shared), *rest)
+    def others(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        return attend(q, *(x.roll(1, 0) if len(q) == 2 else x for x in (k, v)), *rest)  # another pair's
 
-    def others(q: Any, shared: Any, own: Any, *rest: Any) -> Any:
-        return attend(q, tuple(x.roll(1, 0) for x in shared), own, *rest)
+    def neighbours(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        return attend(q, *(x if len(q) == 2 else x.roll(1, 0) for x in (k, v)), *rest)  # another copy's
 
-    def neighbours(q: Any, shared: Any, own: Any, *rest: Any) -> Any:
-        return attend(q, shared, tuple(x.roll(1, 2) for x in own), *rest)
-
-    for wrong in (ahead, alone, others, neighbours):
-        monkeypatch.setattr(copying, "attention", wrong)
+    for wrong in (alone, others, neighbours):
+        monkeypatch.setattr(copying, "_partial", wrong)
         with pytest.raises(PatchError, match=r"control failed: with (no|every)thing patched"):
             sweep(model, make_pairs()[:2], positions="each", failures="include")
+
+
+DEEP = ("llama", "gpt_neox", "opt", "gemma2", "mistral", "qwen3", "olmo2", "phi3", "mixtral")
+
+
+def deep_model(name: str, tokenizer: Any) -> LanguageModel:
+    """Four layers, so that copies run all of their tokens in layers between the first and the last; short windows."""
+    return LanguageModel(name, loaded=(zoo.build(name, len(tokenizer), 0), tokenizer))
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_copies_resumed_in_their_layers_equal_rows(
+    name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deep_model(name, LanguageModel(str(folders["gpt2"]), device="cpu").tokenizer)
+    pairs = make_pairs(((26, 14), (26, 14), (21, 3)))
+    for site in ("head", "resid_pre", "mlp_out"):
+        assert engine.way_of(model, site, 26) == "layers"  # type: ignore[arg-type]
+        for positions, use in ((("state", "last"), pairs), ("each", pairs[:2]), ("all", pairs)):
+            found = sweep(model, use, site=site, positions=positions, failures="include")  # type: ignore[arg-type]
+            with monkeypatch.context() as patched:
+                patched.setattr(engine, "way_of", lambda *_: "rows")
+                rows = sweep(model, use, site=site, positions=positions, failures="include")  # type: ignore[arg-type]
+            scale = max(1.0, float(np.abs(rows.patched.difference).max()))
+            assert np.abs(found.patched.difference - rows.patched.difference).max() < EXACT * scale
+            assert moves(rows)
+
+
+def test_attention_to_later_tokens_of_a_copy_is_caught(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deep_model("llama", LanguageModel(str(folders["gpt2"]), device="cpu").tokenizer)
+    pairs, attend = make_pairs()[:2], copying._partial
+    sweep(model, pairs, positions="each", failures="include")
+    monkeypatch.setattr(copying, "_partial", lambda q, k, v, hide, causal, *rest: attend(q, k, v, hide, False, *rest))
+    with pytest.raises(PatchError, match="control failed: with nothing patched"):
+        sweep(model, pairs, positions="each", failures="include")
+
+
+def test_most_models_resume_copies_in_their_layers(model: LanguageModel) -> None:
+    known = "fork" if model.model.config.model_type == "nextstate_distances" else "layers"
+    assert {site: engine.way_of(model, site, 12) for site in SITES} == dict.fromkeys(SITES, known)
 
 
 def test_a_site_that_is_never_reached_is_caught(model: LanguageModel) -> None:
