@@ -10,7 +10,7 @@ one more row without a push, a control: it must reproduce the residual stream of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,14 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from nextstate.agents.agent import AgentError
-from nextstate.agents.forward import out_of_memory, skipping
+from nextstate.agents.forward import instead, out_of_memory, skipping
 from nextstate.agents.language import LanguageModel
 from nextstate.agents.sites import ATTENTIONS, Activation
+from nextstate.analysis.heads.copies import watch_projections
 from nextstate.analysis.heads.sweep import Held, tree_pass
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 5e-1}
 LIMIT = (0.0,)  # the strengths of the exact product
-_CPU_TOKENS = 1024  # per pass: larger passes exceed the CPU cache and are slower per token
+_CPU_TOKENS = 512  # per pass: larger passes exceed the CPU cache and are slower per token
 
 
 class ResponseError(AgentError):
@@ -62,6 +63,7 @@ class Base:
 
     tokens: Int[Tensor, " token"]
     cache: list[tuple[Tensor, Tensor]]  # only on the tree road
+    projected: dict[nn.Module, Float[Tensor, "1 token out"]]  # of projections before attention in the injected layer
     stream: list[Float[Tensor, "token hidden"]]  # from the injected layer on
 
 
@@ -120,17 +122,19 @@ def _laid_out(row: Sequence[_Push], spans: Sequence[int], length: int) -> Row:
 @torch.no_grad()
 def run_prompt(model: LanguageModel, tokens: Int[np.ndarray, " token"], layer: int, in_tree: bool) -> Base:
     """Run a prompt once; keep its residual stream from `layer` on, and in the tree its keys and values."""
-    length, cache, stream = len(tokens), DynamicCache(), list[Tensor]()
+    length, cache, stream, projected = len(tokens), DynamicCache(), list[Tensor](), dict[nn.Module, Tensor]()
     ids = torch.from_numpy(tokens).to(model.device)
     with ExitStack() as stack:
         for at in range(layer, model.sites.layers + 1):
             stack.enter_context(_stream(model, at, lambda x: stream.append(x[0])))
         if in_tree:
             visible = torch.ones(length, length, dtype=torch.bool).tril()
-            tree_pass(model, ids[None], visible[None], torch.arange(length)[None], cache, torch.tensor([0]))
+            columns = torch.arange(length, device=model.device)
+            projected = stack.enter_context(watch_projections(model, columns))[layer]
+            tree_pass(model, ids[None], visible[None], columns[None], cache, torch.tensor([0]), ids[:1, None])
         else:
-            model.forward.plain(ids[None], [0])
-    return Base(ids, [(held.keys, held.values) for held in cache.layers], stream)
+            model.forward.plain(ids[None], [0], ids[:1, None])
+    return Base(ids, [(held.keys, held.values) for held in cache.layers], projected, stream)
 
 
 def _stream(model: LanguageModel, layer: int, look: Callable[[Float[Tensor, "row token hidden"]], None]) -> ExitStack:
@@ -253,9 +257,13 @@ def _one_pass(
             held = [(k.expand(len(order), -1, -1, -1), v.expand(len(order), -1, -1, -1)) for k, v in base.cache]
             visible = torch.stack([row.visible for row in rows if row.visible is not None])[order]
             depths = torch.cat([torch.arange(len(base.tokens)).expand(len(order), -1), where], 1)
-            tree_pass(model, base.tokens[where.to(device)], visible, depths, Held(held), torch.tensor([0]))
+            if not limit:
+                stack.enter_context(_reusing(base.projected, where.to(device), [rows[r].first for r in order.tolist()]))
+            tokens = base.tokens[where.to(device)]
+            tree_pass(model, tokens, visible, depths, Held(held), torch.tensor([0]), tokens[:, :1])
         else:
-            model.forward.plain(base.tokens[where.to(device)], [0])
+            tokens = base.tokens[where.to(device)]
+            model.forward.plain(tokens, [0], tokens[:, :1])
     limits = TOLERANCE.get(model.model.dtype, 5e-1)
     if seen != list(range(layer, model.sites.layers)) or not worst <= limits:
         raise ResponseError(
@@ -264,6 +272,28 @@ def _one_pass(
             f"{limits:.0e} in {dtype_of(model)}); {model.name} has an operation that branches do not support"
         )
     return worst
+
+
+def _reusing(
+    projected: dict[nn.Module, Float[Tensor, "1 token out"]],
+    targets: Int[Tensor, "row column"],
+    first: Sequence[Int[np.ndarray, " branch"]],
+) -> AbstractContextManager[None]:
+    """Compute projections before attention for the pushed tokens alone; for others they are those of the prompt."""
+    rows = torch.arange(len(first)).repeat_interleave(torch.tensor([len(own) for own in first])).to(targets.device)
+    columns = torch.from_numpy(np.concatenate(first)).to(targets.device)
+
+    def reuse(whole: Callable[[Tensor], Tensor], base: Tensor) -> Callable[[Tensor], Tensor]:
+        def project(x: Tensor) -> Tensor:
+            if x.shape[:2] != targets.shape:
+                return whole(x)
+            out = base[0][targets]
+            out[rows, columns] = whole(x[rows, columns][None])[0]
+            return out
+
+        return project
+
+    return instead({module: reuse(module.forward, base) for module, base in projected.items()})
 
 
 def _width(rows: Sequence[Row]) -> int:

@@ -158,9 +158,8 @@ def _measure(
     value = np.full((n, s, ways, len(after), len(chosen), length), np.nan, dtype=kind)
     dots = np.zeros((n, s - 1, *value.shape[2:]), dtype=kind)
     norms, pushed, worst = np.zeros((n, len(after), length)), np.zeros((n, len(chosen))), 0.0
-    in_tree = (
-        model.forward.require(length, 2 * length) == "tree" and len(sites.layers_with("resid_pre")) == sites.layers
-    )
+    possible = len(sites.layers_with("resid_pre")) == sites.layers and not model.forward.masks.one_layout
+    in_tree = possible and model.forward.require(length, 2 * length) == "tree"
     spans = [length - p for p in chosen.tolist()]
     rows = (rows_of if in_tree else whole_rows)(spans, ways, length)
     most = fitting(model, length, rows, s, max_bytes)
