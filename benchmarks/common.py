@@ -131,6 +131,7 @@ def parse(description: str, **options: str) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats: 60 seconds on two cores")
+    parser.add_argument("--repeats", type=int, help=f"rounds that count; default: {ROUNDS}, {QUICK_ROUNDS} with --quick")
     parser.add_argument(
         "--out", help="write the record (JSON); NAME.json or a folder, where the file is DATE-NAME.json"
     )
@@ -138,7 +139,7 @@ def parse(description: str, **options: str) -> argparse.Namespace:
         parser.add_argument(f"--{name.replace('_', '-')}", help=help_text)
     args = parser.parse_args()
     args.load = os.getloadavg()[0]
-    args.repeats = QUICK_ROUNDS if args.quick else ROUNDS
+    args.repeats = args.repeats or (QUICK_ROUNDS if args.quick else ROUNDS)
     return args
 
 
