@@ -131,7 +131,7 @@ def parse(description: str, **options: str) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes and few repeats: 60 seconds on two cores")
-    parser.add_argument("--repeats", type=int, help=f"rounds that count; default: {ROUNDS}, {QUICK_ROUNDS} with --quick")
+    parser.add_argument("--repeats", type=int, help=f"rounds that count; default {ROUNDS}, or {QUICK_ROUNDS}")
     parser.add_argument(
         "--out", help="write the record (JSON); NAME.json or a folder, where the file is DATE-NAME.json"
     )
