@@ -26,6 +26,15 @@ from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_ma
 LOCK = threading.RLock()  # the mask functions of transformers are shared by all models of a process
 
 
+def square_mask(*args: Any, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
+    """Return the boolean mask of transformers; None for a causal one without a cache or padding.
+
+    `sdpa_mask` also returns None for a cache that is longer than what it holds, whose empty columns must be hidden.
+    """
+    skip = allow_is_causal_skip and q_length == kv_length
+    return sdpa_mask(*args, q_length=q_length, kv_length=kv_length, allow_is_causal_skip=skip, **kwargs)
+
+
 class Places(NamedTuple):
     """The visibility and positions of tokens in a forward pass; columns are cached tokens, then those of the pass.
 
@@ -69,7 +78,7 @@ class PathMasks:
         with LOCK, ExitStack() as stack:
             for name in self.attention:
                 kind = MASKS.get(name)
-                if kind in (sdpa_mask, eager_mask):
+                if kind in (sdpa_mask, square_mask, eager_mask):
                     MASKS[name] = _masks(places, additive=kind is eager_mask)
                     stack.callback(MASKS.__delitem__, name)
             for module in self._buffers:
