@@ -13,7 +13,8 @@ three are GPT-2 without position embeddings, whose attention function is registe
 The distance of two tokens is the number of tokens from one to the other that the later one sees: so it is right in
 branches, with a cache and with padding, and position ids are not used.
 
-In training on whole rows (causal, no padding, no cache), "relative" runs in blocks of queries that see only earlier keys.
+In training on whole rows (causal, no padding, no cache), "relative" runs in blocks of queries that see only earlier
+keys.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def causal_relative(
 ) -> Float[Tensor, "row token head width"]:
     """Causal relative attention, with half the operations and half the memory of scores between all pairs.
 
-    Blocks of queries are multiplied by the keys up to their own end only, and by the vectors of the distances that occur
+    Blocks of queries are multiplied by the keys up to their own end only, and by the vectors of distances that occur
     there. Blocks of keys are likewise multiplied by the distances at which later queries see them.
 
     Args:
@@ -175,7 +176,7 @@ def causal_relative(
 def _skewed(x: Float[Tensor, "row head token column"]) -> Float[Tensor, "row head token shorter"]:
     """Shift each row of a matrix one column further to the right than the row below it, without a copy.
 
-    Of t rows and c columns, element (i, j) of the result is element (i, j + t - 1 - i) of `x`; it has c - t + 1 columns.
+    Of t rows and c columns, the result has c - t + 1 columns; its element (i, j) is element (i, j + t - 1 - i) of `x`.
     A matrix of products with one vector for each distance becomes a matrix of query and key (Huang et al. 2018, arXiv
     1809.04281). Indexing would keep the products and the indices for the backward pass.
     """
