@@ -183,7 +183,7 @@ def _skewed(x: Float[Tensor, "row head token column"]) -> Float[Tensor, "row hea
     t, c = x.shape[2:]
     if t == 1:
         return x
-    return x.flatten(2)[..., t - 1 : t - 1 + t * (c - 1)].unflatten(2, (t, c - 1))[..., : c - t + 1]
+    return x.flatten(2)[..., t - 1 : t - 1 + t * (c - 1)].view(*x.shape[:2], t, c - 1)[..., : c - t + 1]
 
 
 def attend(
