@@ -18,6 +18,7 @@ from nextstate.agents.architectures import (
     causal_relative,
     new_model,
 )
+from nextstate.agents.masks import PathMasks, Places
 
 CAUSAL = [a for a in ARCHITECTURES if a != "masked"]
 OWN = ("relative", "position", "uniform")
@@ -138,6 +139,22 @@ def test_training_on_padded_rows_hides_the_padding() -> None:
     left = torch.cat([torch.full((1, 5), 2), ids], dim=1)
     padded = model(left, attention_mask=(torch.arange(25) >= 5).long()[None]).logits[0, 5:]
     assert torch.allclose(padded, model(ids).logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", OWN)
+@pytest.mark.parametrize("training", [False, True])
+def test_branches_see_their_own_path(architecture: Any, training: bool) -> None:
+    """Two branches of a trunk in one row, with a mask of what each token sees, give what the two texts give alone."""
+    model, ids = tiny(architecture).train(training), torch.randint(0, 12, (1, 16))
+    trunk, one, other = torch.arange(8), torch.arange(8, 12), torch.arange(12, 16)
+    seen = torch.ones(16, 16, dtype=torch.bool).tril()
+    seen[12:, 8:12] = False
+    depths = torch.cat([torch.arange(12), torch.arange(8, 12)])[None]
+    with PathMasks(model)(Places(seen[None], depths)):
+        row = model(ids, attention_mask=torch.ones_like(ids), position_ids=depths, use_cache=False).logits[0]
+    for branch in (one, other):
+        alone = model(ids[:, torch.cat([trunk, branch])]).logits[0]
+        assert torch.allclose(row[branch], alone[8:], atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
