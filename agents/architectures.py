@@ -12,6 +12,9 @@ three are GPT-2 without position embeddings, whose attention function is registe
 
 The distance of two tokens is the number of tokens from one to the other that the later one sees: so it is right in
 branches, with a cache and with padding, and position ids are not used.
+
+In training on whole rows (causal, no padding, no cache), "relative" runs in blocks of queries that see only earlier
+keys.
 """
 
 from __future__ import annotations
@@ -33,12 +36,15 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
 )
-from transformers.masking_utils import eager_mask
 
+from nextstate.agents.masks import square_mask
 from nextstate.agents.training_config import Architecture
 
 ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
 ATTENTION = "nextstate_distances"  # the attention function below, as `agents.sites.ATTENTIONS` has it
+BLOCK = (
+    128  # queries in a block of `causal_relative`: larger wastes scores of later keys, smaller means many operations
+)
 
 
 class DistanceConfig(GPT2Config):  # type: ignore[misc]
@@ -118,6 +124,68 @@ class DistanceForCausalLM(GPT2LMHeadModel):  # type: ignore[misc]
         return ATTENTION
 
 
+def causal_relative(
+    query: Float[Tensor, "row head token width"],
+    key: Float[Tensor, "row head token width"],
+    value: Float[Tensor, "row head token width"],
+    by_query: Float[Tensor, "head distance width"],
+    by_key: Float[Tensor, "head distance width"],
+    dropout: float = 0.0,
+    block: int = BLOCK,
+) -> Float[Tensor, "row token head width"]:
+    """Causal relative attention, with half the operations and half the memory of scores between all pairs.
+
+    Blocks of queries are multiplied by the keys up to their own end only, and by the vectors of distances that occur
+    there. Blocks of keys are likewise multiplied by the distances at which later queries see them.
+
+    Args:
+        query: queries of whole rows, from the first token on.
+        key: their keys.
+        value: their values.
+        by_query: the vector that queries are multiplied by at each distance, r in the module's formula; as many
+            distances as tokens or more.
+        by_key: the vector that keys are multiplied by, s in the formula.
+        dropout: share of the attention weights set to 0.
+        block: number of tokens in a block.
+    """
+    n, width = query.shape[2:]
+    scale = (3 * width) ** -0.5
+    query, scaled = query * scale, key * scale
+    # Zeros stand for negative distances: of keys after the query, which are hidden.
+    descending = nn.functional.pad(by_query[:, :n].flip(1), (0, 0, 0, block - 1)).transpose(1, 2)  # from n - 1
+    ascending = nn.functional.pad(by_key[:, :n], (0, 0, block - 1, 0)).transpose(1, 2)  # from 1 - block
+    ends = [(start, min(start + block, n)) for start in range(0, n, block)]
+    from_keys = []  # for each block of keys: scores [row head query key] of the queries from its first token on
+    for start, end in ends:
+        found = scaled[:, :, start:end] @ ascending[:, :, block - (end - start) : block - 1 + n - start]
+        from_keys.append(_skewed(found).transpose(2, 3))
+    out = []
+    for start, end in ends:
+        own, size = query[:, :, start:end], end - start
+        scores = own @ key[:, :, :end].transpose(2, 3)
+        scores += _skewed(own @ descending[:, :, n - end : n + size - 1])
+        earlier = zip(ends, from_keys, strict=True)
+        scores += torch.cat([found[:, :, start - k : end - k] for (k, _), found in earlier if k < end], dim=3)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        later = torch.ones(size, end, dtype=torch.bool, device=scores.device).triu(start + 1)
+        scores = scores.masked_fill_(later, torch.finfo(scores.dtype).min)
+        out.append(nn.functional.dropout(scores.softmax(-1).to(value.dtype), p=dropout) @ value[:, :, :end])
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous()
+
+
+def _skewed(x: Float[Tensor, "row head token column"]) -> Float[Tensor, "row head token shorter"]:
+    """Shift each row of a matrix one column further to the right than the row below it, without a copy.
+
+    Of t rows and c columns, the result has c - t + 1 columns; its element (i, j) is element (i, j + t - 1 - i) of `x`.
+    A matrix of products with one vector for each distance becomes a matrix of query and key (Huang et al. 2018, arXiv
+    1809.04281). Indexing would keep the products and the indices for the backward pass.
+    """
+    t, c = x.shape[2:]
+    if t == 1:
+        return x
+    return x.flatten(2)[..., t - 1 : t - 1 + t * (c - 1)].view(*x.shape[:2], t, c - 1)[..., : c - t + 1]
+
+
 def attend(
     module: Any,
     query: Float[Tensor, "row head query width"],
@@ -126,11 +194,19 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     **_: Any,
-) -> tuple[Float[Tensor, "row query head width"], Float[Tensor, "row head query key"]]:
-    """Attention by distances, with the signature of transformers' attention functions; always returns the weights."""
-    seen = _seen(query.shape[2], key.shape[2], attention_mask, query.device)
+) -> tuple[Float[Tensor, "row query head width"], Float[Tensor, "row head query key"] | None]:
+    """Attention by distances, with the signature of transformers' attention functions.
+
+    It returns the weights, except from `causal_relative`, which is used in training and never holds them at once.
+    """
+    own: Distances = module.distances
+    tokens = query.shape[2]
+    plain = attention_mask is None and tokens == key.shape[2]
+    if plain and module.training and own.kind == "relative" and tokens <= own.key.shape[1]:
+        return causal_relative(query, key, value, own.key, own.query, dropout), None
+    seen = _seen(tokens, key.shape[2], attention_mask, query.device)
     distance = seen.flip(-1).cumsum(-1).flip(-1).sub_(1).clamp_(min=0)
-    scores = module.distances.scores(query, key, distance)
+    scores = own.scores(query, key, distance)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # as transformers' own do
     scores = scores.masked_fill_(~seen, torch.finfo(scores.dtype).min)
     weights = nn.functional.dropout(scores.softmax(-1).to(value.dtype), p=dropout, training=module.training)
@@ -138,13 +214,13 @@ def attend(
 
 
 def _seen(queries: int, keys: int, mask: Tensor | None, device: torch.device) -> Bool[Tensor, "row 1 query key"]:
-    if mask is None:  # transformers leaves out a mask that is merely causal
+    if mask is None:  # merely causal
         return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, eager_mask)
+AttentionMaskInterface.register(ATTENTION, square_mask)
 AutoConfig.register(DistanceConfig.model_type, DistanceConfig, exist_ok=True)
 AutoModelForCausalLM.register(DistanceConfig, DistanceForCausalLM, exist_ok=True)
 

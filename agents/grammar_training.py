@@ -28,7 +28,7 @@ from nextstate.agents.architectures import new_model
 from nextstate.agents.generation import TokenMap, divergences, right, write
 from nextstate.agents.identity import files_digest
 from nextstate.agents.text import begins_with
-from nextstate.agents.trainer import TRAINING_STREAM, fit, init_train_dir
+from nextstate.agents.trainer import TRAINING_STREAM, evaluating, fit, init_train_dir
 from nextstate.agents.training_config import (
     BEGIN,
     END,
@@ -134,11 +134,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.progress is not None:
             self.progress(state.global_step)
         if due and not self.masked and self.trainer is not None:  # in all processes, as logging gathers from all
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
-            found = quick_evaluation(
-                model, self.grammar, np.random.default_rng(self.seed), self.config.evaluation_strings
-            )
-            model.train()
+            strings = self.config.evaluation_strings
+            with evaluating(self.trainer) as model:
+                found = quick_evaluation(model, self.grammar, np.random.default_rng(self.seed), strings)
             self.trainer.log(found)
         self.mark = time.perf_counter()
 
@@ -153,7 +151,7 @@ def quick_evaluation(model: Any, grammar: Grammar, rng: np.random.Generator, str
 
 def settings(config: GrammarTraining, spec: ModelSpec, grammar: Grammar, seed: int) -> dict[str, Any]:
     """Return everything that decides the weights, besides code, versions and device, in JSON types."""
-    return {**config.model_dump(), **spec.model_dump(exclude={"name"}), "grammar": str(grammar), "seed": seed}
+    return {**config.decisive, **spec.model_dump(exclude={"name"}), "grammar": str(grammar), "seed": seed}
 
 
 def train(

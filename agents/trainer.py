@@ -1,10 +1,12 @@
 """Shared training code: `transformers.Trainer` on data that is a function of config and row number.
 
 It resumes from its last checkpoint, logs to W&B (offline by default), and runs on several GPUs under
-torchrun, where the rows of a step are shared out.
+torchrun, where the rows of a step are shared out. On a GPU, worker processes make the next rows during a step, matrix
+products are in bfloat16 (weights stay in float32), and blocks can be compiled.
 
 On CPUs of one kind, one process with the same number of threads gives the same weights bit by bit, whether or not it
-was interrupted. Another number of threads adds up in another order. GPUs use algorithms that do not repeat.
+was interrupted, with any number of workers. Another number of threads adds up in another order. GPUs use algorithms
+that do not repeat.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import get_last_checkpoint
 
 from nextstate.agents.config import ConfigError
-from nextstate.agents.training_config import Optimisation
+from nextstate.agents.training_config import Optimisation, Precision
 
 # Training draws from children of the seed, evaluation from the seed itself: the two streams never meet.
 TRAINING_STREAM = 1
@@ -65,13 +69,23 @@ def fit(
         mode: W&B mode; unless it is "disabled", the environment variable WANDB_MODE overrides it.
         quiet: print nothing.
         given: further arguments of the trainer: model, train_dataset, data_collator.
+
+    Raises:
+        ConfigError: the rows of a step cannot be divided among the processes, or the settings need a GPU, or bfloat16
+            on a GPU, that this machine does not have.
     """
     torch.set_num_threads(settings.threads)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.rows % processes:
         raise ConfigError(f"rows={settings.rows} cannot be divided among {processes} processes: expected a multiple")
-    wandb_run = None if int(os.environ.get("RANK", "0")) else _mirror(out, name, mode, quiet)
     gpu = torch.cuda.is_available()
+    if settings.compile and not gpu:
+        raise ConfigError("compile=true needs a GPU, and this machine has none: remove it, or set compile=false")
+    bf16 = uses_bfloat16(settings.precision)
+    workers = settings.workers if settings.workers is not None else 2 * gpu
+    wandb_run = None if int(os.environ.get("RANK", "0")) else _mirror(out, name, mode, quiet)
+    if settings.compile:
+        compile_blocks(given["model"])
     trainer = make(
         args=TrainingArguments(
             output_dir=str(out / "checkpoints"),
@@ -88,12 +102,12 @@ def fit(
             save_total_limit=2,
             logging_steps=min(50, settings.steps),
             remove_unused_columns=False,
-            bf16=gpu and torch.cuda.is_bf16_supported(),
+            bf16=bf16,
             report_to=[],
             seed=seed,
-            dataloader_num_workers=0,
+            dataloader_num_workers=workers,
             dataloader_pin_memory=gpu,
-            use_cpu=processes > 1 and not gpu,
+            use_cpu=(processes > 1 or bf16) and not gpu,
             disable_tqdm=quiet,
             ddp_backend=None if gpu or processes == 1 else "gloo",
         ),
@@ -111,6 +125,42 @@ def fit(
     if wandb_run is not None:
         wandb_run.finish()
     return trainer
+
+
+def uses_bfloat16(precision: Precision) -> bool:
+    """Return whether matrix products are in bfloat16 on this machine.
+
+    Raises:
+        ConfigError: bfloat16 is wanted on a GPU that does not support it.
+    """
+    gpu = torch.cuda.is_available()
+    supported = not gpu or torch.cuda.is_bf16_supported()
+    if precision == "bfloat16" and not supported:
+        raise ConfigError("precision=bfloat16 is not supported by this GPU: use float32 or auto")
+    return precision == "bfloat16" or (precision == "auto" and gpu and supported)
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile each block of a model of transformers, in place: names of modules and weights stay as they are."""
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):  # which all blocks of transformers are
+            block.compile(backend=backend)
+
+
+@contextmanager
+def evaluating(trainer: Trainer) -> Iterator[Any]:
+    """Give the trainer's model in evaluation mode, for a time.
+
+    Nothing is compiled: evaluations have many shapes, each of which would be compiled anew.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield model
+    finally:
+        model.train()
 
 
 @contextmanager

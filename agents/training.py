@@ -32,7 +32,7 @@ from nextstate.agents.language import LanguageModel
 from nextstate.agents.masks import PathMasks, Places
 from nextstate.agents.rollout import determined_accuracy, episodes_of, seeds_for
 from nextstate.agents.text import Encoder, begins_with
-from nextstate.agents.trainer import TRAINING_STREAM, fit, init_train_dir
+from nextstate.agents.trainer import TRAINING_STREAM, evaluating, fit, init_train_dir
 from nextstate.agents.training_config import Optimisation
 from nextstate.envs.files import write_json
 from nextstate.envs.game import Episode, GameError, Sample, expected_accuracy, unroll
@@ -310,11 +310,10 @@ class CellAccuracy(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer is None or (state.global_step % self.every and state.global_step != state.max_steps):
             return
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model).eval()
-        agent = LanguageModel("in training", loaded=(model, self.tokenizer))
-        found = {name: determined_accuracy(agent, episodes) for name, episodes in self.cells.items()}
+        with evaluating(self.trainer) as model:
+            agent = LanguageModel("in training", loaded=(model, self.tokenizer))
+            found = {name: determined_accuracy(agent, episodes) for name, episodes in self.cells.items()}
         self.trainer.log({f"accuracy/{name}": share for name, share in found.items() if not math.isnan(share)})
-        model.train()
 
 
 def evaluation_cells(config: TrainConfig) -> dict[str, list[Episode]]:
@@ -412,7 +411,7 @@ def train(config: TrainConfig, out: Path) -> Path:
     Raises:
         ConfigError: `out` contains a training run with another config.
     """
-    init_train_dir(config.model_dump(mode="json"), out)
+    init_train_dir(config.decisive, out)
     set_seed(config.seed)
     tokenizer = train_tokenizer(config)
     started = start_from(config.start, config.model, tokenizer) if config.start else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from nextstate.envs.grammar.grammar import Grammar
 from nextstate.envs.grammar.perturb import Perturbation
 from nextstate.envs.grammar.sizes import bounds
 
+Precision = Literal["auto", "float32", "bfloat16"]
 Architecture = Literal["absolute", "rotary", "relative", "position", "uniform", "masked"]
 BEGIN, END, PAD, MASK = SPECIAL = ("<begin>", "<end>", "<pad>", "<mask>")  # of models that are trained on a grammar
 
@@ -26,6 +27,27 @@ class Optimisation(Strict):
     evaluate_every: int = Field(default=500, ge=1, description="steps from one evaluation to the next")
     save_every: int = Field(default=500, ge=1, description="steps from one checkpoint to the next")
     threads: int = Field(default=1, ge=1, description="of the CPU; with another number, the weights differ")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="processes that make batches ahead, for each process that trains; by default 2 with a GPU, else 0",
+    )
+    precision: Precision = Field(
+        default="auto",
+        description="of matrix products (autocast; weights are float32); auto: bfloat16 on a GPU that has it",
+    )
+    compile: bool = Field(default=False, description="compile the blocks of the model; needs a GPU")
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide the weights, in JSON types.
+
+        Workers change nothing. Keys that were added later are left out at their defaults, so that the folders of
+        earlier runs are still recognised.
+        """
+        added = {"precision", "compile"}
+        unset = {key for key in added if getattr(self, key) == type(self).model_fields[key].default}
+        return self.model_dump(mode="json", exclude={"workers", *unset})
 
 
 class GrammarTraining(Optimisation):

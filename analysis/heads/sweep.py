@@ -35,7 +35,7 @@ from nextstate.analysis.heads.copies import Copy, Resumable, Values, watch_proje
 from nextstate.analysis.heads.pairs import PatchError
 
 Way = Literal["layers", "fork", "rows"]
-PASS_TOKENS = 768  # most tokens of copies in one pass on a CPU, so that what a layer makes of them stays in its cache
+PASS_TOKENS = 1024  # most tokens of copies in one pass on a CPU: larger ones leave its cache
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 

@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, StaticCache
 
-from nextstate.agents.architectures import ARCHITECTURES, DistanceConfig, Distances, attend, new_model
+from nextstate.agents.architectures import (
+    ARCHITECTURES,
+    DistanceConfig,
+    Distances,
+    attend,
+    causal_relative,
+    new_model,
+)
+from nextstate.agents.masks import PathMasks, Places
 
 CAUSAL = [a for a in ARCHITECTURES if a != "masked"]
 OWN = ("relative", "position", "uniform")
@@ -31,9 +40,10 @@ def test_attention_is_its_formula(kind: str) -> None:
     module.distances = Distances(DistanceConfig(n_head=heads, n_embd=heads * width, n_positions=6, distances=kind))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
-    module.double()
+    module.double().eval()
     q, k, v = (torch.randn(rows, heads, n, width, dtype=torch.float64) for _ in range(3))
     out, weights = attend(module, q, k, v, None)
+    assert weights is not None
     own = module.distances
     for row in range(rows):
         for h in range(heads):
@@ -53,6 +63,98 @@ def test_attention_is_its_formula(kind: str) -> None:
                 assert torch.allclose(weights[row, h, i, : i + 1], expected, atol=1e-12)
                 assert weights[row, h, i, i + 1 :].abs().max() < 1e-12 if i + 1 < n else True
                 assert torch.allclose(out[row, i, h], expected @ v[row, h, : i + 1], atol=1e-12)
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, r: Tensor, s: Tensor) -> Tensor:
+    """Relative attention of a whole row from its formula, one distance after another."""
+    n, width = q.shape[2:]
+    scores = q @ k.transpose(2, 3)
+    for d in range(n):
+        i, j = torch.arange(d, n), torch.arange(n - d)
+        own = (q[:, :, i] * r[:, d, None]).sum(-1) + (k[:, :, j] * s[:, d, None]).sum(-1)
+        scores = scores.index_put((torch.tensor(0), torch.arange(q.shape[1])[:, None], i, j), own[0], accumulate=True)
+    later = torch.ones(n, n, dtype=torch.bool).triu(1)
+    return ((scores / (3 * width) ** 0.5).masked_fill(later, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("n", "block"), [(1, 4), (4, 4), (5, 4), (23, 4), (23, 64), (128, 128), (300, 128)])
+def test_relative_attention_in_blocks_is_its_formula_with_gradients(n: int, block: int) -> None:
+    torch.manual_seed(2)
+    heads, width, distances = 3, 5, n + 7
+    inputs = [torch.randn(1, heads, n, width) for _ in range(3)] + [torch.randn(heads, distances, width)] * 2
+    inputs[4] = torch.randn(heads, distances, width)
+    toward = torch.randn(1, n, heads, width)
+    found = []
+    for attention, dtype in (
+        (lambda *x: causal_relative(*x, block=block), torch.float32),
+        (lambda *x: causal_relative(*x, block=block), torch.float64),
+        (dense, torch.float64),
+    ):
+        given = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attention(*given)
+        found.append([out.detach(), *torch.autograd.grad((out * toward.to(dtype)).sum(), given)])
+    for single, double, expected in zip(*found, strict=True):
+        assert torch.allclose(double, expected, atol=1e-12)
+        assert (single - expected).abs().max() < 1e-6 * max(1, float(expected.abs().max()))
+
+
+def test_relative_attention_drops_weights_out_without_bias() -> None:
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 2, 12, 4) for _ in range(3))
+    tables = torch.randn(2, 2, 12, 4)
+    whole = causal_relative(q, k, v, *tables)
+    dropped = torch.stack([causal_relative(q, k, v, *tables, dropout=0.3, block=5) for _ in range(2000)])
+    error = dropped.std(0) / len(dropped) ** 0.5
+    assert ((dropped.mean(0) - whole).abs() < 5 * error).all()  # of 96 numbers
+
+
+def test_training_runs_relative_attention_in_blocks_with_the_same_result() -> None:
+    """The dense computation, which other masks use, gives the loss and the gradients of a training step."""
+    model = tiny("relative", context=400)
+    ids = torch.randint(0, 12, (2, 400))
+    causal = torch.ones(400, 400, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    found = []
+    for training, mask in ((True, None), (True, torch.ones(2, 400)), (True, causal), (False, None)):
+        model.train(training).zero_grad()
+        held: dict[int, int] = {}
+
+        def keep(x: Tensor, held: dict[int, int] = held) -> Tensor:
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(input_ids=ids, labels=ids, attention_mask=mask).loss
+        kept = sum(held.values())
+        loss.backward()
+        found.append((kept, [loss.detach(), *(p.grad.clone() for p in model.parameters())]))
+    for _, other in found[1:]:
+        for one, two in zip(found[0][1], other, strict=True):
+            assert (one - two).abs().max() < 1e-5 * max(1, float(two.abs().max()))
+    blocks, ones, given, evaluation = (kept for kept, _ in found)
+    assert blocks == ones < 0.5 * min(given, evaluation)  # bytes kept for the backward pass
+
+
+def test_training_on_padded_rows_hides_the_padding() -> None:
+    model, ids = tiny("relative").train(), torch.randint(0, 12, (1, 20))
+    left = torch.cat([torch.full((1, 5), 2), ids], dim=1)
+    padded = model(left, attention_mask=(torch.arange(25) >= 5).long()[None]).logits[0, 5:]
+    assert torch.allclose(padded, model(ids).logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", OWN)
+@pytest.mark.parametrize("training", [False, True])
+def test_branches_see_their_own_path(architecture: Any, training: bool) -> None:
+    """Two branches of a trunk in one row, with a mask of what each token sees, give what the two texts give alone."""
+    model, ids = tiny(architecture).train(training), torch.randint(0, 12, (1, 16))
+    trunk, one, other = torch.arange(8), torch.arange(8, 12), torch.arange(12, 16)
+    seen = torch.ones(16, 16, dtype=torch.bool).tril()
+    seen[12:, 8:12] = False
+    depths = torch.cat([torch.arange(12), torch.arange(8, 12)])[None]
+    with PathMasks(model)(Places(seen[None], depths)):
+        row = model(ids, attention_mask=torch.ones_like(ids), position_ids=depths, use_cache=False).logits[0]
+    for branch in (one, other):
+        alone = model(ids[:, torch.cat([trunk, branch])]).logits[0]
+        assert torch.allclose(row[branch], alone[8:], atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -95,6 +197,14 @@ def test_a_cache_and_padding_change_nothing(architecture: Any) -> None:
     mask = (torch.arange(25) >= 5).long()[None]
     padded = model(left, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[0, 5:]
     assert torch.allclose(padded, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", OWN)
+def test_a_cache_longer_than_what_it_holds_changes_nothing(architecture: Any) -> None:
+    model, ids = tiny(architecture), torch.randint(0, 12, (1, 10))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    parts = [model(part, past_key_values=cache).logits[0] for part in (ids[:, :6], ids[:, 6:7], ids[:, 7:])]
+    assert torch.allclose(torch.cat(parts), model(ids).logits[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", OWN)

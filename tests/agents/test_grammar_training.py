@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
 
+from nextstate.agents.architectures import ARCHITECTURES, new_model
 from nextstate.agents.config import ConfigError
 from nextstate.agents.grammar_training import (
     Windows,
@@ -26,6 +32,7 @@ from nextstate.agents.grammar_training import (
     token_map,
     train,
 )
+from nextstate.agents.trainer import compile_blocks, evaluating
 from nextstate.agents.training_config import SPECIAL, GrammarTraining, ModelSpec, check_training
 from nextstate.envs import GameError
 from nextstate.envs.grammar.derivation import sample
@@ -165,6 +172,110 @@ def test_a_run_goes_on_where_it_was_killed(architecture: Any, tmp_path: Path) ->
     assert tokenizer.encode("1 2 3") == [codes.begin, *codes.terminals]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_can_be_sent_to_other_processes(masked: bool) -> None:
+    """Where worker processes are spawned and not forked, they are given a pickled copy."""
+    data = Windows(GRAMMAR, 24, 200, 3, Perturbation("symbol", 0.5, 0.1), masked)
+    copy = pickle.loads(pickle.dumps(data))
+    for i in (130, 5):
+        assert all(torch.equal(data[i][key], copy[i][key]) for key in ("input_ids", "labels"))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
+@pytest.mark.parametrize("architecture", ["rotary", "relative", "masked"])
+def test_workers_change_no_weight(architecture: Any, tmp_path: Path) -> None:
+    """Neither from the start nor when a training resumes with another number of them."""
+    digests = []
+    for workers in (0, 1, 2):
+        out, config = tmp_path / str(workers), GrammarTraining(**TINY, workers=workers)
+        train(config, ModelSpec(architecture=architecture), GRAMMAR, out, seed=1, mode="disabled")
+        digests.append(json.loads((out / "history.json").read_text())["weights"])
+    (out / "history.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    again = GrammarTraining(**TINY, workers=1)
+    train(again, ModelSpec(architecture=architecture), GRAMMAR, out, seed=1, mode="disabled")
+    digests.append(json.loads((out / "history.json").read_text())["weights"])
+    assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize("architecture", ["absolute", "rotary", "relative", "masked"])
+def test_bfloat16_trains_nearly_alike_with_float32_weights(architecture: Any, tmp_path: Path) -> None:
+    longer = TINY | {"steps": 52, "evaluate_every": 52, "save_every": 26, "learning_rate": 3e-3}
+    losses, spec = {}, ModelSpec(architecture=architecture)
+    for precision in ("float32", "bfloat16"):
+        out, config = tmp_path / precision, GrammarTraining(**longer, precision=precision)
+        final = train(config, spec, GRAMMAR, out, mode="disabled")
+        assert {x.dtype for x in load_file(final / "model.safetensors").values()} == {torch.float32}
+        losses[precision] = json.loads((out / "history.json").read_text())["curve"][0]["loss"]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
+    weights = json.loads((out / "history.json").read_text())["weights"]
+    (out / "history.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "checkpoint-52")
+    train(config, spec, GRAMMAR, out, mode="disabled")
+    assert json.loads((out / "history.json").read_text())["weights"] == weights
+
+
+def test_folders_of_trainings_before_a_key_was_added_are_recognised(tmp_path: Path) -> None:
+    old = set(GrammarTraining.model_fields) - {"workers", "precision", "compile"}
+    assert set(GrammarTraining().decisive) == set(GrammarTraining(workers=3).decisive) == old
+    assert GrammarTraining(precision="bfloat16").decisive == GrammarTraining().decisive | {"precision": "bfloat16"}
+    assert GrammarTraining(compile=True).decisive == GrammarTraining().decisive | {"compile": True}
+    train(GrammarTraining(**TINY), ModelSpec(untrained=True), GRAMMAR, tmp_path, mode="disabled")
+    bf16 = GrammarTraining(**TINY, precision="bfloat16")
+    with pytest.raises(ConfigError, match="contains a run of another config"):
+        train(bf16, ModelSpec(untrained=True), GRAMMAR, tmp_path, mode="disabled")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # which tracing reads
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiled_blocks_keep_names_and_results(architecture: Any, tmp_path: Path) -> None:
+    """With the backend that runs what was traced as it is, as others need a C++ compiler."""
+    torch.compiler.reset()  # after a number of models, nothing more is compiled
+    torch.manual_seed(0)
+    plain = new_model(architecture, 12, 16, 2, 2, 24).train()
+    compiled = copy.deepcopy(plain)
+    compile_blocks(compiled, backend="eager")
+    assert sum(module._compiled_call_impl is not None for module in compiled.modules()) == 2
+    ids = torch.randint(4, 12, (2, 24))
+    gradients = []
+    for model in (plain, compiled):
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
+    compiled.save_pretrained(tmp_path)
+    again = load(tmp_path, architecture).cpu()
+    assert torch.equal(again(ids).logits, plain.eval()(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_evaluations_during_training_are_not_compiled(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model = new_model("rotary", 12, 16, 2, 2, 24)
+    traced: list[int] = []
+    for block in model.gpt_neox.layers:
+        block.compile(backend=lambda graph, _: traced.append(len(traced)) or graph.forward)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(model=model, args=arguments)
+    with evaluating(trainer) as same, torch.no_grad():
+        assert same is model
+        assert not model.training
+        model(torch.randint(4, 12, (2, 20)))
+    assert model.training
+    assert not traced
+    model(torch.randint(4, 12, (2, 20)))
+    assert traced
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiles on a GPU")
+def test_compilation_is_refused_without_a_gpu(tmp_path: Path) -> None:
+    config = GrammarTraining(**TINY, compile=True)
+    with pytest.raises(ConfigError, match="compile=true needs a GPU, and this machine has none"):
+        train(config, ModelSpec(), GRAMMAR, tmp_path, mode="disabled")
+
+
 def fresh_training(out: Path, threads: int, architecture: str) -> dict[str, Any]:
     """Train a small model in a process of its own; return its history."""
     shape = TINY | {"hidden_size": 32, "rows": 32, "steps": 60, "threads": threads, "evaluate_every": 60}
@@ -173,6 +284,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from nextstate.agents.grammar_training import train
+from nextstate.agents.trainer import compile_blocks, evaluating
 from nextstate.agents.training_config import GrammarTraining, ModelSpec
 from nextstate.envs.grammar.sources import random_grammar
 train(GrammarTraining(**{shape | {"evaluation_strings": 100}!r}), ModelSpec(architecture={architecture!r}),
@@ -210,6 +322,7 @@ def test_processes_share_the_rows(tmp_path: Path) -> None:
 from pathlib import Path
 import numpy as np
 from nextstate.agents.grammar_training import train
+from nextstate.agents.trainer import compile_blocks, evaluating
 from nextstate.agents.training_config import GrammarTraining, ModelSpec
 from nextstate.envs.grammar.sources import random_grammar
 train(GrammarTraining(**{TINY!r}), ModelSpec(), random_grammar(np.random.default_rng(0), levels=3),
@@ -229,8 +342,6 @@ train(GrammarTraining(**{TINY!r}), ModelSpec(), random_grammar(np.random.default
 
 def test_operations_are_counted_as_a_linear_layer_does_them() -> None:
     from torch.utils.flop_counter import FlopCounterMode
-
-    from nextstate.agents.architectures import new_model
 
     config = GrammarTraining(**TINY | {"hidden_size": 64, "layers": 2, "window": 128})
     for architecture in ("absolute", "rotary"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,19 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights(tmp_path: Path, monke
         assert torch.equal(one[name], two[name]), name
     with pytest.raises(ConfigError, match="another config"):
         train(TrainConfig(**SMALL | {"seed": 1}), cut)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
+def test_workers_change_no_weight_of_a_model_of_games(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: FreshRows
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    found = [train(TrainConfig(**SMALL, workers=workers), tmp_path / str(workers)) for workers in (0, 2)]
+    one, two = (load_file(final / "model.safetensors") for final in found)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [json.loads((tmp_path / k / "train.json").read_text()) for k in "02"] == [TrainConfig(**SMALL).decisive] * 2
+    sent = pickle.loads(pickle.dumps(fresh))  # as where worker processes are spawned and not forked
+    assert sent[3].tree.tokens == fresh[3].tree.tokens
 
 
 def test_an_unknown_game_in_the_mixture(fresh: FreshRows) -> None:
