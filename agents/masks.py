@@ -31,10 +31,6 @@ from nextstate.agents import flex
 LOCK = threading.RLock()  # the mask functions of transformers are shared by all models of a process
 
 
-<<<<<<< HEAD
-@dataclass(frozen=True)
-class Places:
-=======
 def square_mask(*args: Any, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any) -> Any:
     """Return the boolean mask of transformers; None for a causal one without a cache or padding.
 
@@ -44,8 +40,8 @@ def square_mask(*args: Any, q_length: int, kv_length: int, allow_is_causal_skip:
     return sdpa_mask(*args, q_length=q_length, kv_length=kv_length, allow_is_causal_skip=skip, **kwargs)
 
 
-class Places(NamedTuple):
->>>>>>> train13
+@dataclass(frozen=True)
+class Places:
     """The visibility and positions of tokens in a forward pass; columns are cached tokens, then those of the pass.
 
     Visibility is a dense mask, or two integers for each column (`Places.of_intervals`), from which the dense mask is
@@ -125,19 +121,13 @@ class PathMasks:
         with LOCK, ExitStack() as stack:
             for name in self.attention:
                 kind = MASKS.get(name)
-<<<<<<< HEAD
                 if name in flex.NAMES and places.enter is not None and places.leave is not None and places.width == 0:
                     MASKS[name] = partial(flex.block_mask, places.enter, places.leave, places.depths)
-                elif kind in (sdpa_mask, eager_mask, flex_attention_mask):
-                    MASKS[name] = _masks(places, additive=kind is not sdpa_mask)
+                elif kind in (sdpa_mask, square_mask, eager_mask, flex_attention_mask):
+                    MASKS[name] = _masks(places, additive=kind not in (sdpa_mask, square_mask))
                 else:
                     continue
                 stack.callback(MASKS.__delitem__, name)
-=======
-                if kind in (sdpa_mask, square_mask, eager_mask):
-                    MASKS[name] = _masks(places, additive=kind is eager_mask)
-                    stack.callback(MASKS.__delitem__, name)
->>>>>>> train13
             for module in self._buffers:
                 _replace_buffer(module, places, stack)
             for module in self._alibi:
