@@ -110,7 +110,7 @@ def on_cluster(episodes: int, folder: Path, killed: bool) -> tuple[float, dict[s
 
 def main() -> None:
     """Print the table and the record."""
-    given = parse(__doc__ or "", out="write the record to this file")
+    given = parse(__doc__ or "")
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     begun = time.process_time()

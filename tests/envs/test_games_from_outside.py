@@ -23,6 +23,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that Python imports from, empty yet; what was imported from it and registered is forgotten again."""
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(games, "_referenced", {})
+    for name in [n for n in sys.modules if n.partition(".")[0] == "cups_pkg"]:  # imported by another test
+        monkeypatch.delitem(sys.modules, name)
     modules, ids = set(sys.modules), set(gym.registry)
     yield tmp_path
     for name in set(sys.modules) - modules:
