@@ -166,6 +166,19 @@ def record_inputs(
 # --- running copies
 
 
+class _Entering(NamedTuple):
+    """Copies side by side that enter a layer with the base run's tokens of some positions."""
+
+    start: int
+    tokens: int
+    copies: int
+
+    @property
+    def positions(self) -> Int[np.ndarray, " token"]:
+        """The position of each token."""
+        return np.tile(np.arange(self.start, self.start + self.tokens), self.copies)
+
+
 class _Call:
     """The tokens of a call of a block, and how its attention is computed.
 
@@ -177,7 +190,7 @@ class _Call:
         control: position of the first token of the control.
         starts: position of the first token of each wide copy.
         old: number of wide copies of which every input differs from the base run's; of others it is the first token's.
-        entering: position of each token of the copies that enter, whose input is the base run's.
+        entering: copies that enter, whose input is the base run's.
         length: tokens of a prompt.
         own: keys and values of the control and the wide copies, if only their last tokens are in the call.
     """
@@ -188,65 +201,29 @@ class _Call:
         control: int,
         starts: Int[np.ndarray, " copy"],
         old: int,
-        entering: Int[np.ndarray, " token"],
+        entering: Sequence[_Entering],
         length: int,
         own: tuple[Float[Tensor, "pair kv token dim"], Float[Tensor, "pair kv token dim"]] | None = None,
     ) -> None:
         spans = length - starts
         ends = np.cumsum(spans)
-        total = int(spans.sum())
-        self.device, self.own, self.length, self.control, self.spans = model.device, own, length, control, spans
-        self.copies, self.widest = len(starts), int(spans.max(initial=1))
+        self.device, self.own, self.length, self.control = model.device, own, length, control
         self.first, self.last = ends - spans, ends - 1  # among the tokens of wide copies
-        places = np.arange(total) - np.repeat(self.first - starts, spans)
-        at, begins, controls = places, np.repeat(starts, spans), np.arange(control, length)
+        at, controls = np.arange(int(spans.sum())) - np.repeat(self.first - starts, spans), np.arange(control, length)
         if own is not None:
-            at, begins, controls = np.full(len(starts), length - 1), starts, controls[-1:]
-        self.controls, self.wide, self.entering = len(controls), len(at), len(entering)
+            at, controls = np.full(len(starts), length - 1), controls[-1:]
+        enters = np.concatenate([at[:0], *(copies.positions for copies in entering)])
+        self.controls, self.wide, self.entering = len(controls), len(at), len(enters)
         changed = int(ends[old - 1]) if old else 0
         self.changed = self.controls + changed  # tokens whose input differs from the base run's, and then
         self.new = self.first[old:] - changed  # ... the first tokens of new copies, among those that follow
-        self.at = self.index(np.concatenate([controls, at, entering]))
-        self.begins = self.index(np.concatenate([begins, entering + 1]))  # others see so many columns of the base run
-        # Copies side by side for attention to their own keys: token of each [copy, place], padded at the end.
-        side = np.minimum(self.first[:, None] + np.arange(self.widest), self.last[:, None])
-        self.square = bool((spans == self.widest).all())
-        self.padded, self.places = self.index(side.ravel()), places[side]
-        self.flat = self.index(np.repeat(np.arange(len(starts)) * self.widest - self.first, spans) + np.arange(total))
-
-    def hides(self, hidden: Bool[Tensor, "late position"] | None, first: int) -> Bool[Tensor, "token position"]:
-        """Return which columns of the base run each token may not attend to, without the control."""
-        hides = torch.arange(self.length, device=self.device) >= self.begins[:, None]
-        return hides if hidden is None else hides | hidden[self.at[self.controls :] - first]
-
-    def hides_own(self, hidden: Bool[Tensor, "late position"] | None, first: int) -> Tensor | None:
-        """Return which of its own keys each token may not attend to, [copy token place]; None: only later ones."""
-        keys, places = np.arange(self.widest), self.index(self.places)
-        if self.own is not None:  # the last token of each copy
-            hides = self.index(keys >= self.spans[:, None])[:, None]
-            return hides if hidden is None else hides | hidden[-1][places][:, None]
-        if hidden is None:
-            return None
-        return self.index(keys[:, None] < keys) | hidden[(places - first)[:, :, None], places[:, None]]
-
-    def hides_control(self, hidden: Bool[Tensor, "late position"] | None, first: int) -> Tensor:
-        """Return which columns of the source run the tokens of the control may not attend to, [token position]."""
-        at = self.at[: self.controls]
-        return torch.arange(self.length, device=self.device) > at[:, None] if hidden is None else hidden[at - first]
+        self.at = self.index(np.concatenate([controls, at, enters]))
+        self.starts = [(start, len(list(same))) for start, same in groupby(starts.tolist())]  # copies side by side
+        self.entered = entering
 
     def index(self, values: Int[np.ndarray, ...]) -> Tensor:
         """Return indices on the device."""
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
-
-    def apart(self, x: Float[Tensor, "pair head token dim"]) -> Float[Tensor, "pair head copy place dim"]:
-        """Return the tokens of wide copies side by side, padded at the end."""
-        x = x if self.square else x.index_select(2, self.padded)
-        return x.reshape(*x.shape[:2], self.copies, self.widest, *x.shape[3:])
-
-    def together(self, x: Float[Tensor, "pair head copy place dim"]) -> Float[Tensor, "pair head token dim"]:
-        """Undo `apart`."""
-        x = x.flatten(2, 3)
-        return x if self.square else x.index_select(2, self.flat)
 
 
 @dataclass(frozen=True)
@@ -328,10 +305,11 @@ class Resumable:
             mine = [copy for copy in copies if copy.layer == layer]
             groups = [list(group) for _, group in groupby(mine, lambda copy: (copy.column, copy.start))]
             at = np.array([copy.start for copy in mine], dtype=np.int64)
-            entering = at
-            if whole:
-                entering = (at[:, None] + np.arange(span) if stream or layer < end else at[:, None] + span - 1).ravel()
-            entered = self.base[layer].index_select(1, torch.from_numpy(entering - self.first).to(self.model.device))
+            deep = span if whole and (stream or layer < end) else 1
+            begins = [length - 1 if whole and deep < span else group[0].start for group in groups]
+            enters = [_Entering(start, deep, len(group)) for start, group in zip(begins, groups, strict=True)]
+            places = np.concatenate([at[:0], *(copies.positions for copies in enters)]) - self.first
+            entered = self.base[layer].index_select(1, torch.from_numpy(places).to(self.model.device))
             if stream:
                 reached.append(layer)
                 control = control * -1  # makes it fail where it is not patched
@@ -341,15 +319,15 @@ class Resumable:
                     wide, starts = torch.cat([wide, entered], 1), np.concatenate([starts, at])
                 else:
                     fresh, fresh_starts = entered, at
-                entering, entered = entering[:0], entered[:, :0]
-            call = _Call(self.model, begin, np.concatenate([starts, fresh_starts]), len(starts), entering, length)
+                enters, entered = [], entered[:, :0]
+            call = _Call(self.model, begin, np.concatenate([starts, fresh_starts]), len(starts), enters, length)
             first = self.base[layer].index_select(1, call.at[call.changed : call.controls + call.wide] - self.first)
             first[:, call.new] = fresh
             wide, starts = torch.cat([wide, first], 1), np.concatenate([starts, fresh_starts])
-            if layer == end and max(call.widest, span) > 1:
+            if layer == end and length - min(call.control, *starts.tolist(), length) > 1:
                 keys = self._keys(layer, torch.cat([control, wide], 1), call)
                 control, wide = control[:, -1:], wide.index_select(1, call.index(call.last))
-                call = _Call(self.model, begin, starts, len(starts), entering, length, keys)
+                call = _Call(self.model, begin, starts, len(starts), enters, length, keys)
 
             def patch(
                 x: Activation, layer: int = layer, call: _Call = call, groups: list[list[Copy]] = groups
@@ -488,28 +466,43 @@ class Resumable:
         softcap: float | None,
     ) -> Float[Tensor, "pair token head dim"]:
         """Return the attention of copies to the base run before them, and to their own tokens."""
-        hidden, heads, c, n = self.inputs[0][layer].hidden, query.shape[1], call.controls, call.wide
+        hidden, heads, length = self.inputs[0][layer].hidden, query.shape[1], self.tokens.shape[1]
         how = query.shape[-1] ** -0.5 if scaling is None else scaling, softcap
         key, value = (_repeated(x, heads) for x in (call.own or (key, value)))
         keys, values = (_repeated(x, heads) for x in self.keys[layer])
-        first, length = self.first, self.tokens.shape[1]
+        hides = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)[self.first :]
+        hides = hides if hidden is None else hidden
+
+        # The control sees the source run's columns before it.
         m = length - call.control
+        at = slice(call.control - self.first, None) if call.own is None else slice(-1, None)
         whole = [torch.cat([x[:, :, self.columns[:-m]], y[:, :, :m]], 2) for x, y in ((keys, key), (values, value))]
-        control, _ = _partial(query[:, :, :c], whole[0], whole[1], call.hides_control(hidden, first), False, *how)
-        shared = keys[:, :, :length], values[:, :, :length]
-        out, total = _partial(query[:, :, c:], *shared, call.hides(hidden, first), False, *how)
-        if not n:
-            return torch.cat([control, out], 2).transpose(1, 2)
-        rows, lasts = query[:, :, c : c + n], call.own is not None
-        queries = _rows(rows[:, :, :, None] if lasts else call.apart(rows))
-        key, value = (_rows(call.apart(x[:, :, m : m + len(call.flat)])) for x in (key, value))
-        hide = call.hides_own(hidden, first)
-        hide = None if hide is None else hide.repeat(len(query), 1, 1)
-        own, more = _partial(queries, key, value, hide, not lasts, *how)
-        own, more = (x.reshape(len(query), call.copies, *x.shape[1:]).transpose(1, 2) for x in (own, more))
-        own, more = (x.flatten(2, 3) if lasts else call.together(x) for x in (own, more))
-        weight = torch.sigmoid(total[:, :, :n] - more)[..., None].to(own.dtype)  # of the base run's columns
-        return torch.cat([control, torch.lerp(own, out[:, :, :n], weight), out[:, :, n:]], 2).transpose(1, 2)
+        out = [_partial(query[:, :, : call.controls], whole[0], whole[1], hides[at], False, *how)[0]]
+        low, mine = call.controls, m
+        for start, copies in call.starts:
+            span = length - start
+            deep = 1 if call.own is not None else span
+            part = query[:, :, low : low + copies * deep]
+            own = [_apart(x[:, :, mine : mine + copies * span], copies) for x in (key, value)]
+            window = None if hidden is None else hidden[start - self.first :][-deep:]
+            found, total = _partial(
+                _apart(part, copies), own[0], own[1], None if window is None else window[:, start:],
+                window is None and call.own is None, *how,
+            )  # fmt: skip
+            found, total = _together(found, copies), _together(total, copies)
+            if start:
+                hide = None if window is None else window[:, :start].repeat(copies, 1)
+                more, other = _partial(part, keys[:, :, :start], values[:, :, :start], hide, False, *how)
+                found = torch.lerp(found, more, torch.sigmoid(other - total)[..., None].to(found.dtype))
+            out.append(found)
+            low, mine = low + copies * deep, mine + copies * span
+        for start, tokens, copies in call.entered:  # whose queries are equal
+            part, end = query[:, :, low : low + tokens], start + tokens
+            hide = hides[start - self.first : end - self.first, :end] if tokens > 1 or hidden is not None else None
+            found, _ = _partial(part, keys[:, :, :end], values[:, :, :end], hide, False, *how)
+            out.append(found.repeat(1, 1, copies, 1))
+            low += copies * tokens
+        return torch.cat(out, 2).transpose(1, 2)
 
 
 @contextmanager
@@ -529,8 +522,15 @@ def _repeated(x: Float[Tensor, "pair kv token dim"], heads: int) -> Float[Tensor
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _rows(x: Float[Tensor, "pair head copy token dim"]) -> Float[Tensor, "row head token dim"]:
-    return x.transpose(1, 2).flatten(0, 1)
+def _apart(x: Float[Tensor, "pair head token dim"], copies: int) -> Float[Tensor, "row head token dim"]:
+    """Return the tokens of copies side by side, one copy in each row."""
+    pairs, heads, _, dim = x.shape
+    return x.reshape(pairs, heads, copies, -1, dim).transpose(1, 2).flatten(0, 1)
+
+
+def _together(x: Float[Tensor, "row head token ..."], copies: int) -> Float[Tensor, "pair head token ..."]:
+    """Undo `_apart`."""
+    return x.reshape(-1, copies, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def _partial(
